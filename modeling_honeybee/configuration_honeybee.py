@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of a Honeybee model: a vision tower, a projector and a language model.
+
+Travels with every checkpoint: torch and transformers are the only imports.
+"""
+
+import math
+
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+# A saved folder names every auto class; `save_pretrained` alone would record only the one that was registered.
+AUTO_MAP = {
+    "AutoConfig": "configuration_honeybee.HoneybeeConfig",
+    "AutoModel": "modeling_honeybee.HoneybeeModel",
+    "AutoModelForImageTextToText": "modeling_honeybee.HoneybeeForConditionalGeneration",
+    "AutoModelForVision2Seq": "modeling_honeybee.HoneybeeForConditionalGeneration",
+    "AutoProcessor": "processing_honeybee.HoneybeeProcessor",
+}
+
+# What the official configs choose where a field depends on the projector (golden NOTES.md, section 3).
+# `num_query_tokens` None: one visual token per patch, filled in by `HoneybeeConfig`, which knows the tower.
+PROJECTOR_DEFAULTS = {
+    "linear": {"num_query_tokens": None, "depth": 1, "pos_emb": False},
+    "mlp": {"num_query_tokens": None, "depth": 2, "pos_emb": False},
+    "resampler": {"num_attention_heads": 16, "intermediate_ratio": 4, "dropout": 0.1, "pos_emb": False},
+    "c-abs": {},
+    "d-abs": {"num_attention_heads": 8, "intermediate_ratio": 1, "dropout": 0.1},
+}
+PIXELWISE_PROJECTORS = ("linear", "mlp")
+GRID_PROJECTORS = ("c-abs", "d-abs")
+POOLED_V_TARGETS = ("query", "tgt", "none")
+
+
+def _is_square(number: int) -> bool:
+    return math.isqrt(number) ** 2 == number
+
+
+class HoneybeeProjectorConfig(PretrainedConfig):
+    """The projector's own settings (paper section 3; a field that a projector has no use for is ignored by it).
+
+    Args:
+        projector_type: `linear`, `mlp`, `resampler`, `c-abs` or `d-abs`.
+        num_query_tokens: M, the visual tokens made from one image. 144 by default; for `linear` and `mlp` it is the
+            number of patches and is filled in by [`HoneybeeConfig`]. A perfect square for `c-abs` and `d-abs`.
+        hidden_size: width inside `c-abs`, `d-abs` and `resampler`.
+        depth: convolution blocks in each of the two stages of `c-abs` (3; 0 leaves pooling and readout alone), or
+            linear layers of `linear` (1) and `mlp` (2).
+        mlp_depth: linear layers of the `c-abs` readout.
+        num_eos_tokens: learned tokens added after (`d-abs`: before the output layer) the M visual tokens.
+        pos_emb: add a learned position embedding to the patch features. On for `c-abs` and `d-abs`.
+        prenorm: LayerNorm on the patch features (`linear`, `mlp`, `c-abs`).
+        num_hidden_layers: layers of `d-abs` and `resampler`.
+        num_attention_heads: heads of `d-abs` (8) and `resampler` (16).
+        num_sampling_points: points that each head of `d-abs` samples in each level.
+        intermediate_size: feed-forward width; `hidden_size` for `d-abs`, four times that for `resampler`.
+        pooled_v_target: what the pooled patch features become in `d-abs`: the `query` position embedding, the initial
+            target (`tgt`), or `none` of the two.
+        dropout: 0.1 in `d-abs` (after each sub-layer) and `resampler` (on attention weights).
+        layer_norm_eps: of the LayerNorm inside the `resampler` feed-forward.
+        initializer_range: standard deviation for new weights.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    model_type = "honeybee_projector"
+    base_config_key = "projector_config"
+
+    def __init__(
+        self,
+        projector_type: str = "c-abs",
+        num_query_tokens: int | None = None,
+        hidden_size: int = 1024,
+        depth: int | None = None,
+        mlp_depth: int = 2,
+        num_eos_tokens: int = 0,
+        pos_emb: bool | None = None,
+        prenorm: bool = False,
+        num_hidden_layers: int = 6,
+        num_attention_heads: int | None = None,
+        num_sampling_points: int = 4,
+        intermediate_size: int | None = None,
+        pooled_v_target: str = "query",
+        dropout: float | None = None,
+        layer_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        **kwargs,
+    ):
+        if projector_type not in PROJECTOR_DEFAULTS:
+            raise ValueError(f"projector_type={projector_type!r} is unknown; use one of {', '.join(PROJECTOR_DEFAULTS)}")
+        defaults = PROJECTOR_DEFAULTS[projector_type]
+
+        def choose(value, name, otherwise):
+            return value if value is not None else defaults.get(name, otherwise)
+
+        self.projector_type = projector_type
+        self.num_query_tokens = choose(num_query_tokens, "num_query_tokens", 144)
+        self.hidden_size = hidden_size
+        self.depth = choose(depth, "depth", 3)
+        self.mlp_depth = mlp_depth
+        self.num_eos_tokens = num_eos_tokens
+        self.pos_emb = choose(pos_emb, "pos_emb", True)
+        self.prenorm = prenorm
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = choose(num_attention_heads, "num_attention_heads", 8)
+        self.num_sampling_points = num_sampling_points
+        self.intermediate_size = choose(
+            intermediate_size, "intermediate_size", defaults.get("intermediate_ratio", 1) * hidden_size
+        )
+        self.pooled_v_target = pooled_v_target
+        self.dropout = choose(dropout, "dropout", 0.0)
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
+        self._validate()
+        super().__init__(**kwargs)
+
+    def _validate(self):
+        minimum = {
+            "hidden_size": 1,
+            "depth": 0 if self.projector_type == "c-abs" else 1,
+            "mlp_depth": 1,
+            "num_eos_tokens": 0,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "num_sampling_points": 1,
+            "intermediate_size": 1,
+        }
+        if self.num_query_tokens is not None:
+            minimum["num_query_tokens"] = 1
+        for name, least in minimum.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r} must be at least 0 and less than 1")
+        if self.projector_type in GRID_PROJECTORS and not _is_square(self.num_query_tokens):
+            root = math.isqrt(self.num_query_tokens)
+            raise ValueError(
+                f"num_query_tokens={self.num_query_tokens} is not a perfect square, and {self.projector_type} lays its "
+                f"visual tokens on a square grid; use {root**2} or {(root + 1) ** 2}"
+            )
+        if self.projector_type in ("d-abs", "resampler") and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}; "
+                "change one of them"
+            )
+        if self.pooled_v_target not in POOLED_V_TARGETS:
+            raise ValueError(
+                f"pooled_v_target={self.pooled_v_target!r} is unknown; use one of {', '.join(POOLED_V_TARGETS)}"
+            )
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Tokens that the language model sees for one image."""
+        return self.num_query_tokens + self.num_eos_tokens
+
+
+def _rope_for_both_lines(settings: dict) -> dict:
+    """transformers 5 stores the RoPE settings in `rope_parameters` alone, where 4 does not look: its base silently
+    becomes 10000. The older spelling is read by both."""
+    rope = settings.get("rope_parameters")
+    if not rope or any(isinstance(value, dict) for value in rope.values()):  # nested: one entry per layer type
+        return settings
+    settings, rope = dict(settings), dict(rope)
+    del settings["rope_parameters"]
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope:
+            settings[name] = rope.pop(name)
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        settings["rope_scaling"] = rope
+    return settings
+
+
+def _sub_config(value, name: str, default_type: str, defaults: dict) -> PretrainedConfig:
+    if value is None:
+        value = {"model_type": default_type, **defaults}
+    if isinstance(value, dict):
+        model_type = value.get("model_type", default_type)
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{name}: model_type={model_type!r} is not known to this version of transformers; use a type that "
+                "AutoConfig knows, such as "
+                f"{default_type!r}"
+            )
+        settings = _rope_for_both_lines(value)
+        value = AutoConfig.for_model(model_type, **{k: v for k, v in settings.items() if k != "model_type"})
+    if not isinstance(value, PretrainedConfig):
+        raise TypeError(f"{name} must be a dict or a PretrainedConfig, got {type(value).__name__}")
+    # A two-tower config (CLIP, SigLIP) stands for its vision half.
+    return getattr(value, "vision_config", value) if name == "vision_config" else value
+
+
+class HoneybeeConfig(PretrainedConfig):
+    """Configuration of a Honeybee model.
+
+    Args:
+        vision_config: config (or its dict) of any vision tower that `AutoModel` builds. Default: CLIP ViT-L/14, 224 px.
+        text_config: config (or its dict) of any causal language model that `AutoModel` builds. Default: Llama 7B.
+        projector_config: [`HoneybeeProjectorConfig`] or its dict. Default: C-Abstractor with 144 visual tokens.
+        image_token_id: id of the `<image>` placeholder, a real token of the tokenizer.
+        vision_feature_layer: which `hidden_states` of the tower feeds the projector; 0 is the embedding output, negative
+            numbers count from the end. Blocks above it are neither built nor run. A list feeds several levels (`d-abs`).
+        vision_feature_select_strategy: `default` drops the tower's class token, `full` keeps every token.
+
+    Raises:
+        ValueError: where the parts do not fit together, with the values and a remedy.
+    """
+
+    model_type = "honeybee"
+    sub_configs = {
+        "vision_config": AutoConfig,
+        "text_config": AutoConfig,
+        "projector_config": HoneybeeProjectorConfig,
+    }
+
+    def __init__(
+        self,
+        vision_config=None,
+        text_config=None,
+        projector_config=None,
+        image_token_id: int = 32000,
+        vision_feature_layer: int | list[int] = -2,
+        vision_feature_select_strategy: str = "default",
+        **kwargs,
+    ):
+        self.vision_config = _sub_config(
+            vision_config,
+            "vision_config",
+            "clip_vision_model",
+            {
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "image_size": 224,
+                "patch_size": 14,
+            },
+        )
+        self.text_config = _sub_config(text_config, "text_config", "llama", {"vocab_size": 32001})
+        if not isinstance(projector_config, HoneybeeProjectorConfig):
+            projector_config = HoneybeeProjectorConfig(**(projector_config or {}))
+        self.projector_config = projector_config
+        self.image_token_id = image_token_id
+        self.vision_feature_layer = vision_feature_layer
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self._validate()
+
+        # Weight tying is read from both levels, depending on the transformers line.
+        tie_word_embeddings = kwargs.pop("tie_word_embeddings", None)
+        if tie_word_embeddings is None:
+            tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
+        self.text_config.tie_word_embeddings = tie_word_embeddings
+        kwargs.pop("auto_map", None)  # names the repository it was loaded from; a saved folder carries its own code
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self.auto_map = dict(AUTO_MAP)
+
+    def _validate(self):
+        if isinstance(self.image_token_id, bool) or not isinstance(self.image_token_id, int) or self.image_token_id < 0:
+            raise ValueError(
+                f"image_token_id={self.image_token_id!r} must be the id of a real token of the tokenizer (0 or more)"
+            )
+        if self.vision_feature_select_strategy not in ("default", "full"):
+            raise ValueError(
+                f"vision_feature_select_strategy={self.vision_feature_select_strategy!r} is unknown; use 'default' "
+                "(drop the class token) or 'full' (a tower without one)"
+            )
+        depth = self.vision_config.num_hidden_layers
+        for layer in self.vision_feature_layers:
+            if isinstance(layer, bool) or not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
+                raise ValueError(
+                    f"vision_feature_layer={layer!r} does not exist: the vision tower has {depth} blocks, so use "
+                    f"{-depth - 1} to {depth} (0 is the embedding output)"
+                )
+        projector, num_patches = self.projector_config, self.num_patches
+        if len(self.vision_feature_layers) > 1:
+            if projector.projector_type != "d-abs":
+                raise ValueError(
+                    f"vision_feature_layer={self.vision_feature_layer} feeds several levels, which only d-abs takes; "
+                    f"give one layer for {projector.projector_type}"
+                )
+            if projector.pooled_v_target != "none":
+                raise ValueError(
+                    f"pooled_v_target={projector.pooled_v_target!r} pools one level, but vision_feature_layer="
+                    f"{self.vision_feature_layer} gives {len(self.vision_feature_layers)}; set pooled_v_target='none'"
+                )
+        if projector.num_query_tokens is None:
+            projector.num_query_tokens = num_patches
+        if projector.projector_type in PIXELWISE_PROJECTORS and projector.num_query_tokens != num_patches:
+            raise ValueError(
+                f"num_query_tokens={projector.num_query_tokens} does not fit projector_type="
+                f"{projector.projector_type!r}, which makes one visual token of each of the {num_patches} patches; "
+                f"leave num_query_tokens out or use {num_patches}, or choose another projector"
+            )
+        # Scaling after the head lives in the causal model's own forward, which is not the one that runs here.
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+            if getattr(self.text_config, name, None) not in (None, 1, 1.0):
+                raise ValueError(
+                    f"text_config.{name}={getattr(self.text_config, name)} scales the logits after the head, which "
+                    "Honeybee does not do; use a language model without it"
+                )
+
+    @property
+    def vision_feature_layers(self) -> list[int]:
+        layers = self.vision_feature_layer
+        return list(layers) if isinstance(layers, (list, tuple)) else [layers]
+
+    @property
+    def num_vision_blocks(self) -> int:
+        """Blocks of the vision tower that the chosen feature layer needs."""
+        depth = self.vision_config.num_hidden_layers
+        return max(layer if layer >= 0 else depth + 1 + layer for layer in self.vision_feature_layers)
+
+    @property
+    def num_patches(self) -> int:
+        """N, the patches of one (square) image.
+
+        Raises:
+            ValueError: the tower does not take square images.
+        """
+        size, patch = self.vision_config.image_size, self.vision_config.patch_size
+        if not isinstance(size, int):
+            if len(set(size)) != 1:
+                raise ValueError(f"vision_config.image_size={size} is not square; Honeybee needs a square image")
+            size = size[0]
+        return (size // patch) ** 2
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Placeholders of one image in the text; the processor must be built with the same number."""
+        return self.projector_config.num_visual_tokens
+
+
+HoneybeeConfig.register_for_auto_class()
+
+__all__ = ["HoneybeeConfig", "HoneybeeProjectorConfig"]

@@ -1,0 +1,496 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Honeybee: vision tower -> projector -> language model.
+
+Shapes: B rows of text, T tokens a row, I images in the batch (in the order of their placeholders), N patches an image,
+M visual tokens an image (extra tokens included), D_v width of the tower, D_lm width of the language model, V vocabulary.
+
+    pixel_values (I, 3, S, S) -> patch features (I, N, D_v) -> visual tokens (I, M, D_lm) -> the I * M placeholders of
+    input_ids (B, T) -> hidden states (B, T, D_lm) -> logits (B, T, V)
+"""
+
+import copy
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+
+from .configuration_honeybee import HoneybeeConfig, HoneybeeProjectorConfig
+from .projectors_honeybee import PROJECTORS, HoneybeeProjector, build_projector
+
+
+@dataclass
+class HoneybeeModelOutputWithPast(BaseModelOutputWithPast):
+    """`image_hidden_states`: visual tokens (I, M, D_lm) of this call, None where it had no images."""
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class HoneybeeCausalLMOutputWithPast(ModelOutput):
+    """`loss` (), `logits` (B, T or `logits_to_keep`, V), and what [`HoneybeeModelOutputWithPast`] holds."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor] | None = None
+    attentions: tuple[torch.FloatTensor] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class HoneybeePreTrainedModel(PreTrainedModel):
+    config_class = HoneybeeConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = sorted({projector.__name__ for projector in PROJECTORS.values()})
+    _skip_keys_device_placement = "past_key_values"
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module):
+        """New weights as the official model ends up with them: N(0, 0.02), zero biases, norms 1 and 0.
+
+        `torch.nn.init` functions only: transformers guards them while it loads, so that loaded tensors are kept.
+        """
+        std = self.config.projector_config.initializer_range
+        if isinstance(module, HoneybeeProjector):
+            module.reset_own_parameters()
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs):
+        # The reentrant kind, transformers 4's default, drops the gradients of a block whose input needs none, and the
+        # first block behind a frozen tower is such a block.
+        if gradient_checkpointing_kwargs is None:
+            gradient_checkpointing_kwargs = {"use_reentrant": False}
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, except that a checkpoint with missing tensors is an error and not a warning: a vision
+        tower left at random weights answers fluently and wrongly.
+
+        Raises:
+            ValueError: tensors that the model needs are not in the checkpoint.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        if missing:
+            shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of {cls.__name__}: {shown}. Save the "
+                "checkpoint again with save_pretrained, or check that its config.json belongs to these weights."
+            )
+        return (model, info) if output_loading_info else model
+
+
+class HoneybeeModel(HoneybeePreTrainedModel):
+    """Vision tower, projector and language model without its head."""
+
+    def __init__(self, config: HoneybeeConfig):
+        super().__init__(config)
+        # Blocks above the chosen feature layer are never read, so they are not built.
+        vision_config = copy.deepcopy(config.vision_config)
+        vision_config.num_hidden_layers = config.num_vision_blocks
+        vision_tower = AutoModel.from_config(vision_config)
+        language_model = AutoModel.from_config(config.text_config)
+        # `device_map="auto"` keeps the blocks of both parts whole.
+        self._no_split_modules = sorted(
+            {*self._no_split_modules, *(vision_tower._no_split_modules or ()), *(language_model._no_split_modules or ())}
+        )
+        # transformers 4 wraps the CLIP tower in a module that 5 has dropped; holding the inner one gives the weights
+        # the same names on both.
+        self.vision_tower = getattr(vision_tower, "vision_model", vision_tower)
+        self.projector = build_projector(config)
+        self.language_model = language_model
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self):
+        return self.language_model
+
+    def set_decoder(self, decoder):
+        self.language_model = decoder
+
+    def get_patch_features(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
+        """Features of the chosen layer(s), class token dropped.
+
+        Args:
+            pixel_values: (I, 3, S, S), any floating dtype.
+
+        Returns:
+            (I, N, D_v) in the tower's dtype, or (I, L, N, D_v) where `vision_feature_layer` lists L layers.
+
+        Raises:
+            ValueError: wrong number of dimensions, or the tower's tokens do not match `config.num_patches`.
+        """
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, 3, height, width), with all "
+                "images of the batch along the first dimension"
+            )
+        parameters = [p for p in self.vision_tower.parameters() if p.is_floating_point()]
+        # A frozen tower records nothing, even where a hook makes its embeddings require a gradient (peft with
+        # gradient checkpointing).
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        with torch.set_grad_enabled(trained):
+            outputs = self.vision_tower(pixel_values.to(parameters[0].dtype), output_hidden_states=True)
+        depth = self.config.vision_config.num_hidden_layers
+        features = [
+            outputs.hidden_states[layer if layer >= 0 else depth + 1 + layer]
+            for layer in self.config.vision_feature_layers
+        ]
+        if self.config.vision_feature_select_strategy == "default":
+            features = [feature[:, 1:] for feature in features]
+        if features[0].shape[1] != self.config.num_patches:
+            raise ValueError(
+                f"the vision tower gives {features[0].shape[1]} patch features with vision_feature_select_strategy="
+                f"{self.config.vision_feature_select_strategy!r}, but image_size and patch_size make "
+                f"{self.config.num_patches}; use 'default' for a tower with one class token and 'full' for one without"
+            )
+        return features[0] if len(features) == 1 else torch.stack(features, dim=1)
+
+    def get_image_features(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
+        """Visual tokens (I, M, D_lm) of the images `pixel_values` (I, 3, S, S)."""
+        features = self.get_patch_features(pixel_values)
+        return self.projector(features.to(next(self.projector.parameters()).dtype))
+
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor,
+        num_images: int,
+    ) -> torch.BoolTensor:
+        """(B, T), True where a visual token goes.
+
+        Raises:
+            ValueError: the number of placeholders is not `num_images` times M, or a row holds part of an image.
+        """
+        if input_ids is not None:
+            mask = input_ids == self.config.image_token_id
+        else:
+            token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        if not torch.compiler.is_compiling():
+            tokens_per_image = self.config.num_image_tokens
+            counts = mask.sum(-1)
+            found, expected = int(counts.sum()), num_images * tokens_per_image
+            if found != expected or bool((counts % tokens_per_image).any()):
+                raise ValueError(
+                    f"input_ids hold {found} image placeholders in rows of {counts.tolist()}, but {num_images} images "
+                    f"of {tokens_per_image} visual tokens need {expected}, each image whole within a row. Give one "
+                    f"<image> an image, and a processor with num_image_tokens={tokens_per_image}"
+                )
+        return mask
+
+    def _touch_projector(self, inputs_embeds: torch.FloatTensor) -> torch.FloatTensor:
+        """Keeps the projector in the graph of a batch without images: alone it would leave nothing to train, and ranks
+        that wait for its gradients (DDP) or gather its shards (FSDP, ZeRO-3) would hang."""
+        vision_config, levels = self.config.vision_config, len(self.config.vision_feature_layers)
+        parameter = next(self.projector.parameters())
+        shape = (1, self.config.num_patches, vision_config.hidden_size)
+        if levels > 1:
+            shape = (1, levels, *shape[1:])
+        blank = torch.zeros(shape, dtype=parameter.dtype, device=inputs_embeds.device)
+        return inputs_embeds + 0 * self.projector(blank).sum().to(inputs_embeds.dtype)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> HoneybeeModelOutputWithPast:
+        """
+        Args:
+            input_ids: (B, T), each image as M placeholders. Or `inputs_embeds` (B, T, D_lm), not both.
+            pixel_values: (I, 3, S, S), images of all rows in order of appearance; None where no row has one.
+            attention_mask: (B, T), 0 at padding.
+
+        Raises:
+            ValueError: both or none of `input_ids` and `inputs_embeds`, or placeholders and images that disagree.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        visual_tokens = None
+        if pixel_values is not None:
+            visual_tokens = self.get_image_features(pixel_values)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, pixel_values.shape[0])
+            inputs_embeds = inputs_embeds.masked_scatter(
+                mask.unsqueeze(-1).to(inputs_embeds.device),
+                visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype),
+            )
+        else:
+            # A single token is a decoding step, whose images are in the cache.
+            if input_ids is not None and input_ids.shape[1] > 1:
+                self.get_placeholder_mask(input_ids, inputs_embeds, num_images=0)
+            if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.projector.parameters()):
+                inputs_embeds = self._touch_projector(inputs_embeds)
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        if isinstance(outputs, tuple):  # return_dict=False
+            return outputs
+        return HoneybeeModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_hidden_states=visual_tokens,
+        )
+
+
+class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin):
+    """[`HoneybeeModel`] with the language model's head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: HoneybeeConfig):
+        super().__init__(config)
+        self.model = HoneybeeModel(config)
+        embeddings = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.language_model.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{name}.weight"}
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # A placeholder stands for an image that was given; it is nothing to answer with.
+        self.generation_config.suppress_tokens = [config.image_token_id]
+        self.post_init()
+
+    # Read by tools that look for the parts on the outermost module (peft, vLLM, quantization).
+    @property
+    def language_model(self):
+        return self.model.language_model
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
+
+    def get_decoder(self):
+        return self.model.get_decoder()
+
+    def set_decoder(self, decoder):
+        self.model.set_decoder(decoder)
+
+    def get_image_features(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
+        """Visual tokens (I, M, D_lm) of the images `pixel_values` (I, 3, S, S)."""
+        return self.model.get_image_features(pixel_values)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> HoneybeeCausalLMOutputWithPast | tuple:
+        """
+        Args:
+            labels: (B, T), -100 where a token is not to be learned (placeholders always are such).
+            logits_to_keep: compute logits for this many last positions, or for the positions that it lists; 0 for all.
+
+        The other arguments are those of [`HoneybeeModel`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        hidden_states = outputs.last_hidden_state
+        logits = self.lm_head(hidden_states if isinstance(kept, int) else hidden_states[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        output = HoneybeeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, **kwargs):
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        # Images go in with the step that holds their placeholders; the steps of one token that follow find them in the
+        # cache.
+        step_ids, cache = model_inputs.get("input_ids"), kwargs.get("past_key_values")
+        decoding = step_ids is not None and step_ids.shape[1] == 1 and cache is not None and cache.get_seq_length() > 0
+        if not decoding and (step_ids is None or bool((step_ids == self.config.image_token_id).any())):
+            model_inputs["pixel_values"] = pixel_values
+        return model_inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        # Beams repeat rows, and a row owns as many images as it has placeholders for; repeating image by image, as the
+        # generic code does, would hand a row's second image to its neighbour.
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if expand_size > 1 and pixel_values is not None and input_ids is not None:
+            counts = (input_ids == self.config.image_token_id).sum(-1) // self.config.num_image_tokens
+            rows = pixel_values.split(counts.tolist())
+            pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str,
+        text: str,
+        *,
+        image_token_id: int | None = None,
+        vision_feature_layer: int | list[int] = -2,
+        vision_feature_select_strategy: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        **projector_settings,
+    ) -> "HoneybeeForConditionalGeneration":
+        """Joins a pretrained vision tower and a pretrained language model with a new projector: where stage 1 starts.
+
+        Args:
+            vision: Hub name or folder of a vision model; of a two-tower model (CLIP, SigLIP) the vision half is taken.
+            text: Hub name or folder of a causal language model.
+            image_token_id: id of `<image>`. Default: the one that the tokenizer of `text` has or would give to a new
+                token. The embedding grows where needed; new rows start at the mean of the others.
+            vision_feature_layer, vision_feature_select_strategy: see [`HoneybeeConfig`]; the strategy is found by
+                running the tower once where it is not given.
+            dtype: of all three parts; default: the language model's.
+            projector_settings: fields of [`HoneybeeProjectorConfig`].
+
+        Raises:
+            ValueError: an unknown setting, or parts that do not fit.
+        """
+        known = set(inspect.signature(HoneybeeProjectorConfig.__init__).parameters) - {"self", "kwargs"}
+        unknown = sorted(set(projector_settings) - known)
+        if unknown:
+            raise ValueError(f"unknown projector settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        projector_config = HoneybeeProjectorConfig(**projector_settings)
+
+        remote = {"trust_remote_code": trust_remote_code}
+        vision_config = AutoConfig.from_pretrained(vision, **remote)
+        vision_config = getattr(vision_config, "vision_config", vision_config)
+        text_config = AutoConfig.from_pretrained(text, **remote)
+        # Joined once without weights, so that parts that do not fit are refused before any are read.
+        fields = {
+            "projector_config": projector_config,
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy or "default",
+        }
+        config = HoneybeeConfig(vision_config=vision_config, text_config=text_config, **fields)
+
+        if image_token_id is None:
+            tokenizer = AutoTokenizer.from_pretrained(text, **remote)
+            image_token_id = tokenizer.get_vocab().get("<image>", len(tokenizer))
+        loading = {**remote, "dtype": dtype or getattr(text_config, "dtype", None) or torch.float32}
+        if attn_implementation is not None:
+            loading["attn_implementation"] = attn_implementation
+        causal_lm = AutoModelForCausalLM.from_pretrained(text, **loading)
+        vision_config.num_hidden_layers, full_depth = config.num_vision_blocks, vision_config.num_hidden_layers
+        tower = AutoModel.from_pretrained(vision, config=vision_config, **loading)
+        vision_config.num_hidden_layers = full_depth
+
+        head = causal_lm.get_output_embeddings()
+        if head.bias is not None:
+            raise ValueError(f"the head of {text} has a bias, which Honeybee's has not; use another language model")
+        vocab_size = causal_lm.get_input_embeddings().weight.shape[0]
+        if image_token_id >= vocab_size:
+            causal_lm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
+            with torch.no_grad():
+                for weight in {causal_lm.get_input_embeddings().weight, causal_lm.get_output_embeddings().weight}:
+                    weight[vocab_size:] = weight[:vocab_size].float().mean(dim=0).to(weight.dtype)
+        if vision_feature_select_strategy is None:
+            fields["vision_feature_select_strategy"] = _select_strategy(tower, config.num_patches)
+
+        config = HoneybeeConfig(
+            vision_config=vision_config, text_config=causal_lm.config, image_token_id=image_token_id, **fields
+        )
+        # Built without memory, then given the loaded parts: no weight exists twice.
+        with torch.device("meta"):
+            model = cls(config)
+        model.model.vision_tower = getattr(tower, "vision_model", tower)
+        model.model.language_model = causal_lm.base_model
+        model.lm_head = causal_lm.get_output_embeddings()
+        projector = build_projector(config).to(model.lm_head.weight.dtype)
+        projector.apply(model._init_weights)
+        model.model.projector = projector
+        model.generation_config = causal_lm.generation_config
+        model.generation_config.suppress_tokens = [image_token_id]
+        model.tie_weights()
+        return model.eval()
+
+
+def _select_strategy(tower: PreTrainedModel, num_patches: int) -> str:
+    """`default` for a tower with one class token, `full` for one without, found by encoding a blank image."""
+    size = tower.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    blank = torch.zeros(1, tower.config.num_channels, height, width, dtype=tower.dtype, device=tower.device)
+    with torch.no_grad():
+        num_tokens = tower(blank).last_hidden_state.shape[1]
+    strategies = {num_patches + 1: "default", num_patches: "full"}
+    if num_tokens not in strategies:
+        raise ValueError(
+            f"the vision tower gives {num_tokens} tokens for {num_patches} patches; Honeybee takes towers with one "
+            "class token or none"
+        )
+    return strategies[num_tokens]
+
+
+HoneybeeModel.register_for_auto_class("AutoModel")
+HoneybeeForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["HoneybeeForConditionalGeneration", "HoneybeeModel", "HoneybeePreTrainedModel"]

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processor of Honeybee: images and chat messages in, model inputs out.
+
+Travels with every checkpoint: torch and transformers are the only imports.
+"""
+
+import json
+import os
+
+import transformers
+from transformers import PreTrainedTokenizerFast
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import load_image
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+
+SYSTEM_BASE = "The following is a conversation between a curious human and AI assistant."
+ROLE_MARKERS = ("\nHuman: ", "\nAI: ")
+IMAGE_TOKEN = "<image>"
+
+# A noncharacter that the tokenizer drops. The templates put it inside anything in a message that looks like a
+# placeholder or a role marker, so that what people type is text and nothing else.
+GUARD = "\ufdd2"
+
+_GUARDED_TEXT = (
+    "{%- macro plain(text) -%}{{ text"
+    " | replace('<image>', '<\\ufdd2image>')"
+    " | replace('\\nHuman: ', '\\nHuman\\ufdd2: ')"
+    " | replace('\\nAI: ', '\\nAI\\ufdd2: ') }}{%- endmacro -%}"
+    "{%- macro words(content) -%}{%- if content is string -%}{{ plain(content) }}{%- else -%}"
+    "{%- for item in content -%}{%- if item.type == 'text' -%}{{ plain(item.text) }}{%- else -%}"
+    "{{ raise_exception('only text can stand here, got an item of type ' ~ item.type) }}"
+    "{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+)
+
+# Every content item of a user turn has its own marker; the answer and its eos are what training supervises.
+CHAT_TEMPLATE = (
+    _GUARDED_TEXT + "{{- bos_token -}}"
+    "{%- if messages and messages[0].role == 'system' -%}{{ words(messages[0].content) }}"
+    f"{{%- else -%}}{SYSTEM_BASE}{{%- endif -%}}"
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'user' -%}"
+    "{%- if message.content is string -%}{{ '\\nHuman: ' ~ plain(message.content) }}{%- else -%}"
+    "{%- for item in message.content -%}"
+    "{%- if item.type == 'text' -%}{{ '\\nHuman: ' ~ plain(item.text) }}"
+    "{%- elif item.type in ('image', 'image_url') -%}{{ '\\nHuman: <image>' }}"
+    "{%- else -%}{{ raise_exception('content items are of type text or image, got ' ~ item.type) }}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- elif message.role == 'assistant' -%}"
+    "{{ '\\nAI: ' }}{%- generation -%}{{ words(message.content) ~ eos_token }}{%- endgeneration -%}"
+    "{%- elif not (message.role == 'system' and loop.first) -%}"
+    "{{ raise_exception('roles are user, assistant and, first, system; got ' ~ message.role) }}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '\\nAI: ' }}{%- endif -%}"
+)
+
+# Stage 1: bos, image, caption, eos, without a prompt.
+CAPTION_TEMPLATE = (
+    _GUARDED_TEXT + "{{- bos_token -}}"
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'user' -%}{%- for item in message.content -%}"
+    "{%- if item.type in ('image', 'image_url') -%}{{ '<image>' }}"
+    "{%- else -%}{{ raise_exception('a caption has an image and no prompt, got an item of type ' ~ item.type) }}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- elif message.role == 'assistant' -%}"
+    "{%- generation -%}{{ words(message.content) ~ eos_token }}{%- endgeneration -%}"
+    "{%- else -%}{{ raise_exception('roles in a caption are user and assistant, got ' ~ message.role) }}{%- endif -%}"
+    "{%- endfor -%}"
+)
+
+_TRANSFORMERS_4 = not hasattr(ProcessorMixin, "replace_image_token")
+
+
+def _flatten(images) -> list:
+    """One flat list, in order, of images nested by row or not at all."""
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    return [image for item in images for image in _flatten(item)]
+
+
+def _decode(image):
+    """Reads a path, URL or lazily opened image now, so that what is wrong with it is said here."""
+    source = image if isinstance(image, str) else getattr(image, "filename", "") or type(image).__name__
+    if len(source) > 200:
+        source = source[:200] + "..."
+    if isinstance(image, str) and not image.startswith(("http://", "https://", "data:")) and not os.path.isfile(image):
+        if "/" in image or "." in image[-6:]:
+            raise FileNotFoundError(f"image file {source!r} does not exist; give the path of an existing file")
+    try:
+        if isinstance(image, str):
+            return load_image(image)
+        if hasattr(image, "load"):  # PIL opens a file without decoding it
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"image {source!r} cannot be read ({error}); replace the file or leave the sample out") from error
+    return image
+
+
+class HoneybeeProcessor(ProcessorMixin):
+    """Image processor and tokenizer of Honeybee.
+
+    Args:
+        image_processor: resizes to the tower's square and normalises. Its PIL kind is used on every line, because
+            torchvision's bicubic resize is another function.
+        tokenizer: a fast tokenizer that has `image_token` as one token (see `processing.prepare_tokenizer`).
+        num_image_tokens: placeholders that one `<image>` becomes; equals `model.config.num_image_tokens`.
+        image_token: the placeholder.
+        chat_template: templates by name; default: `default` (conversation) and `caption` (stage 1).
+
+    Raises:
+        ValueError: `num_image_tokens` is not positive, or the tokenizer lacks `image_token`.
+    """
+
+    if _TRANSFORMERS_4:  # 5 finds the parts by the names of the arguments, and warns of these
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "CLIPImageProcessor"
+        tokenizer_class = "PreTrainedTokenizerFast"
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_image_tokens: int = 144,
+        image_token: str = IMAGE_TOKEN,
+        chat_template=None,
+        **kwargs,
+    ):
+        if isinstance(num_image_tokens, bool) or not isinstance(num_image_tokens, int) or num_image_tokens < 1:
+            raise ValueError(f"num_image_tokens={num_image_tokens!r} must be a whole number of at least 1")
+        if image_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"the tokenizer has no token {image_token!r}; prepare it with processing.prepare_tokenizer(tokenizer)"
+            )
+        pil_class = getattr(transformers, f"{type(image_processor).__name__.removesuffix('Fast')}Pil", None)
+        if pil_class is not None:
+            settings = image_processor.to_dict()
+            image_processor = pil_class(**{k: v for k, v in settings.items() if k != "image_processor_type"})
+        self.num_image_tokens = num_image_tokens
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if chat_template is None:
+            chat_template = {"default": CHAT_TEMPLATE, "caption": CAPTION_TEMPLATE}
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    def _check_image_count(self, text: list[str], images: list | None, rows: list | None):
+        placeholders = [row.count(self.image_token) for row in text]
+        given = [len(_flatten(row)) for row in rows] if rows is not None else len(images or ())
+        if (placeholders != given) if rows is not None else (sum(placeholders) != given):
+            raise ValueError(
+                f"the text has {sum(placeholders)} {self.image_token} placeholders (by row: {placeholders}), but "
+                f"{given} images were passed; give exactly one image for each placeholder"
+            )
+
+    def _prepare(self, images, text):
+        """Checked inputs: a flat list of decoded images or None, and a list of strings."""
+        if images is None and text is None:
+            raise ValueError("give `text`, `images` or both")
+        if isinstance(text, str):
+            text = [text]
+        if text is not None and not all(isinstance(row, str) for row in text):
+            raise ValueError("`text` must be a string or a list of strings")
+        rows = None
+        if images is not None:
+            if text is not None and isinstance(images, (list, tuple)) and any(isinstance(i, (list, tuple)) for i in images):
+                rows = list(images)
+            images = [image for image in _flatten(images) if image is not None]
+        if text is not None:
+            self._check_image_count(text, images, rows)
+        return [_decode(image) for image in images] if images else None, list(text) if text is not None else None
+
+    if _TRANSFORMERS_4:
+
+        def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+            """Model inputs of the rows in `text`; the images of all rows in order.
+
+            Args:
+                images: image, list of images, or list of lists by row; each a PIL image, array, tensor, path or URL.
+                text: one row or a list, with one `<image>` for each image.
+
+            Returns:
+                `input_ids` and `attention_mask` (rows, tokens), `pixel_values` (images, 3, S, S).
+            """
+            images, text = self._prepare(images, text)
+            merged = self._merge_kwargs(
+                ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+            )
+            return_tensors = merged["text_kwargs"].pop("return_tensors", None)
+            data = {}
+            if text is not None:
+                expanded = [row.replace(self.image_token, self.image_token * self.num_image_tokens) for row in text]
+                merged["text_kwargs"].pop("return_mm_token_type_ids", None)
+                data.update(self.tokenizer(expanded, **merged["text_kwargs"]))
+                self._check_special_mm_tokens(expanded, data, modalities=["image"])
+            if images is not None:
+                data.update(self.image_processor(images, **merged["images_kwargs"]))
+            return BatchFeature(data=data, tensor_type=return_tensors)
+
+    else:
+
+        def prepare_inputs_layout(self, images=None, text=None, **kwargs):
+            images, text = self._prepare(images, text)
+            return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+
+    def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
+        """What one `<image>` becomes. transformers 5 calls it for every image."""
+        return self.image_token * self.num_image_tokens
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """Placeholders of each image; read by serving runtimes."""
+        if image_sizes is None:
+            return MultiModalData()
+        return MultiModalData(
+            num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+        )
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, subfolder="", **kwargs):
+        # Called by transformers 5, whose AutoTokenizer would first load the model's config, and for that ask whether the
+        # code in the folder may run. The class is known.
+        return PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As in transformers; a message's content may be a plain string.
+
+        Raises:
+            ValueError: a conversation without messages.
+        """
+
+        def as_items(messages):
+            if not messages:
+                raise ValueError("the conversation is empty; give it at least one message")
+            return [
+                {**message, "content": [{"type": "text", "text": message["content"]}]}
+                if isinstance(message.get("content"), str)
+                else message
+                for message in messages
+            ]
+
+        if not conversation:
+            raise ValueError("the conversation is empty; give it at least one message")
+        conversation = getattr(conversation, "messages", conversation)
+        if isinstance(conversation[0], dict):
+            conversation = as_items(conversation)
+        else:
+            conversation = [as_items(getattr(messages, "messages", messages)) for messages in conversation]
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        files = super().save_pretrained(save_directory, **kwargs)
+        # transformers 5 writes a tokenizer class and fields that 4 cannot read; the plain class suits both.
+        path = os.path.join(save_directory, "tokenizer_config.json")
+        with open(path, encoding="utf-8") as file:
+            settings = json.load(file)
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings["model_input_names"] = ["input_ids", "attention_mask"]
+        for name in ("backend", "is_local", "local_files_only"):
+            settings.pop(name, None)
+        if isinstance(settings.get("extra_special_tokens"), list):
+            del settings["extra_special_tokens"]
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(settings, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+        return files
+
+
+HoneybeeProcessor.register_for_auto_class()
+
+__all__ = ["HoneybeeProcessor"]

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from modeling_honeybee import HoneybeeConfig, HoneybeeProjectorConfig
+from tests.tiny import PROJECTORS, clip_config, llama_config, projector_settings, tiny_config
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_query_tokens": 150}, ["150", "perfect square", "144", "169"]),
+        ({"projector_type": "d-abs", "num_query_tokens": 2}, ["num_query_tokens=2", "1 or 4"]),
+        ({"projector_type": "q-former"}, ["q-former", "linear, mlp, resampler, c-abs, d-abs"]),
+        ({"num_query_tokens": 0}, ["num_query_tokens=0", "at least 1"]),
+        ({"num_query_tokens": "144"}, ["'144'", "whole number"]),
+        ({"depth": -1}, ["depth=-1"]),
+        ({"projector_type": "mlp", "depth": 0}, ["depth=0", "at least 1"]),
+        ({"projector_type": "d-abs", "hidden_size": 30}, ["hidden_size=30", "num_attention_heads=8"]),
+        ({"pooled_v_target": "both"}, ["both", "query, tgt, none"]),
+        ({"dropout": 1.0}, ["dropout=1.0"]),
+    ],
+)
+def test_projector_config_names_what_is_wrong(settings, words):
+    with pytest.raises(ValueError) as error:
+        HoneybeeProjectorConfig(**settings)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("projector", "settings", "words"),
+    [
+        ({"projector_type": "linear", "num_query_tokens": 9}, {}, ["num_query_tokens=9", "16 patches"]),
+        ({}, {"vision_feature_layer": -5}, ["vision_feature_layer=-5", "3 blocks", "-4 to 3"]),
+        ({}, {"vision_feature_layer": [1, 2]}, ["[1, 2]", "d-abs"]),
+        ({"projector_type": "d-abs"}, {"vision_feature_layer": [1, 2]}, ["pooled_v_target='query'", "'none'"]),
+        ({}, {"image_token_id": -1}, ["image_token_id=-1"]),
+        ({}, {"vision_feature_select_strategy": "cls"}, ["'cls'", "'default'", "'full'"]),
+    ],
+)
+def test_config_names_what_does_not_fit(projector, settings, words):
+    projector = {"num_query_tokens": 4, **projector}
+    with pytest.raises(ValueError) as error:
+        HoneybeeConfig(clip_config(), llama_config(), projector, **settings)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_unknown_model_type_is_named():
+    with pytest.raises(ValueError, match="no-such-model"):
+        HoneybeeConfig(text_config={"model_type": "no-such-model"})
+
+
+def test_defaults_are_the_papers():
+    config = HoneybeeConfig()
+    assert (config.num_patches, config.num_image_tokens, config.vision_feature_layer) == (256, 144, -2)
+    projector = config.projector_config
+    assert (projector.projector_type, projector.hidden_size, projector.depth, projector.mlp_depth) == ("c-abs", 1024, 3, 2)
+    assert HoneybeeProjectorConfig("linear").depth == 1 and HoneybeeProjectorConfig("mlp").depth == 2
+    assert HoneybeeProjectorConfig("resampler").num_attention_heads == 16
+    assert HoneybeeConfig(projector_config={"projector_type": "linear"}).num_image_tokens == 256
+
+
+@pytest.mark.parametrize("projector_type", PROJECTORS)
+def test_config_survives_the_disk(projector_type, tmp_path):
+    config = tiny_config(projector_type, num_eos_tokens=2)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, HoneybeeConfig)
+    assert loaded.projector_config.to_dict() == config.projector_config.to_dict()
+    assert loaded.num_image_tokens == config.num_image_tokens
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert set(saved["auto_map"]) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForImageTextToText",
+        "AutoModelForVision2Seq",
+        "AutoProcessor",
+    }
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 123456.0}},
+        {"rope_theta": 123456.0},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 123456.0}},
+        {"rope_theta": 123456.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    ],
+)
+def test_rope_settings_of_either_line_are_read(rope):
+    config = HoneybeeConfig(clip_config(), {**llama_config().to_dict(), "rope_theta": 1.0, **rope}, projector_settings("c-abs"))
+    text = config.text_config
+    read = getattr(text, "rope_parameters", None) or {"rope_theta": text.rope_theta, **(text.rope_scaling or {})}
+    assert read["rope_theta"] == 123456.0
+    if "linear" in str(rope):
+        assert (read["rope_type"], read["factor"]) == ("linear", 4.0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weight_tying_is_set_at_both_levels(tied):
+    config = HoneybeeConfig(clip_config(), llama_config(tie_word_embeddings=tied), projector_settings("c-abs"))
+    assert config.tie_word_embeddings is tied and config.text_config.tie_word_embeddings is tied
+    loaded = HoneybeeConfig.from_dict(config.to_dict())
+    assert loaded.tie_word_embeddings is tied and loaded.text_config.tie_word_embeddings is tied
+
+
+def test_logit_scaling_is_refused_not_ignored():
+    gemma = {"model_type": "gemma2", "final_logit_softcapping": 30.0, "hidden_size": 24, "num_hidden_layers": 1}
+    with pytest.raises(ValueError, match="final_logit_softcapping=30.0"):
+        HoneybeeConfig(clip_config(), gemma, projector_settings("c-abs"))

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models, tokenizers and images small enough to be made in every test."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import decoders as token_decoders
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
+from processing import HoneybeeProcessor, prepare_tokenizer
+from processing.prepare_tokenizer import IMAGE_PROCESSOR_CLASS
+
+PROJECTORS = ("linear", "mlp", "resampler", "c-abs", "d-abs")
+IMAGE_SIZE, PATCH_SIZE = 32, 8
+NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
+REPOSITORY = Path(__file__).parent.parent
+
+
+def projector_settings(projector_type: str, **settings) -> dict:
+    tiny = {"hidden_size": 32, "depth": 1, "num_hidden_layers": 2, "num_attention_heads": 4, "num_query_tokens": 4}
+    if projector_type in ("linear", "mlp"):
+        tiny = {}
+    return {"projector_type": projector_type, **tiny, **settings}
+
+
+def clip_config(**settings) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        **{
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": IMAGE_SIZE,
+            "patch_size": PATCH_SIZE,
+            **settings,
+        }
+    )
+
+
+def llama_config(**settings) -> LlamaConfig:
+    # Weights and rope base away from the defaults, so that what is lost on the way shows.
+    config = LlamaConfig(
+        **{
+            "vocab_size": 300,
+            "hidden_size": 24,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "rope_theta": 50000.0,
+            **settings,
+        }
+    )
+    return config
+
+
+def tiny_config(projector_type: str = "c-abs", *, config: dict | None = None, **settings) -> HoneybeeConfig:
+    return HoneybeeConfig(
+        clip_config(),
+        llama_config(),
+        projector_settings(projector_type, **settings),
+        **{"image_token_id": 299, **(config or {})},
+    )
+
+
+def tiny_model(projector_type: str = "c-abs", seed: int = 0, **settings) -> HoneybeeForConditionalGeneration:
+    torch.manual_seed(seed)
+    return HoneybeeForConditionalGeneration(tiny_config(projector_type, **settings)).eval()
+
+
+def tiny_inputs(model, rows=((5, "image", 7, 8),), seed: int = 0) -> dict[str, torch.Tensor]:
+    """Left-padded rows of token ids in which "image" stands for the placeholders of one image."""
+    config = model.config
+    ids = []
+    for row in rows:
+        out = [1]
+        for token in row:
+            out += [config.image_token_id] * config.num_image_tokens if token == "image" else [token]
+        ids.append(out)
+    width = max(map(len, ids))
+    inputs = {
+        "input_ids": torch.tensor([[0] * (width - len(row)) + row for row in ids]),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids]),
+    }
+    images = sum(token == "image" for row in rows for token in row)
+    if images:
+        generator = torch.Generator().manual_seed(seed)
+        inputs["pixel_values"] = torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    return inputs
+
+
+def word_tokenizer(vocab_size: int = 290) -> PreTrainedTokenizerFast:
+    """A sentencepiece-like BPE, the kind that Llama has."""
+    from tokenizers import normalizers
+
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = token_decoders.Sequence(
+        [token_decoders.Replace("▁", " "), token_decoders.Fuse(), token_decoders.Strip(" ", 1, 0)]
+    )
+    alphabet = [chr(code) for code in range(32, 127)] + ["\n", "▁"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    corpus = ["What is in the picture ? a brown dog The following is a conversation between a curious human"] * 4
+    backend.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=512
+    )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE without bos, the kind that Qwen has."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = token_decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["AI: yes AI: no Human: is it red"] * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=512
+    )
+
+
+def image_processor():
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return IMAGE_PROCESSOR_CLASS(size=size, crop_size=size, do_center_crop=False)
+
+
+def tiny_processor(num_image_tokens: int = 4, tokenizer=None) -> HoneybeeProcessor:
+    return HoneybeeProcessor(
+        image_processor(), prepare_tokenizer(tokenizer or word_tokenizer()), num_image_tokens=num_image_tokens
+    )
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (40, 24)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def save_clip(folder) -> str:
+    torch.manual_seed(1)
+    CLIPVisionModel(clip_config()).save_pretrained(folder)
+    image_processor().save_pretrained(folder)
+    return str(folder)
+
+
+def save_siglip(folder) -> str:
+    torch.manual_seed(1)
+    config = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+    )
+    SiglipVisionModel(config).save_pretrained(folder)
+    image_processor().save_pretrained(folder)
+    return str(folder)
+
+
+def save_llama(folder) -> str:
+    torch.manual_seed(2)
+    tokenizer = word_tokenizer()
+    LlamaForCausalLM(llama_config(vocab_size=len(tokenizer))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def save_qwen2(folder) -> str:
+    """Tied embeddings, and more rows in the embedding than tokens in the tokenizer."""
+    torch.manual_seed(2)
+    tokenizer = byte_tokenizer()
+    config = Qwen2Config(
+        vocab_size=len(tokenizer) + 10,
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        rope_theta=1000000.0,
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def run_script(*arguments, python: str = sys.executable, cwd=None, check: bool = True, env=None):
+    """Runs a Python file or module as a user would; its output is in `.stdout`."""
+    result = subprocess.run(
+        [python, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert not check or result.returncode == 0, result.stdout[-4000:]
+    return result

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+
+from tests.tiny import byte_tokenizer, picture, tiny_processor, word_tokenizer
+from training.collator import HoneybeeDataCollator
+
+QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+
+
+def says(words):
+    return {"role": "assistant", "content": [{"type": "text", "text": words}]}
+
+
+def example(*answers, images=1):
+    messages = []
+    for turn, answer in enumerate(answers):
+        messages += [QUESTION if turn == 0 and images else {"role": "user", "content": "And?"}, says(answer)]
+    return {"messages": messages, "images": [picture(seed) for seed in range(images)]}
+
+
+@pytest.mark.parametrize("tokenizer", [word_tokenizer, byte_tokenizer])
+def test_only_the_assistants_words_are_supervised(tokenizer):
+    processor = tiny_processor(tokenizer=tokenizer())
+    batch = HoneybeeDataCollator(processor)([example("a brown dog", " yes"), example("no", images=0)])
+    eos = processor.tokenizer.eos_token
+    for row, expected in enumerate([f"a brown dog{eos} yes{eos}", f"no{eos}"]):
+        labels = batch["labels"][row]
+        learned = processor.tokenizer.decode(labels[labels != -100])
+        # sentencepiece shows the blank that starts each piece
+        assert learned.replace(" ", "") == expected.replace(" ", "")
+        supervised = labels != -100
+        assert torch.equal(labels[supervised], batch["input_ids"][row][supervised])
+    assert batch["pixel_values"].shape == (1, 3, 32, 32)
+    assert (batch["attention_mask"][1].diff() <= 0).all(), "padding stands on the right"
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    assert (batch["labels"][batch["input_ids"] == processor.image_token_id] == -100).all()
+
+
+@pytest.mark.parametrize("tokenizer", [word_tokenizer, byte_tokenizer])
+def test_ids_are_those_of_the_processor(tokenizer):
+    processor = tiny_processor(tokenizer=tokenizer())
+    sample = example("a brown dog", "\nyes <image>")
+    batch = HoneybeeDataCollator(processor)([sample])
+    rendered = processor.apply_chat_template(sample["messages"])
+    whole = processor(images=sample["images"], text=rendered, add_special_tokens=False, return_tensors="pt")
+    assert torch.equal(batch["input_ids"], whole["input_ids"])
+    assert torch.equal(batch["pixel_values"], whole["pixel_values"])
+
+
+def test_caption_sample():
+    processor = tiny_processor()
+    messages = [{"role": "user", "content": [{"type": "image"}]}, says("a dog")]
+    batch = HoneybeeDataCollator(processor)(
+        [{"messages": messages, "images": [picture()], "chat_template": "caption"}]
+    )
+    ids = batch["input_ids"][0].tolist()
+    assert ids[:5] == [1] + [processor.image_token_id] * 4
+    assert batch["labels"][0].tolist() == [-100] * 5 + ids[5:]
+
+
+def test_text_only_batch_has_no_pixels():
+    assert "pixel_values" not in HoneybeeDataCollator(tiny_processor())([example("yes", images=0)])
+
+
+def test_images_without_item_go_to_the_first_question():
+    processor = tiny_processor()
+    sample = {"messages": [{"role": "user", "content": "What?"}, says("a dog")], "images": [picture()]}
+    explicit = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+                             says("a dog")], "images": [picture()]}  # fmt: skip
+    collator = HoneybeeDataCollator(processor)
+    assert torch.equal(collator([sample])["input_ids"], collator([explicit])["input_ids"])
+
+
+def test_order_of_images_in_a_batch():
+    processor = tiny_processor()
+    samples = [example("a", images=0), example("b"), {**example("c"), "images": [picture(7)]}]
+    batch = HoneybeeDataCollator(processor)(samples)
+    for index, image in enumerate([picture(0), picture(7)]):
+        assert torch.equal(batch["pixel_values"][index], processor(images=image, return_tensors="pt")["pixel_values"][0])
+
+
+def test_images_by_path_and_bytes(tmp_path):
+    picture().save(tmp_path / "dog.png")
+    processor = tiny_processor()
+    collator = HoneybeeDataCollator(processor, image_root=str(tmp_path))
+    expected = collator([example("a")])["pixel_values"]
+    data = (tmp_path / "dog.png").read_bytes()
+    for image in ("dog.png", str(tmp_path / "dog.png"), {"path": None, "bytes": data}):
+        assert torch.equal(collator([{**example("a"), "images": [image]}])["pixel_values"], expected)
+
+
+def test_long_rows_are_cut_but_never_through_an_image():
+    processor = tiny_processor()
+    full = HoneybeeDataCollator(processor)([example("a brown dog " * 20)])
+    cut = HoneybeeDataCollator(processor, max_length=90)([example("a brown dog " * 20)])
+    assert cut["input_ids"].shape == (1, 90)
+    for name in ("input_ids", "labels", "attention_mask"):
+        assert torch.equal(cut[name], full[name][:, :90])
+    with pytest.raises(ValueError, match="max_length=20 would cut an image; raise max_length to"):
+        HoneybeeDataCollator(processor, max_length=20)([example("a")])
+
+
+@pytest.mark.parametrize(
+    ("sample", "words"),
+    [
+        ({"messages": []}, "conversation is empty"),
+        ({"messages": [QUESTION], "images": [picture()]}, "ends with the user"),
+        ({"messages": [QUESTION, says("")], "images": [picture()]}, "message 1 is an empty answer"),
+        ({"messages": [QUESTION, says("a")], "images": []}, "1 image placeholders.*0 images"),
+        ({"messages": [QUESTION, says("a")], "images": [picture()] * 2}, "1 image placeholders.*2 images"),
+        ({"messages": [QUESTION, says("a")], "images": ["no_such.png"]}, "'no_such.png' does not exist"),
+        ({"messages": [QUESTION, says("a")], "images": [picture()], "chat_template": "poem"}, "'poem'.*default, caption"),
+    ],
+)
+def test_bad_samples_are_named(sample, words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        HoneybeeDataCollator(tiny_processor())([sample])

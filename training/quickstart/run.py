@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quickstart from stand-ins to a table of accuracies. Everything that is trained here goes through `training/sft.py`."""
+
+import os
+import shutil
+from collections import defaultdict
+
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+from tqdm.auto import tqdm
+from transformers import set_seed
+from trl import ModelConfig, SFTConfig
+
+from modeling_honeybee import HoneybeeForConditionalGeneration
+from processing import HoneybeeProcessor
+
+from .digit_scenes import QUESTION_WEIGHTS, SceneMaker
+from .stand_ins import make_stand_ins
+
+PROJECTOR = {"projector_type": "c-abs", "num_query_tokens": 16, "hidden_size": 64, "depth": 2}
+BATCH_SIZE = 32
+ALIGN_STEPS, INSTRUCT_STEPS = 250, 350
+CAPTION_SHARE = 0.3  # of the instruction data
+TEST_QUESTIONS = 800
+
+FEATURES = Features(
+    {
+        "messages": List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}),
+        "images": List(Image()),
+        "chat_template": Value("string"),
+    }
+)
+
+
+def make_dataset(folder: str, stage: str, seed: int, blind: bool) -> None:
+    """Writes the samples of a stage; `blind` replaces every image by a black one."""
+    maker = SceneMaker("train", seed)
+    steps, caption_share = (ALIGN_STEPS, 1.0) if stage == "align" else (INSTRUCT_STEPS, CAPTION_SHARE)
+
+    def samples():
+        for _ in range(steps * BATCH_SIZE):
+            scene = maker.scene()
+            messages, chat_template = maker.conversation(scene.contents, caption_share)
+            image = PILImage.new("RGB", scene.image.size) if blind else scene.image
+            yield {"messages": messages, "images": [image], "chat_template": chat_template}
+
+    Dataset.from_list(list(samples()), features=FEATURES).save_to_disk(folder)
+
+
+def train_stage(folder: str, stage: str, dataset: str, seed: int, **model) -> str:
+    """Trains a stage into `folder` unless it is finished there; returns `folder`."""
+    from training.sft import HoneybeeArguments, prepare, run  # sft.py imports this module when it is run as a script
+
+    if os.path.isfile(os.path.join(folder, "model.safetensors")):
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    model_name_or_path = model.pop("model_name_or_path", None)
+    trainer, checkpoint = prepare(
+        HoneybeeArguments(stage=stage, dataset=dataset, **model),
+        SFTConfig(
+            output_dir=folder,
+            per_device_train_batch_size=BATCH_SIZE,
+            num_train_epochs=1,
+            learning_rate=3e-3,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr": 1e-4},
+            warmup_steps=20,
+            weight_decay=0.01,
+            max_length=None,
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_steps=50,
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+        ),
+        ModelConfig(model_name_or_path=model_name_or_path, dtype="float32"),
+    )
+    run(trainer, checkpoint)
+    return folder
+
+
+class Questions:
+    """The held-out scenes with their questions, the same for every model that is compared."""
+
+    def __init__(self, split: str, seed: int, number: int):
+        maker = SceneMaker(split, seed)
+        self.scenes = [maker.scene() for _ in range(number)]
+        asked = [maker.question(scene.contents) for scene in self.scenes]
+        self.kinds, self.questions, self.answers = (list(column) for column in zip(*asked))
+
+    @torch.inference_mode()
+    def ask(self, folder: str, blind: bool = False, batch_size: int = 80) -> list[str]:
+        """The model's answers, generated greedily."""
+        model = HoneybeeForConditionalGeneration.from_pretrained(folder).eval()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model.to(device)
+        processor = HoneybeeProcessor.from_pretrained(folder)
+        given = []
+        for start in tqdm(range(0, len(self.scenes), batch_size), desc=f"Answering ({os.path.basename(folder)})"):
+            rows = slice(start, start + batch_size)
+            texts = [
+                processor.apply_chat_template(
+                    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+                    add_generation_prompt=True,
+                )
+                for question in self.questions[rows]
+            ]
+            images = [PILImage.new("RGB", s.image.size) if blind else s.image for s in self.scenes[rows]]
+            inputs = processor(
+                images=images, text=texts, add_special_tokens=False, padding=True, return_tensors="pt"
+            ).to(device)
+            output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+            given += processor.tokenizer.batch_decode(
+                output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+        return [answer.strip() for answer in given]
+
+    def accuracy(self, given: list[str]) -> dict[str, float]:
+        """Share of exact answers, overall and by kind."""
+        right = defaultdict(list)
+        for kind, answer, truth in zip(self.kinds, given, self.answers):
+            right[kind].append(answer == truth)
+            right["overall"].append(answer == truth)
+        return {kind: sum(right[kind]) / len(right[kind]) for kind in ("overall", *QUESTION_WEIGHTS) if right[kind]}
+
+    def draw_sheet(self, given: list[str], path: str, number: int = 12) -> None:
+        """A picture of some scenes with question, answer and truth."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(3, number // 3, figsize=(3 * number // 3, 10))
+        for index, axis in enumerate(axes.flat):
+            axis.imshow(self.scenes[index].image)
+            axis.set_xticks([8, 24, 40, 56], "abcd")
+            axis.set_yticks([8, 24, 40, 56], "1234")
+            right = given[index] == self.answers[index]
+            title = self.questions[index].replace(" ,", ",\n").replace(" ?", "?")
+            axis.set_title(f"{title}\n{given[index]}  (truth: {self.answers[index]})", color="black" if right else "red")
+        figure.tight_layout()
+        figure.savefig(path, dpi=70)
+        pyplot.close(figure)
+
+
+def run_quickstart(output_dir: str = os.path.join("outputs", "quickstart"), seed: int = 0) -> dict[str, dict]:
+    """Makes stand-ins, trains both stages and a blind control, evaluates by generation on held-out scenes, and prints
+    the result. What an earlier run finished in `output_dir` is kept. Returns accuracies by model and kind of question.
+    """
+    set_seed(seed)
+    vision, text = make_stand_ins(os.path.join(output_dir, "stand_ins"), seed)
+
+    def build(name: str, blind: bool) -> tuple[str, str]:
+        folders = {}
+        for stage in ("align", "instruct"):
+            data = os.path.join(output_dir, "data", f"{name}_{stage}")
+            if not os.path.isdir(data):
+                make_dataset(data, stage, seed + (stage == "instruct"), blind)
+            parts = (
+                {"vision_model": vision, "text_model": text, "projector": PROJECTOR}
+                if stage == "align"
+                else {"model_name_or_path": folders["align"]}
+            )
+            target = name if stage == "instruct" else f"{name}_{stage}"
+            folders[stage] = train_stage(os.path.join(output_dir, target), stage, data, seed, **parts)
+        return folders["align"], folders["instruct"]
+
+    aligned, model = build("model", blind=False)
+    _, blind = build("blind", blind=True)
+
+    questions = Questions("test", seed, TEST_QUESTIONS)
+    given = questions.ask(model)
+    table = {
+        "model": questions.accuracy(given),
+        "after alignment only": questions.accuracy(questions.ask(aligned)),
+        "blind control": questions.accuracy(questions.ask(blind, blind=True)),
+    }
+    sheet, scene = os.path.join(output_dir, "samples.png"), os.path.join(output_dir, "scene.png")
+    questions.draw_sheet(given, sheet)
+    shown = questions.kinds.index("what")
+    questions.scenes[shown].image.save(scene)
+
+    kinds = list(table["model"])
+    print(f"\nAccuracy on {TEST_QUESTIONS} questions about held-out scenes\n")
+    print(f"{'':22}" + "".join(f"{kind:>9}" for kind in kinds))
+    for name, row in table.items():
+        print(f"{name:22}" + "".join(f"{row[kind]:9.2f}" for kind in kinds))
+    print(f"\nModel: {model}\nScenes, questions, answers: {sheet}\n\nAsk it about {scene}:\n")
+    print("from transformers import pipeline")
+    print(f'ask = pipeline("image-text-to-text", model="{model}", trust_remote_code=True)')
+    print(
+        f'print(ask(text=[{{"role": "user", "content": [{{"type": "image", "path": "{scene}"}}, '
+        f'{{"type": "text", "text": "{questions.questions[shown]}"}}]}}], return_full_text=False))'
+    )
+    return table

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a Honeybee with TRL's SFTTrainer.
+
+    python training/sft.py                                            # the quickstart: both stages on handwritten digits
+
+    python training/sft.py --config training/configs/align.yaml \
+        --vision_model openai/clip-vit-large-patch14 --text_model lmsys/vicuna-7b-v1.5 \
+        --dataset captions.jsonl --output_dir outputs/align           # stage 1: a new projector
+
+    python training/sft.py --config training/configs/instruct.yaml \
+        --model_name_or_path outputs/align --dataset data.jsonl --output_dir outputs/instruct    # stage 2
+
+Every field of `SFTConfig` is a flag and a YAML key; so are TRL's model and LoRA settings (`--use_peft`).
+"""
+
+import inspect
+import json
+import logging
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+
+from modeling_honeybee import HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
+from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
+from training.collator import HoneybeeDataCollator
+from training.conversations import check_dataset, load_conversations
+from training.stages import TRAINED, freeze_for_stage, lora_modules
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "honeybee_run.json"
+
+
+@dataclass
+class HoneybeeArguments:
+    """What is trained on what; the rest is `SFTConfig` and TRL's `ModelConfig`."""
+
+    stage: str = field(
+        default="instruct",
+        metadata={"help": "`align` trains the projector, `instruct` the projector and the LLM; the tower never.",
+                  "choices": list(TRAINED)},
+    )  # fmt: skip
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Hub name or local path of a dataset with `messages` and `images`."},
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    vision_model: str | None = field(
+        default=None, metadata={"help": "Vision tower of a new model, instead of --model_name_or_path."}
+    )
+    text_model: str | None = field(default=None, metadata={"help": "Language model of a new model."})
+    vision_feature_layer: int = field(default=-2, metadata={"help": "Layer of the tower that the projector reads."})
+    projector: dict | str | None = field(
+        default=None,
+        metadata={"help": "Settings of a new projector, as JSON or a YAML mapping: fields of HoneybeeProjectorConfig."},
+    )
+
+    def __post_init__(self):
+        if isinstance(self.projector, str):
+            self.projector = json.loads(self.projector)
+
+
+def check_arguments(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+    """Everything that can be wrong before a file is read.
+
+    Raises:
+        ValueError, FileNotFoundError: with the value and the remedy.
+    """
+    if args.stage not in TRAINED:
+        raise ValueError(f"stage={args.stage!r} is unknown; use one of {', '.join(TRAINED)}")
+    if args.dataset is None:
+        raise ValueError("no dataset: give --dataset a Hub name or a path (or no arguments at all for the quickstart)")
+    parts = (args.vision_model, args.text_model)
+    if model_args.model_name_or_path:
+        if any(parts) or args.projector:
+            raise ValueError(
+                f"--model_name_or_path {model_args.model_name_or_path} already has a tower, an LLM and a projector; "
+                "leave out --vision_model, --text_model and --projector, or leave it out to start a new model"
+            )
+        path = model_args.model_name_or_path
+        if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+            raise ValueError(
+                f"{path!r} is not a model: it has no config.json; give the output folder of a finished stage"
+            )
+    elif not all(parts):
+        raise ValueError(
+            "no model: give --model_name_or_path a Honeybee checkpoint, or both --vision_model and --text_model "
+            "to join them with a new projector"
+        )
+    if model_args.use_peft:
+        lora_modules(args.stage)
+    if training_args.packing or training_args.padding_free:
+        raise ValueError("packing and padding_free are not available for samples with images; leave them out")
+    if args.projector is not None:
+        known = set(inspect.signature(HoneybeeProjectorConfig.__init__).parameters) - {"self", "kwargs"}
+        unknown = sorted(set(args.projector) - known)
+        if unknown:
+            raise ValueError(f"unknown projector settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        HoneybeeProjectorConfig(**args.projector)
+
+
+def open_output(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> str | None:
+    """The checkpoint to resume from, or None for a new run, whose folder is marked as such.
+
+    Raises:
+        ValueError: the folder holds another run, or nothing to resume.
+    """
+    run = {**asdict(args), "model_name_or_path": model_args.model_name_or_path, "use_peft": model_args.use_peft}
+    folder, resume = training_args.output_dir, training_args.resume_from_checkpoint
+    mark = os.path.join(folder, RUN_FILE)
+    if resume:
+        if str(resume).lower() in ("true", "last"):
+            checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        else:
+            checkpoint = resume if os.path.isdir(resume) else None
+        if checkpoint is None:
+            raise ValueError(
+                f"--resume_from_checkpoint {resume}: no checkpoint found (output_dir {folder!r}); "
+                "leave it out to start, and set --save_strategy steps --save_steps N to have some"
+            )
+        if os.path.isfile(mark):
+            with open(mark, encoding="utf-8") as file:
+                before = json.load(file)
+            changed = sorted(key for key in run if before.get(key) != run[key])
+            if changed:
+                raise ValueError(
+                    f"output_dir {folder!r} holds another run: "
+                    + ", ".join(f"{key} was {before.get(key)!r} and is {run[key]!r}" for key in changed)
+                    + "; resume with the same settings or use another folder"
+                )
+        return checkpoint
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise ValueError(
+            f"output_dir {folder!r} already holds another run or other files; continue it with "
+            "--resume_from_checkpoint true, or give another folder"
+        )
+    if training_args.process_index == 0:
+        os.makedirs(folder, exist_ok=True)
+        with open(mark, "w", encoding="utf-8") as file:
+            json.dump(run, file, indent=2)
+    return None
+
+
+def load_model_and_processor(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig):
+    """The model that the arguments name, new or trained, and the processor that goes with it."""
+    dtype = {None: None, "auto": "auto"}.get(model_args.dtype, getattr(torch, model_args.dtype or "", None))
+    if model_args.model_name_or_path is None:
+        model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(
+            args.vision_model,
+            args.text_model,
+            vision_feature_layer=args.vision_feature_layer,
+            dtype=dtype if isinstance(dtype, torch.dtype) else None,
+            attn_implementation=model_args.attn_implementation,
+            trust_remote_code=training_args.trust_remote_code,
+            **(args.projector or {}),
+        )
+        processor = processor_from_vision_text_pretrained(
+            args.vision_model, args.text_model, model.config.num_image_tokens
+        )
+        return model, processor
+    loading = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
+    if quantization := get_quantization_config(model_args):
+        loading["quantization_config"] = quantization
+    path = model_args.model_name_or_path
+    model = HoneybeeForConditionalGeneration.from_pretrained(
+        path, revision=model_args.model_revision, dtype=dtype or "auto", **loading
+    )
+    processor = HoneybeeProcessor.from_pretrained(path, revision=model_args.model_revision)
+    return model, processor
+
+
+def check_processor(model: HoneybeeForConditionalGeneration, processor: HoneybeeProcessor) -> None:
+    """Raises a ValueError with both numbers where the processor prepares something else than the model takes."""
+    config = model.config
+    size = config.vision_config.image_size
+    pairs = {
+        "visual tokens an image": (processor.num_image_tokens, config.num_image_tokens),
+        "the id of <image>": (processor.image_token_id, config.image_token_id),
+        "the image height": (processor.image_processor.size["height"], size if isinstance(size, int) else size[0]),
+    }
+    for what, (of_processor, of_model) in pairs.items():
+        if of_processor != of_model:
+            raise ValueError(
+                f"processor and model disagree on {what}: {of_processor} and {of_model}; use the processor that was "
+                "saved with the model, or build it anew with processor_from_vision_text_pretrained"
+            )
+
+
+def prepare(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> tuple[SFTTrainer, str | None]:
+    """A trainer that is ready to run, and the checkpoint to resume from. What is wrong with the input is said here.
+
+    Raises:
+        ValueError, FileNotFoundError: with the value, the limit and the remedy.
+    """
+    check_arguments(args, training_args, model_args)
+    dataset = load_conversations(args.dataset, args.dataset_split)
+    image_root = os.path.dirname(os.path.abspath(args.dataset)) if os.path.isfile(args.dataset) else ""
+    check_dataset(dataset, image_root, needs_images=args.stage == "align")
+    checkpoint = open_output(args, training_args, model_args)
+
+    model, processor = load_model_and_processor(args, training_args, model_args)
+    check_processor(model, processor)
+    freeze_for_stage(model, args.stage)
+    if model_args.use_peft and model_args.lora_target_modules is None:
+        modules = lora_modules(args.stage)
+        model_args.lora_target_modules = modules["target_modules"]
+        model_args.lora_modules_to_save = model_args.lora_modules_to_save or modules["modules_to_save"]
+
+    # The collator prepares samples on the fly and needs their columns as they are.
+    training_args.remove_unused_columns = False
+    training_args.dataset_kwargs = {**(training_args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        data_collator=HoneybeeDataCollator(processor, max_length=training_args.max_length, image_root=image_root),
+        train_dataset=dataset,
+        processing_class=processor,
+        peft_config=get_peft_config(model_args),
+    )
+    return trainer, checkpoint
+
+
+def run(trainer: SFTTrainer, checkpoint: str | None) -> None:
+    """Trains and saves model, processor and trainer state in the output folder."""
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(trainer.args.output_dir)
+    trainer.save_state()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def main():
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if len(sys.argv) == 1:
+        from training.quickstart import run_quickstart
+
+        run_quickstart()
+        return
+    parser = TrlParser((HoneybeeArguments, SFTConfig, ModelConfig))
+    args, training_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
+    try:
+        trainer, checkpoint = prepare(args, training_args, model_args)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    run(trainer, checkpoint)
+
+
+if __name__ == "__main__":
+    main()
