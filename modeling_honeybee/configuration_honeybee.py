@@ -305,10 +305,15 @@ class HoneybeeConfig(PretrainedConfig):
         return list(layers) if isinstance(layers, (list, tuple)) else [layers]
 
     @property
-    def num_vision_blocks(self) -> int:
-        """Blocks of the vision tower that the chosen feature layer needs."""
+    def vision_hidden_states(self) -> list[int]:
+        """The feature layers counted from 0, the embedding output."""
         depth = self.vision_config.num_hidden_layers
-        return max(layer if layer >= 0 else depth + 1 + layer for layer in self.vision_feature_layers)
+        return [layer if layer >= 0 else depth + 1 + layer for layer in self.vision_feature_layers]
+
+    @property
+    def num_vision_blocks(self) -> int:
+        """Blocks of the vision tower that the chosen feature layer needs (one for the embedding output, its input)."""
+        return max(1, *self.vision_hidden_states)
 
     @property
     def num_patches(self) -> int:

@@ -10,6 +10,8 @@ M visual tokens an image (extra tokens included), D_v width of the tower, D_lm w
 
 import copy
 import inspect
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +42,45 @@ class HoneybeeCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.FloatTensor] | None = None
     attentions: tuple[torch.FloatTensor] | None = None
     image_hidden_states: torch.FloatTensor | None = None
+
+
+_hidden_states: ContextVar[dict[int, torch.Tensor] | None] = ContextVar("hidden_states", default=None)
+
+
+@contextmanager
+def _capture_hidden_states(vision_tower: nn.Module, config: HoneybeeConfig):
+    """Collects the hidden states that `config` reads, by number, while the tower runs.
+
+    `output_hidden_states` would keep all of them, and the inner tower that transformers 4 needs us to hold does not
+    know it for every kind of tower. What is collected belongs to the running thread, whichever thread hung the hook.
+    """
+    blocks = next(
+        (m for m in vision_tower.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_vision_blocks), None
+    )
+    if blocks is None:
+        raise ValueError(
+            f"{type(vision_tower).__name__} has no list of {config.num_vision_blocks} blocks to take features from; "
+            "use a plain vision transformer"
+        )
+
+    def keep(layer, output):
+        if (collected := _hidden_states.get()) is not None:
+            collected[layer] = output[0] if isinstance(output, tuple) else output
+
+    handles = [
+        blocks[layer - 1].register_forward_hook(lambda module, args, output, layer=layer: keep(layer, output))
+        if layer
+        else blocks[0].register_forward_pre_hook(lambda module, args: keep(0, args))
+        for layer in config.vision_hidden_states
+    ]
+    collected = {}
+    token = _hidden_states.set(collected)
+    try:
+        yield collected
+    finally:
+        _hidden_states.reset(token)
+        for handle in handles:
+            handle.remove()
 
 
 class HoneybeePreTrainedModel(PreTrainedModel):
@@ -153,13 +194,10 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         # A frozen tower records nothing, even where a hook makes its embeddings require a gradient (peft with
         # gradient checkpointing).
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        with torch.set_grad_enabled(trained):
-            outputs = self.vision_tower(pixel_values.to(parameters[0].dtype), output_hidden_states=True)
-        depth = self.config.vision_config.num_hidden_layers
-        features = [
-            outputs.hidden_states[layer if layer >= 0 else depth + 1 + layer]
-            for layer in self.config.vision_feature_layers
-        ]
+        layers = self.config.vision_hidden_states
+        with torch.set_grad_enabled(trained), _capture_hidden_states(self.vision_tower, self.config) as hidden_states:
+            self.vision_tower(pixel_values.to(parameters[0].dtype))
+        features = [hidden_states[layer] for layer in layers]
         if self.config.vision_feature_select_strategy == "default":
             features = [feature[:, 1:] for feature in features]
         if features[0].shape[1] != self.config.num_patches:

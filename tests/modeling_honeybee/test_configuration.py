@@ -90,7 +90,8 @@ def test_config_survives_the_disk(projector_type, tmp_path):
     ],
 )
 def test_rope_settings_of_either_line_are_read(rope):
-    config = HoneybeeConfig(clip_config(), {**llama_config().to_dict(), "rope_theta": 1.0, **rope}, projector_settings("c-abs"))
+    base = {k: v for k, v in llama_config().to_dict().items() if not k.startswith("rope_")}
+    config = HoneybeeConfig(clip_config(), {**base, **rope}, projector_settings("c-abs"))
     text = config.text_config
     read = getattr(text, "rope_parameters", None) or {"rope_theta": text.rope_theta, **(text.rope_scaling or {})}
     assert read["rope_theta"] == 123456.0

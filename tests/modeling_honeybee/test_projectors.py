@@ -10,7 +10,7 @@ from modeling_honeybee.projectors_honeybee import CAbstractorBlock, build_projec
 from tests.tiny import PROJECTORS, projector_settings, tiny_model
 
 
-def config(num_patches=16, vision_width=12, text_width=20, **projector):
+def config(num_patches=16, vision_width=12, text_width=24, **projector):
     side = math.isqrt(num_patches)
     vision = {
         "model_type": "clip_vision_model",
@@ -46,7 +46,7 @@ def test_shapes(projector_type, num_patches):
             before = features.clone()
             with torch.no_grad():
                 tokens = projector(features)
-            assert tokens.shape == (2, (size or num_patches) + num_eos_tokens, 20)
+            assert tokens.shape == (2, (size or num_patches) + num_eos_tokens, 24)
             assert torch.equal(features, before), "the caller's features were changed"
 
 
