@@ -87,7 +87,9 @@ class HoneybeeProjectorConfig(PretrainedConfig):
         **kwargs,
     ):
         if projector_type not in PROJECTOR_DEFAULTS:
-            raise ValueError(f"projector_type={projector_type!r} is unknown; use one of {', '.join(PROJECTOR_DEFAULTS)}")
+            raise ValueError(
+                f"projector_type={projector_type!r} is unknown; use one of {', '.join(PROJECTOR_DEFAULTS)}"
+            )
         defaults = PROJECTOR_DEFAULTS[projector_type]
 
         def choose(value, name, otherwise):

@@ -22,6 +22,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 
 from .configuration_honeybee import HoneybeeConfig, HoneybeeProjectorConfig
+from .deformable_attention_honeybee import HoneybeeDeformableAttention  # noqa: F401  transformers 4 copies code from a local folder only where this file itself imports it
 from .projectors_honeybee import PROJECTORS, HoneybeeProjector, build_projector
 
 
@@ -152,7 +153,11 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         language_model = AutoModel.from_config(config.text_config)
         # `device_map="auto"` keeps the blocks of both parts whole.
         self._no_split_modules = sorted(
-            {*self._no_split_modules, *(vision_tower._no_split_modules or ()), *(language_model._no_split_modules or ())}
+            {
+                *self._no_split_modules,
+                *(vision_tower._no_split_modules or ()),
+                *(language_model._no_split_modules or ()),
+            }
         )
         # transformers 4 wraps the CLIP tower in a module that 5 has dropped; holding the inner one gives the weights
         # the same names on both.

@@ -79,21 +79,23 @@ def _flatten(images) -> list:
 
 
 def _decode(image):
-    """Reads a path, URL or lazily opened image now, so that what is wrong with it is said here."""
+    """Reads a path, URL, base64 string or lazily opened image now, so that what is wrong with it is said here."""
     source = image if isinstance(image, str) else getattr(image, "filename", "") or type(image).__name__
-    if len(source) > 200:
-        source = source[:200] + "..."
-    if isinstance(image, str) and not image.startswith(("http://", "https://", "data:")) and not os.path.isfile(image):
-        if "/" in image or "." in image[-6:]:
-            raise FileNotFoundError(f"image file {source!r} does not exist; give the path of an existing file")
+    source = source if len(source) <= 200 else source[:200] + "..."
     try:
         if isinstance(image, str):
             return load_image(image)
         if hasattr(image, "load"):  # PIL opens a file without decoding it
             image.load()
+        return image
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"image {source!r} cannot be read ({error}); replace the file or leave the sample out") from error
-    return image
+        if isinstance(image, str) and not os.path.isfile(image) and not image.startswith(("http://", "https://")):
+            raise FileNotFoundError(
+                f"image {source!r} does not exist: it is no file, URL or base64 data; give an existing file"
+            ) from error
+        raise ValueError(
+            f"image {source!r} cannot be read ({error}); replace the file or leave the sample out"
+        ) from error
 
 
 class HoneybeeProcessor(ProcessorMixin):
@@ -161,7 +163,11 @@ class HoneybeeProcessor(ProcessorMixin):
             raise ValueError("`text` must be a string or a list of strings")
         rows = None
         if images is not None:
-            if text is not None and isinstance(images, (list, tuple)) and any(isinstance(i, (list, tuple)) for i in images):
+            if (
+                text is not None
+                and isinstance(images, (list, tuple))
+                and any(isinstance(i, (list, tuple)) for i in images)
+            ):
                 rows = list(images)
             images = [image for image in _flatten(images) if image is not None]
         if text is not None:
@@ -181,9 +187,7 @@ class HoneybeeProcessor(ProcessorMixin):
                 `input_ids` and `attention_mask` (rows, tokens), `pixel_values` (images, 3, S, S).
             """
             images, text = self._prepare(images, text)
-            merged = self._merge_kwargs(
-                ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-            )
+            merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
             return_tensors = merged["text_kwargs"].pop("return_tensors", None)
             data = {}
             if text is not None:

@@ -46,7 +46,11 @@ def normalize_conversation(example: dict) -> tuple[list[dict], list]:
         )
     is_caption = example.get("chat_template") == "caption"  # an empty one still teaches to end
     for turn, message in enumerate(normalized):
-        if message["role"] == "assistant" and not is_caption and not "".join(item.get("text", "") for item in message["content"]):
+        if (
+            message["role"] == "assistant"
+            and not is_caption
+            and not "".join(item.get("text", "") for item in message["content"])
+        ):
             raise ValueError(f"message {turn} is an empty answer; give it text or leave the turn out")
 
     placeholders = sum(item["type"] == "image" for message in normalized for item in message["content"])
@@ -79,13 +83,25 @@ def open_image(image, root: str = ""):
         try:
             image = Image().decode_example(image)
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"image {path!r} cannot be read ({error}); replace the file or leave the sample out") from error
+            raise ValueError(
+                f"image {path!r} cannot be read ({error}); replace the file or leave the sample out"
+            ) from error
     try:
         image.load()
     except (OSError, SyntaxError, ValueError) as error:
         path = getattr(image, "filename", "") or "in memory"
-        raise ValueError(f"image {path!r} cannot be read ({error}); replace the file or leave the sample out") from error
+        raise ValueError(
+            f"image {path!r} cannot be read ({error}); replace the file or leave the sample out"
+        ) from error
     return image
+
+
+def _exists(image, root: str) -> bool:
+    if isinstance(image, dict):
+        if image.get("bytes") is not None:
+            return True
+        image = image.get("path") or ""
+    return not isinstance(image, str) or os.path.isfile(os.path.join(root, image))
 
 
 def load_conversations(name: str, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
@@ -141,12 +157,8 @@ def check_dataset(dataset: Dataset, image_root: str = "", needs_images: bool = F
             _, images = normalize_conversation(example)
             for image in images:
                 num_images += 1
-                path = image if isinstance(image, str) else image.get("path") if isinstance(image, dict) else None
-                if num_images <= MAX_DECODED_CHECKS:
-                    open_image(image, image_root)
-                elif path and not (isinstance(image, dict) and image.get("bytes")):
-                    if not os.path.isfile(os.path.join(image_root, path)):
-                        open_image(image, image_root)  # says what is wrong
+                if num_images <= MAX_DECODED_CHECKS or not _exists(image, image_root):
+                    open_image(image, image_root)  # says what is wrong
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"sample {index}: {error}") from error
     if needs_images and num_images == 0:

@@ -190,7 +190,9 @@ def check_processor(model: HoneybeeForConditionalGeneration, processor: Honeybee
             )
 
 
-def prepare(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> tuple[SFTTrainer, str | None]:
+def prepare(
+    args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig
+) -> tuple[SFTTrainer, str | None]:
     """A trainer that is ready to run, and the checkpoint to resume from. What is wrong with the input is said here.
 
     Raises:

@@ -56,7 +56,12 @@ def test_defaults_are_the_papers():
     config = HoneybeeConfig()
     assert (config.num_patches, config.num_image_tokens, config.vision_feature_layer) == (256, 144, -2)
     projector = config.projector_config
-    assert (projector.projector_type, projector.hidden_size, projector.depth, projector.mlp_depth) == ("c-abs", 1024, 3, 2)
+    assert (projector.projector_type, projector.hidden_size, projector.depth, projector.mlp_depth) == (
+        "c-abs",
+        1024,
+        3,
+        2,
+    )
     assert HoneybeeProjectorConfig("linear").depth == 1 and HoneybeeProjectorConfig("mlp").depth == 2
     assert HoneybeeProjectorConfig("resampler").num_attention_heads == 16
     assert HoneybeeConfig(projector_config={"projector_type": "linear"}).num_image_tokens == 256

@@ -74,9 +74,7 @@ def test_attention_implementations_agree(implementation, tmp_path):
     assert other.config.text_config._attn_implementation == implementation
     inputs = tiny_inputs(model, MIXED)
     attended = inputs["attention_mask"].bool()  # what a padding position computes is nobody's business
-    torch.testing.assert_close(
-        other(**inputs).logits[attended], model(**inputs).logits[attended], atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(other(**inputs).logits[attended], model(**inputs).logits[attended], atol=1e-5, rtol=1e-4)
     assert generate(other, inputs) == generate(model, inputs)
 
 

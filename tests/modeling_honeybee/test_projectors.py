@@ -181,7 +181,9 @@ def test_gradient_checkpointing_changes_no_gradient(projector_type, pos_emb):
         if checkpointing:
             model.gradient_checkpointing_enable()
         model.train()
-        model.get_image_features(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))).pow(2).sum().backward()
+        model.get_image_features(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))).pow(
+            2
+        ).sum().backward()
         gradients.append({n: p.grad for n, p in model.model.projector.named_parameters()})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():

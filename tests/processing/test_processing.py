@@ -29,7 +29,10 @@ EOS = "</s>"
     ("messages", "expected"),
     [
         ([user(IMAGE, text("What?"))], f"<s>{SYSTEM}\nHuman: <image>\nHuman: What?"),
-        ([user(text("a"), IMAGE, IMAGE, text("b"))], f"<s>{SYSTEM}\nHuman: a\nHuman: <image>\nHuman: <image>\nHuman: b"),
+        (
+            [user(text("a"), IMAGE, IMAGE, text("b"))],
+            f"<s>{SYSTEM}\nHuman: a\nHuman: <image>\nHuman: <image>\nHuman: b",
+        ),
         ([{"role": "user", "content": "hi"}], f"<s>{SYSTEM}\nHuman: hi"),
         ([{"role": "system", "content": "Be brief."}, user(text("hi"))], "<s>Be brief.\nHuman: hi"),
         ([{"role": "system", "content": ""}, user(text("hi"))], "<s>\nHuman: hi"),
@@ -138,7 +141,7 @@ def test_image_counts_must_agree():
 
 def test_broken_images_are_named(tmp_path):
     processor = tiny_processor()
-    with pytest.raises(FileNotFoundError, match="no_such.png.*existing file"):
+    with pytest.raises(FileNotFoundError, match="no_such.png.*does not exist"):
         processor(images=str(tmp_path / "no_such.png"), text="<image>")
     path = tmp_path / "cut.png"
     picture(size=(64, 64)).save(path)
@@ -176,7 +179,9 @@ def test_serving_interface():
     assert processor.replace_image_token() == "<image>" * 4
 
 
-@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4 computes this mask before expansion")
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="transformers 4 computes this mask before expansion"
+)
 def test_assistant_mask_after_expansion():
     processor = tiny_processor(tokenizer=byte_tokenizer())
     messages = [

@@ -51,9 +51,7 @@ def test_ids_are_those_of_the_processor(tokenizer):
 def test_caption_sample():
     processor = tiny_processor()
     messages = [{"role": "user", "content": [{"type": "image"}]}, says("a dog")]
-    batch = HoneybeeDataCollator(processor)(
-        [{"messages": messages, "images": [picture()], "chat_template": "caption"}]
-    )
+    batch = HoneybeeDataCollator(processor)([{"messages": messages, "images": [picture()], "chat_template": "caption"}])
     ids = batch["input_ids"][0].tolist()
     assert ids[:5] == [1] + [processor.image_token_id] * 4
     assert batch["labels"][0].tolist() == [-100] * 5 + ids[5:]
@@ -77,7 +75,9 @@ def test_order_of_images_in_a_batch():
     samples = [example("a", images=0), example("b"), {**example("c"), "images": [picture(7)]}]
     batch = HoneybeeDataCollator(processor)(samples)
     for index, image in enumerate([picture(0), picture(7)]):
-        assert torch.equal(batch["pixel_values"][index], processor(images=image, return_tensors="pt")["pixel_values"][0])
+        assert torch.equal(
+            batch["pixel_values"][index], processor(images=image, return_tensors="pt")["pixel_values"][0]
+        )
 
 
 def test_images_by_path_and_bytes(tmp_path):
@@ -110,7 +110,10 @@ def test_long_rows_are_cut_but_never_through_an_image():
         ({"messages": [QUESTION, says("a")], "images": []}, "1 image placeholders.*0 images"),
         ({"messages": [QUESTION, says("a")], "images": [picture()] * 2}, "1 image placeholders.*2 images"),
         ({"messages": [QUESTION, says("a")], "images": ["no_such.png"]}, "'no_such.png' does not exist"),
-        ({"messages": [QUESTION, says("a")], "images": [picture()], "chat_template": "poem"}, "'poem'.*default, caption"),
+        (
+            {"messages": [QUESTION, says("a")], "images": [picture()], "chat_template": "poem"},
+            "'poem'.*default, caption",
+        ),
     ],
 )
 def test_bad_samples_are_named(sample, words):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quickstart from stand-ins to a table of accuracies. Everything that is trained here goes through `training/sft.py`."""
 
+import json
 import os
 import shutil
 from collections import defaultdict
@@ -24,9 +25,18 @@ ALIGN_STEPS, INSTRUCT_STEPS = 250, 350
 CAPTION_SHARE = 0.3  # of the instruction data
 TEST_QUESTIONS = 800
 
+ASK_SCRIPT = """\
+from transformers import pipeline
+ask = pipeline("image-text-to-text", model={model!r}, trust_remote_code=True)
+print(ask(text=[{{"role": "user", "content": [{{"type": "image", "path": {scene!r}}}, \
+{{"type": "text", "text": {question!r}}}]}}], return_full_text=False)[0]["generated_text"])
+"""
+
 FEATURES = Features(
     {
-        "messages": List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}),
+        "messages": List(
+            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+        ),
         "images": List(Image()),
         "chat_template": Value("string"),
     }
@@ -139,7 +149,9 @@ class Questions:
             axis.set_yticks([8, 24, 40, 56], "1234")
             right = given[index] == self.answers[index]
             title = self.questions[index].replace(" ,", ",\n").replace(" ?", "?")
-            axis.set_title(f"{title}\n{given[index]}  (truth: {self.answers[index]})", color="black" if right else "red")
+            axis.set_title(
+                f"{title}\n{given[index]}  (truth: {self.answers[index]})", color="black" if right else "red"
+            )
         figure.tight_layout()
         figure.savefig(path, dpi=70)
         pyplot.close(figure)
@@ -182,16 +194,17 @@ def run_quickstart(output_dir: str = os.path.join("outputs", "quickstart"), seed
     shown = questions.kinds.index("what")
     questions.scenes[shown].image.save(scene)
 
+    with open(os.path.join(output_dir, "results.json"), "w", encoding="utf-8") as file:
+        json.dump(table, file, indent=2)
+    script = ASK_SCRIPT.format(model=model, scene=scene, question=questions.questions[shown])
+    with open(os.path.join(output_dir, "ask.py"), "w", encoding="utf-8") as file:
+        file.write(script)
+
     kinds = list(table["model"])
     print(f"\nAccuracy on {TEST_QUESTIONS} questions about held-out scenes\n")
     print(f"{'':22}" + "".join(f"{kind:>9}" for kind in kinds))
     for name, row in table.items():
         print(f"{name:22}" + "".join(f"{row[kind]:9.2f}" for kind in kinds))
-    print(f"\nModel: {model}\nScenes, questions, answers: {sheet}\n\nAsk it about {scene}:\n")
-    print("from transformers import pipeline")
-    print(f'ask = pipeline("image-text-to-text", model="{model}", trust_remote_code=True)')
-    print(
-        f'print(ask(text=[{{"role": "user", "content": [{{"type": "image", "path": "{scene}"}}, '
-        f'{{"type": "text", "text": "{questions.questions[shown]}"}}]}}], return_full_text=False))'
-    )
+    print(f"\nModel: {model}\nScenes, questions, answers: {sheet}")
+    print(f"\nTo ask it about {scene}:\n\n{script}")
     return table

@@ -12,7 +12,7 @@ The loops here make the stand-ins only. The training of the Honeybee runs throug
 import os
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -80,6 +80,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     words += [word for word in vocabulary() if word not in words]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    markers = [decoders.Replace(Regex(f" ?{role} : ?"), f"\n{role}: ") for role in ("Human", "AI")]
+    backend.decoder = decoders.Sequence([decoders.WordPiece(prefix="##", cleanup=False), decoders.Fuse(), *markers])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=256
     )

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saved folders in the hands of strangers, on this transformers line and on the other one."""
+
+import ast
+import os
+import sys
+
+import pytest
+import torch
+
+from modeling_honeybee import HoneybeeForConditionalGeneration
+from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
+from tests.tiny import (
+    PROJECTORS,
+    REPOSITORY,
+    picture,
+    run_script,
+    save_clip,
+    save_llama,
+    save_qwen2,
+    save_siglip,
+    tiny_inputs,
+    tiny_model,
+    tiny_processor,
+)
+
+MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+# Set by .ci/run: a Python with the other transformers line.
+OTHER_PYTHON = os.environ.get("HONEYBEE_OTHER_PYTHON")
+SHIPPED = [
+    REPOSITORY / "modeling_honeybee" / "configuration_honeybee.py",
+    REPOSITORY / "modeling_honeybee" / "deformable_attention_honeybee.py",
+    REPOSITORY / "modeling_honeybee" / "projectors_honeybee.py",
+    REPOSITORY / "modeling_honeybee" / "modeling_honeybee.py",
+    REPOSITORY / "processing" / "processing_honeybee.py",
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """One saved folder for each projector, and one for each kind of tower and language model."""
+    root, saved = tmp_path_factory.mktemp("saved"), {}
+    for projector_type in PROJECTORS:
+        model = tiny_model(projector_type)
+        saved[projector_type] = (model, tiny_processor(model.config.num_image_tokens))
+    for name, save_vision, save_text in (
+        ("clip-llama", save_clip, save_llama),
+        ("siglip-qwen2", save_siglip, save_qwen2),
+    ):
+        parts = save_vision(root / f"{name}-vision"), save_text(root / f"{name}-text")
+        torch.manual_seed(0)
+        model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(
+            *parts, projector_type="c-abs", num_query_tokens=4, hidden_size=32, depth=1
+        )
+        saved[name] = (model, processor_from_vision_text_pretrained(*parts, model.config.num_image_tokens))
+    references = {}
+    for name, (model, processor) in saved.items():
+        folder = str(root / name.replace("-", "_"))
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        inputs = tiny_inputs(model)
+        with torch.no_grad():
+            output = model(**inputs)
+            hidden = model.model(**inputs).last_hidden_state
+        prompt = processor.apply_chat_template(MESSAGES, add_generation_prompt=True)
+        prepared = processor(images=picture(), text=prompt, add_special_tokens=False, return_tensors="pt")
+        torch.save({"inputs": inputs, "messages": MESSAGES, "image": None}, f"{folder}/inputs.pt")
+        references[folder] = (model, output.logits, hidden, prepared)
+    return references
+
+
+def load_in(python, folders, tmp_path):
+    # The picture travels as a file: torch.load reads nothing but tensors and plain values.
+    path = tmp_path / "picture.png"
+    picture().save(path)
+    for folder in folders:
+        saved = torch.load(f"{folder}/inputs.pt")
+        torch.save({**saved, "image": str(path)}, f"{folder}/inputs.pt")
+    result = tmp_path / "result.pt"
+    run_script(
+        REPOSITORY / "tests" / "foreign_process.py",
+        result,
+        *folders,
+        python=python,
+        cwd=tmp_path,
+        env={"HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )
+    return torch.load(result)
+
+
+@pytest.mark.parametrize("line", ["this", "other"])
+def test_folders_load_without_this_project(folders, line, tmp_path):
+    if line == "other" and not OTHER_PYTHON:
+        pytest.skip("HONEYBEE_OTHER_PYTHON does not name a Python with the other transformers line (.ci/run sets it)")
+    results = load_in(sys.executable if line == "this" else OTHER_PYTHON, folders, tmp_path)
+    for folder, (model, logits, hidden, prepared) in folders.items():
+        result = results[folder]
+        assert result["module"].startswith("transformers_modules."), result["module"]
+        assert result["missing"] == [] and result["unexpected"] == []
+        for other in result["logits"]:
+            torch.testing.assert_close(other, logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(result["hidden"], hidden, atol=1e-5, rtol=0)
+        assert result["tied"] == model.config.tie_word_embeddings
+        rope = getattr(model.config.text_config, "rope_parameters", None) or model.config.text_config.to_dict()
+        assert result["rope_theta"] == rope["rope_theta"] != 10000.0
+        assert set(result["prepared"]) == set(prepared)
+        for name, tensor in prepared.items():
+            torch.testing.assert_close(result["prepared"][name], tensor, atol=1e-5, rtol=0)
+        assert result["batched"] == [result["single"]] * 4
+
+
+def test_saved_again_by_a_stranger_it_is_still_whole(folders, tmp_path):
+    """A folder that was loaded with its own code and saved elsewhere carries that code along."""
+    folder = next(iter(folders))
+    script = (
+        "import sys; from transformers import AutoModelForImageTextToText as M, AutoProcessor as P\n"
+        f"M.from_pretrained({folder!r}, trust_remote_code=True).save_pretrained('again')\n"
+        f"P.from_pretrained({folder!r}, trust_remote_code=True).save_pretrained('again')\n"
+    )
+    run_script("-c", script, cwd=tmp_path, env={"HF_MODULES_CACHE": str(tmp_path / "modules")})
+    for file in SHIPPED:
+        assert (tmp_path / "again" / file.name).read_text() == file.read_text()
+    loaded = HoneybeeForConditionalGeneration.from_pretrained(tmp_path / "again")
+    model, logits, _, _ = folders[folder]
+    assert torch.equal(loaded(**tiny_inputs(model)).logits, logits)
+    assert HoneybeeProcessor.from_pretrained(tmp_path / "again").num_image_tokens == model.config.num_image_tokens
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_files_import_torch_and_transformers_only(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and node.module, "only `from .name import x` survives the flat folder of the Hub"
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            for module in modules:
+                top = module.split(".")[0]
+                assert top in {"torch", "transformers"} or top in sys.stdlib_module_names, (
+                    f"{path.name} imports {module}"
+                )

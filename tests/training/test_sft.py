@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`training/sft.py` as a user runs it: a real script, a real trainer, real files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
+
+from modeling_honeybee import HoneybeeForConditionalGeneration
+from processing import HoneybeeProcessor
+from tests.tiny import REPOSITORY, picture, run_script, save_clip, save_llama, tiny_inputs, tiny_model, tiny_processor
+from training import sft
+from training.sft import HoneybeeArguments, check_processor
+
+SFT = REPOSITORY / "training" / "sft.py"
+PROJECTOR = '{"projector_type": "c-abs", "num_query_tokens": 4, "hidden_size": 32, "depth": 1}'
+SHORT = [
+    "--max_steps", 4, "--per_device_train_batch_size", 2, "--learning_rate", 1e-2, "--logging_steps", 1, "--bf16", "False",
+    "--report_to", "none", "--save_strategy", "no", "--dataloader_pin_memory", "False", "--use_cpu",
+]  # fmt: skip
+
+
+def sample(index, image):
+    content = [{"type": "image"}] if image else []
+    return {
+        "messages": [
+            {"role": "user", "content": [*content, {"type": "text", "text": f"What is {index}?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": f"a brown dog {index}"}]},
+        ],
+        "images": [f"images/{index}.png"] if image else [],
+    }
+
+
+def write_dataset(folder, samples):
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for row in samples:
+        for image in row["images"]:
+            if not image.startswith("images/no_such"):
+                picture(len(image)).save(folder / image)
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in samples))
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Pretrained parts, a dataset, and the outputs of both stages."""
+    root = tmp_path_factory.mktemp("world")
+    save_clip(root / "vision")
+    save_llama(root / "text")
+    # In order: batches of two samples, some of them without any image.
+    data = write_dataset(root, [sample(i, image=i % 4 < 2) for i in range(16)])
+    new = ["--vision_model", root / "vision", "--text_model", root / "text", "--projector", PROJECTOR]
+    run_script(SFT, "--stage", "align", "--dataset", data, *new, "--output_dir", root / "align", *SHORT)
+    second = ["--stage", "instruct", "--dataset", data, "--model_name_or_path", root / "align"]
+    run_script(SFT, *second, "--output_dir", root / "instruct", *SHORT)
+    return root
+
+
+def changed(before, after):
+    """Names of the tensors that differ, without those that are new."""
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_stages_change_exactly_their_parameters(world):
+    def weights(name):
+        return load_file(world / name / "model.safetensors")
+
+    torch.manual_seed(42)
+    start = HoneybeeForConditionalGeneration.from_vision_text_pretrained(
+        str(world / "vision"), str(world / "text"), **json.loads(PROJECTOR)
+    ).state_dict()
+    align, instruct = weights("align"), weights("instruct")
+    projector = {name for name in align if ".projector." in name}
+    tower = {name for name in align if ".vision_tower." in name}
+    frozen_so_far = changed(start, align)
+    assert frozen_so_far <= projector
+    assert changed(align, instruct) == set(align) - tower
+    assert changed(start, instruct) <= set(align) - tower
+    # Each projector tensor moved in alignment too: none still has its value from before the optimizer.
+    state = json.loads((world / "align" / "trainer_state.json").read_text())
+    assert len([row for row in state["log_history"] if "loss" in row]) == 4
+
+
+def test_alignment_moves_every_projector_tensor(world, tmp_path):
+    """From a saved model, so that start and end are both on disk."""
+    arguments = ["--stage", "align", "--dataset", world / "data.jsonl", "--model_name_or_path", world / "align"]
+    run_script(SFT, *arguments, "--output_dir", tmp_path / "again", *SHORT)
+    before, after = (
+        load_file(world / "align" / "model.safetensors"),
+        load_file(tmp_path / "again" / "model.safetensors"),
+    )
+    assert changed(before, after) == {name for name in before if ".projector." in name}
+
+
+def test_output_is_a_whole_model(world):
+    model, info = HoneybeeForConditionalGeneration.from_pretrained(world / "instruct", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    check_processor(model, HoneybeeProcessor.from_pretrained(world / "instruct"))
+    assert model.generation_config.suppress_tokens == [model.config.image_token_id]
+    assert (world / "instruct" / "modeling_honeybee.py").is_file()
+
+
+def test_batches_without_images_train_in_both_stages(world, tmp_path):
+    # The order of the sampler must not decide: text-only samples alone, but for one image that alignment asks for.
+    data = write_dataset(tmp_path, [sample(0, image=True), *[sample(i, image=False) for i in range(1, 9)]])
+    for stage in ("align", "instruct"):
+        arguments = ["--stage", stage, "--dataset", data, "--model_name_or_path", world / "align"]
+        run_script(SFT, *arguments, "--output_dir", tmp_path / stage, *SHORT, "--per_device_train_batch_size", 1)
+
+
+def last_loss(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [row["loss"] for row in history if "loss" in row][-1]
+
+
+def test_killed_and_resumed_ends_as_if_not(world, tmp_path):
+    arguments = [
+        SFT, "--stage", "instruct", "--dataset", world / "data.jsonl", "--model_name_or_path", world / "align", *SHORT,
+        "--max_steps", 12, "--save_strategy", "steps", "--save_steps", 3,
+    ]  # fmt: skip
+    run_script(*arguments, "--output_dir", tmp_path / "whole")
+    killed = [*arguments, "--output_dir", tmp_path / "killed"]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    checkpoint = tmp_path / "killed" / "checkpoint-6" / "trainer_state.json"
+    deadline = time.time() + 300
+    while not checkpoint.exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "model.safetensors").exists(), "it was done before it could be killed"
+    assert run_script(*killed, check=False).returncode != 0, "a started run is not overwritten"
+    run_script(*killed, "--resume_from_checkpoint", "true")
+    assert abs(last_loss(tmp_path / "killed") - last_loss(tmp_path / "whole")) < 1e-6
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert changed(whole, resumed) == set()
+
+
+def test_lora_trains_saves_reloads_and_merges(world, tmp_path):
+    run_script(
+        SFT, "--stage", "instruct", "--dataset", world / "data.jsonl", "--model_name_or_path", world / "align",
+        "--output_dir", tmp_path / "lora", *SHORT, "--use_peft", "--lora_r", 4,
+    )  # fmt: skip
+    adapter = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert all((".projector." in name) or (".language_model." in name and "lora_" in name) for name in adapter)
+    assert any("lora_B" in name and tensor.any() for name, tensor in adapter.items())
+    base = HoneybeeForConditionalGeneration.from_pretrained(world / "align")
+    inputs = tiny_inputs(base)
+    before = base(**inputs).logits
+    model = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    adapted = model(**inputs).logits
+    assert (adapted - before).abs().max() > 1e-3
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(**inputs).logits, adapted, atol=1e-5, rtol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    again = HoneybeeForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(again(**inputs).logits, adapted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def bad(world, tmp_path_factory):
+    """Datasets and folders with something wrong, by name."""
+    root = tmp_path_factory.mktemp("bad")
+
+    def dataset(name, *rows):
+        return write_dataset(root / name, [sample(0, image=True), *rows])
+
+    made = {
+        "missing": dataset("missing", {**sample(1, image=True), "images": ["images/no_such.png"]}),
+        "truncated": dataset("truncated", sample(1, image=True)),
+        "empty": dataset("empty", {"messages": [], "images": []}),
+        "user_last": dataset("user_last", {**sample(1, image=True), "messages": sample(1, image=True)["messages"][:1]}),
+        "counts": dataset("counts", {**sample(1, image=True), "images": ["images/0.png", "images/0.png"]}),
+    }
+    path = root / "truncated" / "images" / "1.png"
+    path.write_bytes(path.read_bytes()[:-500])
+    made["text_only"] = write_dataset(root / "text_only", [sample(i, image=False) for i in range(3)])
+    made["not_a_model"] = root / "not_a_model"
+    made["not_a_model"].mkdir()
+    made["other_run"] = root / "other_run"
+    made["other_run"].mkdir()
+    (made["other_run"] / "model.safetensors").write_text("weights of another run")
+    made["disagreeing"] = root / "disagreeing"
+    tiny_model().save_pretrained(made["disagreeing"])
+    tiny_processor(9).save_pretrained(made["disagreeing"])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--dataset", "{missing}"], ["sample 1", "no_such.png", "does not exist"]),
+        (["--dataset", "{truncated}"], ["sample 1", "1.png", "truncated", "replace the file"]),
+        (["--dataset", "{empty}"], ["sample 1", "conversation is empty"]),
+        (["--dataset", "{user_last}"], ["sample 1", "ends with the user", "assistant"]),
+        (["--dataset", "{counts}"], ["sample 1", "1 image placeholders", "2 images"]),
+        (["--dataset", "{text_only}", "--stage", "align"], ["none of the 3 samples has an image", "--stage instruct"]),
+        (["--dataset", "no/such/data.jsonl"], ["no/such/data.jsonl", "does not exist"]),
+        ([], ["no dataset", "--dataset"]),
+        (["--dataset", "{data}", "--model_name_or_path", "{not_a_model}"], ["not_a_model", "no config.json"]),
+        (
+            ["--dataset", "{data}", "--output_dir", "{other_run}"],
+            ["other_run", "already holds", "--resume_from_checkpoint"],
+        ),
+        (["--dataset", "{data}", "--model_name_or_path", "{disagreeing}"], ["visual tokens an image: 9 and 4"]),
+        (["--dataset", "{data}", "--stage", "pretrain"], ["pretrain", "align"]),
+        (["--dataset", "{data}", "--stage", "align", "--use_peft"], ["LoRA", "'align'", "--stage instruct"]),
+        (["--dataset", "{data}", "--projector", '{"projector_type": "c-abs"}'], ["already has", "leave out"]),
+        (["--dataset", "{data}", "--resume_from_checkpoint", "true"], ["no checkpoint found"]),
+        (["--dataset", "{data}", "--no_such_setting", "1"], ["no_such_setting"]),
+    ],
+)
+def test_wrong_input_is_named_before_any_work(arguments, words, world, bad, tmp_path, monkeypatch, capsys):
+    names = {**bad, "data": world / "data.jsonl"}
+    arguments = [a.format(**names) if a.startswith("{") and ":" not in a else a for a in arguments]
+    defaults = {"--stage": "instruct", "--model_name_or_path": world / "align", "--output_dir": tmp_path / "out"}
+    for name, value in defaults.items():
+        if name not in arguments:
+            arguments += [name, value]
+    monkeypatch.setattr(sys, "argv", [str(SFT), *map(str, [*arguments, *SHORT])])
+    monkeypatch.setattr(SFTTrainer, "train", lambda *_, **__: pytest.fail("training started"))
+    # The same error that ends the script: its text, or the parser's on stderr.
+    with pytest.raises((SystemExit, ValueError)) as exit:
+        sft.main()
+    message = f"{exit.value} {capsys.readouterr().err}"
+    assert exit.value.args[0] != 0
+    assert all(word in message for word in words), message
+    assert (bad["other_run"] / "model.safetensors").read_text() == "weights of another run"
+
+
+def test_errors_end_the_script_with_one_sentence(world, bad, tmp_path):
+    arguments = ["--dataset", bad["missing"], "--model_name_or_path", world / "align", "--output_dir", tmp_path / "out"]
+    result = run_script(SFT, *arguments, *SHORT, check=False)
+    assert result.returncode == 1
+    assert result.stdout.strip().splitlines()[-1].startswith("error: sample 1: image file")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "training" / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_parse(path):
+    arguments = ["--config", str(path), "--output_dir", "unused", "--bf16", "False"]
+    args, training_args, _ = TrlParser((HoneybeeArguments, SFTConfig, ModelConfig)).parse_args_and_config(
+        arguments, fail_with_unknown_args=True
+    )
+    settings = yaml.safe_load(path.read_text())
+    for name, value in settings.items():
+        read = getattr(args, name, None) if hasattr(args, name) else getattr(training_args, name)
+        assert name == "bf16" or read == value, name
+
+
+def test_yaml_and_flags_together(world, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {"stage": "instruct", "dataset": str(world / "data.jsonl"), "max_steps": 50, "max_length": 200,
+             "model_name_or_path": str(world / "align")}
+        )
+    )  # fmt: skip
+    run_script(SFT, "--config", config, "--output_dir", tmp_path / "out", *SHORT, "--max_steps", 2)
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert os.path.isfile(tmp_path / "out" / "honeybee_run.json")
