@@ -48,7 +48,7 @@ class SceneMaker:
         return cells
 
     def draw(self, contents: list[int | None]) -> Image.Image:
-        """64 x 64 RGB, each digit at twice its size and up to a pixel off the middle of its cell."""
+        """64 x 64 RGB, each digit at twice its size in its cell."""
         picture = np.zeros((GRID * CELL_PIXELS, GRID * CELL_PIXELS), dtype=np.uint8)
         for cell, digit in enumerate(contents):
             if digit is None:

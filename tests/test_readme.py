@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's Python blocks compile and name things that exist; .ci/run executes its commands."""
+
+import ast
+import importlib
+import re
+
+import pytest
+
+from tests.tiny import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_python_blocks_import_what_exists(block):
+    imports = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+    assert imports
+    for node in imports:
+        module = importlib.import_module(node.module)
+        assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_files_that_it_names_exist():
+    paths = set(re.findall(r"`((?:modeling_honeybee|processing|training|docs)/[\w/.]+)`", README))
+    paths |= set(re.findall(r"\]\((\w[\w/.]*\.\w+)\)", README)) | set(re.findall(r"training/configs/\w+\.yaml", README))
+    assert len(paths) > 8
+    assert all((REPOSITORY / path).exists() for path in paths), paths
