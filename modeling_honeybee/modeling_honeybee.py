@@ -48,6 +48,16 @@ class HoneybeeCausalLMOutputWithPast(ModelOutput):
 _hidden_states: ContextVar[dict[int, torch.Tensor] | None] = ContextVar("hidden_states", default=None)
 
 
+def _tower_blocks(vision_tower: nn.Module, number: int) -> nn.ModuleList:
+    for module in vision_tower.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return module
+    raise ValueError(
+        f"{type(vision_tower).__name__} has no list of {number} blocks to take features from; use a plain vision "
+        "transformer"
+    )
+
+
 @contextmanager
 def _capture_hidden_states(vision_tower: nn.Module, config: HoneybeeConfig):
     """Collects the hidden states that `config` reads, by number, while the tower runs.
@@ -55,14 +65,7 @@ def _capture_hidden_states(vision_tower: nn.Module, config: HoneybeeConfig):
     `output_hidden_states` would keep all of them, and the inner tower that transformers 4 needs us to hold does not
     know it for every kind of tower. What is collected belongs to the running thread, whichever thread hung the hook.
     """
-    blocks = next(
-        (m for m in vision_tower.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_vision_blocks), None
-    )
-    if blocks is None:
-        raise ValueError(
-            f"{type(vision_tower).__name__} has no list of {config.num_vision_blocks} blocks to take features from; "
-            "use a plain vision transformer"
-        )
+    blocks = _tower_blocks(vision_tower, config.num_vision_blocks)
 
     def keep(layer, output):
         if (collected := _hidden_states.get()) is not None:
@@ -483,9 +486,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         if attn_implementation is not None:
             loading["attn_implementation"] = attn_implementation
         causal_lm = AutoModelForCausalLM.from_pretrained(text, **loading)
-        vision_config.num_hidden_layers, full_depth = config.num_vision_blocks, vision_config.num_hidden_layers
         tower = AutoModel.from_pretrained(vision, config=vision_config, **loading)
-        vision_config.num_hidden_layers = full_depth
 
         head = causal_lm.get_output_embeddings()
         if head.bias is not None:
@@ -502,6 +503,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         config = HoneybeeConfig(
             vision_config=vision_config, text_config=causal_lm.config, image_token_id=image_token_id, **fields
         )
+        del _tower_blocks(tower, vision_config.num_hidden_layers)[config.num_vision_blocks :]
         # Built without memory, then given the loaded parts: no weight exists twice.
         with torch.device("meta"):
             model = cls(config)

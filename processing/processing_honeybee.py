@@ -79,14 +79,18 @@ def _flatten(images) -> list:
 
 
 def _decode(image):
-    """Reads a path, URL, base64 string or lazily opened image now, so that what is wrong with it is said here."""
+    """Reads a path, URL, base64 string or lazily opened image now, so that what is wrong with it is said here.
+
+    Transparency is dropped, as in the official code; transformers 5 would blend it with white.
+    """
     source = image if isinstance(image, str) else getattr(image, "filename", "") or type(image).__name__
     source = source if len(source) <= 200 else source[:200] + "..."
     try:
         if isinstance(image, str):
-            return load_image(image)
-        if hasattr(image, "load"):  # PIL opens a file without decoding it
-            image.load()
+            image = load_image(image)
+        if hasattr(image, "convert"):
+            image = image.convert("RGB")  # a copy; PIL decodes an opened file here
+            image.info.pop("transparency", None)  # a palette's, which transformers 5 would still blend
         return image
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(image, str) and not os.path.isfile(image) and not image.startswith(("http://", "https://")):
@@ -96,6 +100,25 @@ def _decode(image):
         raise ValueError(
             f"image {source!r} cannot be read ({error}); replace the file or leave the sample out"
         ) from error
+
+
+def make_tokenizer_portable(folder: str | os.PathLike) -> None:
+    """Rewrites a saved tokenizer's config so that both transformers lines read it.
+
+    transformers 5 writes a tokenizer class and fields that 4 cannot read; the plain class suits both.
+    """
+    path = os.path.join(folder, "tokenizer_config.json")
+    with open(path, encoding="utf-8") as file:
+        settings = json.load(file)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    for name in ("backend", "is_local", "local_files_only"):
+        settings.pop(name, None)
+    if isinstance(settings.get("extra_special_tokens"), list):
+        del settings["extra_special_tokens"]
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(settings, file, indent=2, ensure_ascii=False)
+        file.write("\n")
 
 
 class HoneybeeProcessor(ProcessorMixin):
@@ -255,19 +278,7 @@ class HoneybeeProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory, **kwargs):
         files = super().save_pretrained(save_directory, **kwargs)
-        # transformers 5 writes a tokenizer class and fields that 4 cannot read; the plain class suits both.
-        path = os.path.join(save_directory, "tokenizer_config.json")
-        with open(path, encoding="utf-8") as file:
-            settings = json.load(file)
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        settings["model_input_names"] = ["input_ids", "attention_mask"]
-        for name in ("backend", "is_local", "local_files_only"):
-            settings.pop(name, None)
-        if isinstance(settings.get("extra_special_tokens"), list):
-            del settings["extra_special_tokens"]
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(settings, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+        make_tokenizer_portable(save_directory)
         return files
 
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from processing import HoneybeeProcessor, prepare_tokenizer
 from processing.prepare_tokenizer import IMAGE_PROCESSOR_CLASS
-from processing.processing_honeybee import SYSTEM_BASE
+from processing.processing_honeybee import SYSTEM_BASE, make_tokenizer_portable
 from training.collator import HoneybeeDataCollator
 
 from .digit_scenes import CELL_NAMES, CELL_PIXELS, DIGIT_WORDS, EMPTY, GRID, SceneMaker, vocabulary
@@ -153,6 +153,7 @@ def make_language_model(folder: str, seed: int, steps: int = 1200, batch_size: i
         schedule.step()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    make_tokenizer_portable(folder)
 
 
 def make_stand_ins(folder: str, seed: int) -> tuple[str, str]:
