@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
@@ -227,8 +228,9 @@ def open_weights(files: list[Path]):
                     shape = tuple(opened.get_slice(name).get_shape())
                     tensors[name] = (shape, lambda opened=opened, name=name: opened.get_tensor(name))
             else:
-                # weights_only refuses pickles that would run code; mmap leaves the tensors on disk
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                # weights_only refuses pickles that would run code; mmap leaves the tensors on disk, which only the
+                # format before torch 1.6 does not allow
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
                 for name, tensor in state.items():
                     tensors[name] = (tuple(tensor.shape), lambda tensor=tensor: tensor)
         except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, AttributeError) as error:

@@ -247,6 +247,8 @@ class HoneybeeConfig(PretrainedConfig):
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self._validate()
 
+        # One dtype for all parts, the top one: transformers 4 would build each part in its own.
+        self.vision_config.dtype = self.text_config.dtype = None
         # Weight tying is read from both levels, depending on the transformers line.
         tie_word_embeddings = kwargs.pop("tie_word_embeddings", None)
         if tie_word_embeddings is None:

@@ -471,6 +471,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         vision_config = AutoConfig.from_pretrained(vision, **remote)
         vision_config = getattr(vision_config, "vision_config", vision_config)
         text_config = AutoConfig.from_pretrained(text, **remote)
+        dtype = dtype or getattr(text_config, "dtype", None) or torch.float32
         # Joined once without weights, so that parts that do not fit are refused before any are read.
         fields = {
             "projector_config": projector_config,
@@ -482,7 +483,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         if image_token_id is None:
             tokenizer = AutoTokenizer.from_pretrained(text, **remote)
             image_token_id = tokenizer.get_vocab().get("<image>", len(tokenizer))
-        loading = {**remote, "dtype": dtype or getattr(text_config, "dtype", None) or torch.float32}
+        loading = {**remote, "dtype": dtype}
         if attn_implementation is not None:
             loading["attn_implementation"] = attn_implementation
         causal_lm = AutoModelForCausalLM.from_pretrained(text, **loading)

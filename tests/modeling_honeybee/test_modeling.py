@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageTextToText, LlamaForCausalLM
 
 from modeling_honeybee import AutoModelForVision2Seq, HoneybeeForConditionalGeneration, HoneybeeModel
 from tests.tiny import (
@@ -261,6 +261,18 @@ def test_joining_pretrained_parts(save_vision, save_text, strategy, tmp_path):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_a_new_model_has_the_language_models_dtype(tmp_path):
+    vision, text = save_clip(tmp_path / "vision"), save_llama(tmp_path / "text")
+    LlamaForCausalLM.from_pretrained(text).to(torch.bfloat16).save_pretrained(text)
+    settings = {"projector_type": "d-abs", "num_query_tokens": 4, "hidden_size": 32}
+    for dtype, expected in ((None, torch.bfloat16), (torch.float16, torch.float16)):
+        model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(vision, text, dtype=dtype, **settings)
+        assert {p.dtype for p in model.parameters()} == {expected}
+        model.save_pretrained(tmp_path / str(expected))
+        loaded = HoneybeeForConditionalGeneration.from_pretrained(tmp_path / str(expected), dtype="auto")
+        assert {p.dtype for p in loaded.parameters()} == {expected}
 
 
 def test_unknown_projector_setting_is_named(tmp_path):

@@ -148,5 +148,5 @@ def test_single_pieces_and_their_text(processor_of):
         if any(marker in line["text"] for marker in ("\nHuman: ", "\nAI: ", "<image>")):
             continue  # here split, there one piece
         assert ids == line["ids"], line["text"]
-        if line["text"] == line["text"].strip() and "\ufffd" not in line["decoded"]:  # the slow tokenizer loses a blank
-            assert tokenizer.decode(ids) == line["decoded"], line["text"]
+        if line["text"].isascii() and line["text"] == line["text"].strip():  # elsewhere the slow tokenizer loses blanks
+            assert tokenizer.decode(ids, skip_special_tokens=True) == line["decoded"], line["text"]
