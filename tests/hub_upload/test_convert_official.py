@@ -127,6 +127,25 @@ def test_dtype_and_shards(dtype, tmp_path):
     assert not info["missing_keys"] and {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
 
 
+@pytest.mark.parametrize("checkpoint", [path for path, _ in CASES], ids=lambda path: path.name)
+def test_half_precision_follows_float32(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "out", str(TOKENIZER))
+    pixels = torch.randn(4, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    outputs = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = HoneybeeForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=dtype)
+        tower = model.model.vision_tower.to(torch.float32)  # the projector alone is compared
+        features = model.model.get_patch_features(pixels)
+        assert next(tower.parameters()).dtype == features.dtype == torch.float32
+        outputs[dtype] = model.model.projector(features.to(dtype))
+        outputs[dtype].float().pow(2).sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.model.projector.parameters())
+    full = outputs.pop(torch.float32)
+    for dtype, half in outputs.items():
+        assert half.dtype == dtype
+        assert (half.float() - full).norm() / full.norm() < 2e-2, dtype
+
+
 def test_memory_stays_under_two_shards(tmp_path):
     """A checkpoint of 300 MB in holes: 16-bit weights, converted to another dtype, in shards of 40 MB."""
     folder = tmp_path / "big"
