@@ -439,6 +439,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         text: str,
         *,
         image_token_id: int | None = None,
+        image_size: int | None = None,
         vision_feature_layer: int | list[int] = -2,
         vision_feature_select_strategy: str | None = None,
         dtype: torch.dtype | str | None = None,
@@ -453,6 +454,8 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             text: Hub name or folder of a causal language model.
             image_token_id: id of `<image>`. Default: the one that the tokenizer of `text` has or would give to a new
                 token. The embedding grows where needed; new rows start at the mean of the others.
+            image_size: S, in pixels, of the square images; default: the tower's own. For another size its position
+                embedding is interpolated (bicubic on the grid, class token kept) and nothing else changes.
             vision_feature_layer, vision_feature_select_strategy: see [`HoneybeeConfig`]; the strategy is found by
                 running the tower once where it is not given.
             dtype: of all three parts; default: the language model's.
@@ -473,6 +476,8 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         text_config = AutoConfig.from_pretrained(text, **remote)
         dtype = dtype or getattr(text_config, "dtype", None) or torch.float32
         # Joined once without weights, so that parts that do not fit are refused before any are read.
+        own_size = vision_config.image_size
+        vision_config.image_size = image_size or own_size
         fields = {
             "projector_config": projector_config,
             "vision_feature_layer": vision_feature_layer,
@@ -486,8 +491,12 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         loading = {**remote, "dtype": dtype}
         if attn_implementation is not None:
             loading["attn_implementation"] = attn_implementation
+        vision_config.image_size = own_size
         causal_lm = AutoModelForCausalLM.from_pretrained(text, **loading)
         tower = AutoModel.from_pretrained(vision, config=vision_config, **loading)
+        if image_size and image_size != own_size:
+            _resize_positions(tower, image_size)
+            vision_config.image_size = image_size
 
         head = causal_lm.get_output_embeddings()
         if head.bias is not None:
@@ -518,6 +527,27 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         model.generation_config.suppress_tokens = [image_token_id]
         model.tie_weights()
         return model.eval()
+
+
+def _resize_positions(tower: PreTrainedModel, image_size: int) -> None:
+    """Lets a tower with a learned position embedding take another image size; its other weights stay as they are."""
+    embeddings = getattr(getattr(tower, "vision_model", tower), "embeddings", None)
+    old = getattr(embeddings, "position_embedding", None)
+    if not isinstance(old, nn.Embedding):
+        raise ValueError(
+            f"image_size={image_size}: {type(tower).__name__} has no position embedding to interpolate; use its own "
+            f"size, {tower.config.image_size}"
+        )
+    patch_size = tower.config.patch_size
+    side, new_side = tower.config.image_size // patch_size, image_size // patch_size
+    num_extra = old.num_embeddings - side**2  # the class token's
+    grid = old.weight.detach()[num_extra:].float().T.reshape(1, -1, side, side)
+    grid = nn.functional.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
+    weight = torch.cat([old.weight.detach()[:num_extra], grid[0].flatten(1).T.to(old.weight.dtype)])
+    embeddings.position_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
+    embeddings.register_buffer("position_ids", torch.arange(len(weight)).expand(1, -1), persistent=False)
+    embeddings.num_patches, embeddings.num_positions, embeddings.image_size = new_side**2, len(weight), image_size
+    tower.config.image_size = image_size
 
 
 def _select_strategy(tower: PreTrainedModel, num_patches: int) -> str:

@@ -92,7 +92,9 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     return prepared
 
 
-def processor_from_vision_text_pretrained(vision: str, text: str, num_image_tokens: int) -> HoneybeeProcessor:
+def processor_from_vision_text_pretrained(
+    vision: str, text: str, num_image_tokens: int, image_size: int | None = None
+) -> HoneybeeProcessor:
     """The processor that goes with `HoneybeeForConditionalGeneration.from_vision_text_pretrained(vision, text)`.
 
     Args:
@@ -100,9 +102,10 @@ def processor_from_vision_text_pretrained(vision: str, text: str, num_image_toke
             preprocessing. The image is resized straight to the square, without a crop.
         text: Hub name or folder of the language model: its tokenizer.
         num_image_tokens: `model.config.num_image_tokens`.
+        image_size: where it is not the vision model's own, the one that the model was made with.
     """
     config = AutoConfig.from_pretrained(vision)
-    size = getattr(config, "vision_config", config).image_size
+    size = image_size or getattr(config, "vision_config", config).image_size
     size = size if isinstance(size, int) else size[0]
     preprocessing, _ = ImageProcessingMixin.get_image_processor_dict(vision)
     image_processor = IMAGE_PROCESSOR_CLASS(

@@ -54,6 +54,9 @@ class HoneybeeArguments:
     )
     text_model: str | None = field(default=None, metadata={"help": "Language model of a new model."})
     vision_feature_layer: int = field(default=-2, metadata={"help": "Layer of the tower that the projector reads."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Image size of a new model, where it is not the tower's own."}
+    )
     projector: dict | str | None = field(
         default=None,
         metadata={"help": "Settings of a new projector, as JSON or a YAML mapping: fields of HoneybeeProjectorConfig."},
@@ -152,6 +155,7 @@ def load_model_and_processor(args: HoneybeeArguments, training_args: SFTConfig, 
         model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(
             args.vision_model,
             args.text_model,
+            image_size=args.image_size,
             vision_feature_layer=args.vision_feature_layer,
             dtype=dtype if isinstance(dtype, torch.dtype) else None,
             attn_implementation=model_args.attn_implementation,
@@ -159,7 +163,7 @@ def load_model_and_processor(args: HoneybeeArguments, training_args: SFTConfig, 
             **(args.projector or {}),
         )
         processor = processor_from_vision_text_pretrained(
-            args.vision_model, args.text_model, model.config.num_image_tokens
+            args.vision_model, args.text_model, model.config.num_image_tokens, args.image_size
         )
         return model, processor
     loading = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}

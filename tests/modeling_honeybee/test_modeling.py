@@ -7,10 +7,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText, LlamaForCausalLM
 
 from modeling_honeybee import AutoModelForVision2Seq, HoneybeeForConditionalGeneration, HoneybeeModel
+from processing import processor_from_vision_text_pretrained
 from tests.tiny import (
     IMAGE_SIZE,
     PROJECTORS,
     clip_config,
+    picture,
     save_clip,
     save_llama,
     save_qwen2,
@@ -261,6 +263,32 @@ def test_joining_pretrained_parts(save_vision, save_text, strategy, tmp_path):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("save_vision", "extra"), [(save_clip, 1), (save_siglip, 0)])
+def test_another_image_size_keeps_the_towers_weights(save_vision, extra, tmp_path):
+    vision, text = save_vision(tmp_path / "vision"), save_llama(tmp_path / "text")
+    settings = {"projector_type": "c-abs", "num_query_tokens": 4, "hidden_size": 32, "depth": 1}
+    model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(vision, text, image_size=48, **settings)
+    assert model.config.num_patches == 36
+    tower = AutoModel.from_pretrained(vision)
+    before = getattr(tower, "vision_model", tower).state_dict()
+    name = "embeddings.position_embedding.weight"
+    for key, tensor in model.model.vision_tower.state_dict().items():
+        if key != name:
+            assert torch.equal(tensor, before[key]), key
+    positions = model.model.vision_tower.embeddings.position_embedding.weight
+    assert positions.shape == (36 + extra, 32)
+    assert torch.equal(positions[:extra], before[name][:extra])
+    image = before[name][extra:].T.reshape(1, 32, 4, 4)
+    expected = torch.nn.functional.interpolate(image, scale_factor=1.5, mode="bicubic")[0].flatten(1).T
+    torch.testing.assert_close(positions[extra:], expected)
+    model.save_pretrained(tmp_path / "out")
+    loaded = HoneybeeForConditionalGeneration.from_pretrained(tmp_path / "out")
+    pixels = torch.randn(1, 3, 48, 48)
+    assert torch.equal(loaded.get_image_features(pixels), model.get_image_features(pixels))
+    processor = processor_from_vision_text_pretrained(vision, text, 4, image_size=48)
+    assert processor(images=picture(), return_tensors="pt")["pixel_values"].shape[-1] == 48
 
 
 def test_a_new_model_has_the_language_models_dtype(tmp_path):
