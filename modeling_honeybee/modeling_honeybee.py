@@ -407,8 +407,8 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         )
         return output.to_tuple() if return_dict is False else output
 
-    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, **kwargs):
-        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, inputs_embeds=None, **kwargs):
+        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         # Images go in with the step that holds their placeholders; the steps of one token that follow find them in the
         # cache.
         step_ids, cache = model_inputs.get("input_ids"), kwargs.get("past_key_values")
