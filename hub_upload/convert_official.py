@@ -123,6 +123,16 @@ def our_name(name: str, projector_type: str) -> str | None:
     return name
 
 
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path} is not valid JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds a {type(content).__name__} and no mapping; download it again")
+    return content
+
+
 def read_config(checkpoint: Path) -> tuple[HoneybeeConfig, dict]:
     """Our configuration of an official checkpoint, and the official one.
 
@@ -131,17 +141,18 @@ def read_config(checkpoint: Path) -> tuple[HoneybeeConfig, dict]:
     path = checkpoint / "config.json"
     if not path.is_file():
         raise ConversionError(f"{checkpoint} has no config.json; give the folder of an official checkpoint")
-    try:
-        official = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConversionError(f"{path} is not valid JSON ({error}); download it again") from error
+    official = _read_json(path)
     projector = official.get("projector_config") or official.get("visual_projector_config")
     if not projector or "vision_config" not in official or "text_config" not in official:
         raise ConversionError(
             f"{path} has the keys {', '.join(official)}; an official Honeybee config has vision_config, text_config and "
             "projector_config (or visual_projector_config)"
         )
-    projector = {"num_query_tokens": official.get("num_query_tokens"), **projector}
+    projector = dict(projector)
+    if projector.get("num_query_tokens") is None:
+        projector["num_query_tokens"] = official.get("num_query_tokens")
+    if projector["num_query_tokens"] is None and projector.get("num_queries") is None:
+        raise ConversionError(f"{path} does not say how many visual tokens an image has (num_query_tokens); add it")
     kind = projector.get("projector_type", "c-abs")
     if kind == "mlp" and projector.get("depth") == 1:
         kind = "linear"
@@ -191,7 +202,7 @@ def read_config(checkpoint: Path) -> tuple[HoneybeeConfig, dict]:
             projector_config=HoneybeeProjectorConfig(projector_type=kind, **settings),
             image_token_id=vocab_size,
             vision_feature_layer=layer,
-            tie_word_embeddings=False,
+            tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
         )
     except (ValueError, TypeError) as error:
         raise ConversionError(f"{path}: {error}") from error
@@ -203,7 +214,9 @@ def weight_files(checkpoint: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = checkpoint / f"{name}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            if not names:
+                raise ConversionError(f"{index} names no file (weight_map); download it again")
             missing = [shard for shard in names if not (checkpoint / shard).is_file()]
             if missing:
                 raise ConversionError(f"{index} names {', '.join(missing)}, which is not there; download it")
@@ -231,8 +244,15 @@ def open_weights(files: list[Path]):
                 # weights_only refuses pickles that would run code; mmap leaves the tensors on disk, which only the
                 # format before torch 1.6 does not allow
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+                if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+                    raise ConversionError(
+                        f"{file} is not a mapping of names to tensors; give the pytorch_model.bin of the checkpoint, not "
+                        "a training state"
+                    )
                 for name, tensor in state.items():
                     tensors[name] = (tuple(tensor.shape), lambda tensor=tensor: tensor)
+        except ConversionError:
+            raise
         except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, AttributeError) as error:
             raise ConversionError(f"{file} cannot be read ({error}); download it again") from error
         except Exception as error:
@@ -254,6 +274,9 @@ def plan(config: HoneybeeConfig, tensors: dict) -> dict[str, tuple[str, torch.Si
     with torch.device("meta"):
         model = HoneybeeForConditionalGeneration(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:  # the head is the embedding, whether the checkpoint repeats it or not
+        del expected["lm_head.weight"]
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "language_model.lm_head.weight"}
     unused_block = re.compile(r"model\.vision_tower\.encoder\.layers\.(\d+)\.")
     planned, unexpected, wrong = {}, [], []
     for official, (shape, _) in tensors.items():
@@ -410,7 +433,7 @@ def main():
     args = parser.parse_args()
     try:
         names = convert(args.checkpoint, args.output, args.tokenizer, args.dtype, args.max_shard_size)
-    except ConversionError as error:
+    except (ConversionError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"Converted {args.checkpoint} to {args.output}.")
     if args.verify:

@@ -4,6 +4,7 @@
 Travels with every checkpoint: torch and transformers are the only imports.
 """
 
+import copy
 import math
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
@@ -186,7 +187,9 @@ def _sub_config(value, name: str, default_type: str, defaults: dict) -> Pretrain
             )
         settings = _rope_for_both_lines(value)
         value = AutoConfig.for_model(model_type, **{k: v for k, v in settings.items() if k != "model_type"})
-    if not isinstance(value, PretrainedConfig):
+    elif isinstance(value, PretrainedConfig):
+        value = copy.deepcopy(value)  # it is completed below, and belongs to the caller
+    else:
         raise TypeError(f"{name} must be a dict or a PretrainedConfig, got {type(value).__name__}")
     # A two-tower config (CLIP, SigLIP) stands for its vision half.
     return getattr(value, "vision_config", value) if name == "vision_config" else value
@@ -239,9 +242,14 @@ class HoneybeeConfig(PretrainedConfig):
             },
         )
         self.text_config = _sub_config(text_config, "text_config", "llama", {"vocab_size": 32001})
-        if not isinstance(projector_config, HoneybeeProjectorConfig):
-            projector_config = HoneybeeProjectorConfig(**(projector_config or {}))
-        self.projector_config = projector_config
+        if isinstance(projector_config, HoneybeeProjectorConfig):
+            self.projector_config = copy.deepcopy(projector_config)
+        elif projector_config is None or isinstance(projector_config, dict):
+            self.projector_config = HoneybeeProjectorConfig(**(projector_config or {}))
+        else:
+            raise TypeError(
+                f"projector_config must be a dict or a HoneybeeProjectorConfig, got {type(projector_config).__name__}"
+            )
         self.image_token_id = image_token_id
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select_strategy = vision_feature_select_strategy
@@ -249,6 +257,8 @@ class HoneybeeConfig(PretrainedConfig):
 
         # One dtype for all parts, the top one: transformers 4 would build each part in its own.
         self.vision_config.dtype = self.text_config.dtype = None
+        # Where the parts once lay on somebody's disk is nobody else's business.
+        self.vision_config._name_or_path = self.text_config._name_or_path = ""
         # Weight tying is read from both levels, depending on the transformers line.
         tie_word_embeddings = kwargs.pop("tie_word_embeddings", None)
         if tie_word_embeddings is None:
@@ -268,6 +278,8 @@ class HoneybeeConfig(PretrainedConfig):
                 f"vision_feature_select_strategy={self.vision_feature_select_strategy!r} is unknown; use 'default' "
                 "(drop the class token) or 'full' (a tower without one)"
             )
+        if not self.vision_feature_layers:
+            raise ValueError("vision_feature_layer=[] names no layer; give one, such as -2, or a list for d-abs")
         depth = self.vision_config.num_hidden_layers
         for layer in self.vision_feature_layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
@@ -294,6 +306,12 @@ class HoneybeeConfig(PretrainedConfig):
                 f"num_query_tokens={projector.num_query_tokens} does not fit projector_type="
                 f"{projector.projector_type!r}, which makes one visual token of each of the {num_patches} patches; "
                 f"leave num_query_tokens out or use {num_patches}, or choose another projector"
+            )
+        # On transformers 4 these multiply every input embedding in their own forward, visual tokens included.
+        if self.text_config.model_type in ("gemma", "gemma2", "t5gemma", "vaultgemma"):
+            raise ValueError(
+                f"text_config.model_type={self.text_config.model_type!r} scales its input embeddings differently on "
+                "transformers 4 and 5, so a saved model would answer differently; use another language model"
             )
         # Scaling after the head lives in the causal model's own forward, which is not the one that runs here.
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
@@ -326,11 +344,21 @@ class HoneybeeConfig(PretrainedConfig):
         Raises:
             ValueError: the tower does not take square images.
         """
-        size, patch = self.vision_config.image_size, self.vision_config.patch_size
-        if not isinstance(size, int):
-            if len(set(size)) != 1:
-                raise ValueError(f"vision_config.image_size={size} is not square; Honeybee needs a square image")
-            size = size[0]
+        edges = []
+        for name in ("image_size", "patch_size"):
+            value = getattr(self.vision_config, name, None)
+            edge = value[0] if isinstance(value, (list, tuple)) and len(set(value)) == 1 else value
+            if isinstance(edge, bool) or not isinstance(edge, int) or edge < 1:
+                raise ValueError(
+                    f"vision_config.{name}={value!r} is not the edge of a square in pixels; Honeybee needs a vision "
+                    "transformer for square images"
+                )
+            edges.append(edge)
+        size, patch = edges
+        if size % patch:
+            raise ValueError(
+                f"vision_config.image_size={size} is not a multiple of patch_size={patch}; use {size // patch * patch}"
+            )
         return (size // patch) ** 2
 
     @property

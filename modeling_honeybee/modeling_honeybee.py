@@ -131,8 +131,18 @@ class HoneybeePreTrainedModel(PreTrainedModel):
         tower left at random weights answers fluently and wrongly.
 
         Raises:
-            ValueError: tensors that the model needs are not in the checkpoint.
+            ValueError: the checkpoint is of another kind of model, or lacks tensors that the model needs.
         """
+        config = kwargs.get("config")
+        if pretrained_model_name_or_path is not None and not isinstance(config, HoneybeeConfig):
+            # Otherwise the default model, of 7B parameters, would be built for the weights of another kind.
+            hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
+            found = HoneybeeConfig.get_config_dict(pretrained_model_name_or_path, **hub)[0].get("model_type")
+            if found != HoneybeeConfig.model_type:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is not a Honeybee model but has model_type={found!r}; join a "
+                    "vision tower and a language model with from_vision_text_pretrained first"
+                )
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         if missing:
@@ -181,6 +191,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
     def set_decoder(self, decoder):
         self.language_model = decoder
 
+    @torch.compiler.disable  # the hooks that collect features; a compiled model breaks its graph here
     def get_patch_features(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
         """Features of the chosen layer(s), class token dropped.
 
@@ -421,9 +432,10 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         # Beams repeat rows, and a row owns as many images as it has placeholders for; repeating image by image, as the
         # generic code does, would hand a row's second image to its neighbour.
         pixel_values = model_kwargs.pop("pixel_values", None)
-        if expand_size > 1 and pixel_values is not None and input_ids is not None:
-            counts = (input_ids == self.config.image_token_id).sum(-1) // self.config.num_image_tokens
-            rows = pixel_values.split(counts.tolist())
+        if expand_size > 1 and pixel_values is not None:
+            given_ids = input_ids if input_ids is not None and input_ids.shape[1] else None  # else inputs_embeds
+            mask = self.model.get_placeholder_mask(given_ids, model_kwargs.get("inputs_embeds"), len(pixel_values))
+            rows = pixel_values.split((mask.sum(-1) // self.config.num_image_tokens).tolist())
             pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
@@ -483,7 +495,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             "vision_feature_layer": vision_feature_layer,
             "vision_feature_select_strategy": vision_feature_select_strategy or "default",
         }
-        config = HoneybeeConfig(vision_config=vision_config, text_config=text_config, **fields)
+        config = HoneybeeConfig(vision_config=vision_config, text_config=text_config, image_token_id=0, **fields)
 
         if image_token_id is None:
             tokenizer = AutoTokenizer.from_pretrained(text, **remote)
@@ -518,7 +530,8 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         with torch.device("meta"):
             model = cls(config)
         model.model.vision_tower = getattr(tower, "vision_model", tower)
-        model.model.language_model = causal_lm.base_model
+        # Gemma 3 on transformers 4 is its own base model
+        model.model.language_model = causal_lm.base_model if causal_lm.base_model is not causal_lm else causal_lm.model
         model.lm_head = causal_lm.get_output_embeddings()
         projector = build_projector(config).to(model.lm_head.weight.dtype)
         projector.apply(model._init_weights)

@@ -83,6 +83,7 @@ def _decode(image):
 
     Transparency is dropped, as in the official code; transformers 5 would blend it with white.
     """
+    image = os.fspath(image) if isinstance(image, os.PathLike) else image
     source = image if isinstance(image, str) else getattr(image, "filename", "") or type(image).__name__
     source = source if len(source) <= 200 else source[:200] + "..."
     try:
@@ -169,7 +170,7 @@ class HoneybeeProcessor(ProcessorMixin):
 
     def _check_image_count(self, text: list[str], images: list | None, rows: list | None):
         placeholders = [row.count(self.image_token) for row in text]
-        given = [len(_flatten(row)) for row in rows] if rows is not None else len(images or ())
+        given = [len(row) for row in rows] if rows is not None else len(images or ())
         if (placeholders != given) if rows is not None else (sum(placeholders) != given):
             raise ValueError(
                 f"the text has {sum(placeholders)} {self.image_token} placeholders (by row: {placeholders}), but "
@@ -182,8 +183,8 @@ class HoneybeeProcessor(ProcessorMixin):
             raise ValueError("give `text`, `images` or both")
         if isinstance(text, str):
             text = [text]
-        if text is not None and not all(isinstance(row, str) for row in text):
-            raise ValueError("`text` must be a string or a list of strings")
+        if text is not None and (not text or not all(isinstance(row, str) for row in text)):
+            raise ValueError("`text` must be a string or a list of at least one string")
         rows = None
         if images is not None:
             if (
@@ -191,7 +192,7 @@ class HoneybeeProcessor(ProcessorMixin):
                 and isinstance(images, (list, tuple))
                 and any(isinstance(i, (list, tuple)) for i in images)
             ):
-                rows = list(images)
+                rows = [[image for image in _flatten(row) if image is not None] for row in images]
             images = [image for image in _flatten(images) if image is not None]
         if text is not None:
             self._check_image_count(text, images, rows)
@@ -219,6 +220,9 @@ class HoneybeeProcessor(ProcessorMixin):
                 data.update(self.tokenizer(expanded, **merged["text_kwargs"]))
                 self._check_special_mm_tokens(expanded, data, modalities=["image"])
             if images is not None:
+                # Guessed from the shape otherwise, where an image of 1 or 3 rows looks channels-first.
+                if all(hasattr(image, "convert") for image in images):
+                    merged["images_kwargs"]["input_data_format"] = "channels_last"
                 data.update(self.image_processor(images, **merged["images_kwargs"]))
             return BatchFeature(data=data, tensor_type=return_tensors)
 
@@ -257,13 +261,19 @@ class HoneybeeProcessor(ProcessorMixin):
             ValueError: a conversation without messages.
         """
 
+        def as_item(item):
+            # OpenAI's spelling; transformers 4 collects only its own
+            if item.get("type") == "image_url" and isinstance(item.get("image_url"), dict):
+                return {"type": "image", "url": item["image_url"]["url"]}
+            return item
+
         def as_items(messages):
             if not messages:
                 raise ValueError("the conversation is empty; give it at least one message")
             return [
                 {**message, "content": [{"type": "text", "text": message["content"]}]}
                 if isinstance(message.get("content"), str)
-                else message
+                else {**message, "content": [as_item(item) for item in message["content"]]}
                 for message in messages
             ]
 

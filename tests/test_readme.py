@@ -4,13 +4,14 @@
 import ast
 import importlib
 import re
+import textwrap
 
 import pytest
 
 from tests.tiny import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = [textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))

@@ -8,6 +8,7 @@ A sample is `{"messages": [...], "images": [...]}` in TRL's conversational forma
 import os
 
 from datasets import Dataset, DatasetDict, Image, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from tqdm.auto import tqdm
 
 # Decoding is the only way to find a truncated file, and it takes milliseconds an image. Beyond this many images the
@@ -21,30 +22,44 @@ def normalize_conversation(example: dict) -> tuple[list[dict], list]:
     Images without an `{"type": "image"}` item go in front of the first user turn, as in TRL.
 
     Raises:
-        ValueError: no messages, a last turn that is not the assistant's, an empty answer, or images and placeholders
-            that disagree.
+        ValueError: no messages, a role, content item or template that cannot be rendered, a last turn that is not the
+            assistant's, an empty answer, or images and placeholders that disagree.
     """
     messages = example.get("messages")
     if not messages:
         raise ValueError("the conversation is empty; give it a user and an assistant message, or leave the sample out")
     images = example.get("images")
-    images = list(images) if images is not None else []
+    images = list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
 
+    template = example.get("chat_template") or "default"
+    if template not in ("default", "caption"):
+        raise ValueError(f"chat_template={template!r} is unknown; use default or caption")
     normalized = []
-    for message in messages:
-        content = message["content"]
+    for turn, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        roles = ("user", "assistant") if template == "caption" or turn else ("system", "user", "assistant")
+        if role not in roles:
+            raise ValueError(f"message {turn} has the role {role!r}; here it can be {' or '.join(roles)}")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
         # Arrow fills the keys that an item does not have with None.
         content = [{key: value for key, value in item.items() if value is not None} for item in content or ()]
-        normalized.append({"role": message["role"], "content": content})
+        types = ("image", "text") if role == "user" else ("text",)
+        if role == "user" and template == "caption":
+            types = ("image",)
+        for item in content:
+            if item.get("type") not in types or (item["type"] == "text" and not isinstance(item.get("text"), str)):
+                raise ValueError(
+                    f"message {turn} ({role}) has the content item {item}; here it can be of type {' or '.join(types)}"
+                )
+        normalized.append({"role": role, "content": content})
 
     if normalized[-1]["role"] != "assistant":
         raise ValueError(
             f"the conversation ends with the {normalized[-1]['role']}, so it has nothing to learn at its end; "
             "the last message must be the assistant's"
         )
-    is_caption = example.get("chat_template") == "caption"  # an empty one still teaches to end
+    is_caption = template == "caption"  # an empty one still teaches to end
     for turn, message in enumerate(normalized):
         if (
             message["role"] == "assistant"
@@ -118,6 +133,13 @@ def load_conversations(name: str, split: str = "train", streaming: bool = False)
     looks_local = os.path.isabs(name) or name.startswith(".") or extension in ("json", "jsonl", "parquet")
     if looks_local and not os.path.exists(name):
         raise FileNotFoundError(f"dataset {name!r} does not exist; give an existing file or folder, or a Hub name")
+    if os.path.isfile(name):
+        if extension not in ("json", "jsonl", "parquet"):
+            raise ValueError(f"dataset {name!r} is not a .jsonl, .json or .parquet file; convert it to one of them")
+        if os.path.getsize(name) == 0:
+            raise ValueError(f"dataset {name!r} is empty; give it at least one sample")
+        if split != "train":
+            raise ValueError(f"dataset {name!r} is one file, which has no split {split!r}; leave --dataset_split out")
     if os.path.isfile(os.path.join(name, "dataset_dict.json")) or os.path.isfile(os.path.join(name, "state.json")):
         dataset = load_from_disk(name)
         if isinstance(dataset, DatasetDict):
@@ -126,7 +148,12 @@ def load_conversations(name: str, split: str = "train", streaming: bool = False)
             dataset = dataset[split]
     elif os.path.isfile(name):
         kind = {"jsonl": "json"}.get(extension, extension)
-        dataset = load_dataset(kind, data_files=name, split="train", streaming=streaming)
+        try:
+            dataset = load_dataset(kind, data_files=name, split="train", streaming=streaming)
+        except DatasetsError as error:
+            raise ValueError(
+                f"dataset {name!r} cannot be read ({error.__cause__ or error}); repair the file"
+            ) from error
     else:
         dataset = load_dataset(name, split=split, streaming=streaming)
     columns = dataset.column_names
@@ -138,8 +165,11 @@ def load_conversations(name: str, split: str = "train", streaming: bool = False)
     return dataset
 
 
-def check_dataset(dataset: Dataset, image_root: str = "", needs_images: bool = False):
+def check_dataset(dataset: Dataset, image_root: str = "", needs_images: bool = False) -> int:
     """Reads every sample of a map-style dataset once before training, with a progress bar.
+
+    Returns:
+        The largest number of images in one sample.
 
     Raises:
         ValueError, FileNotFoundError: the first sample that cannot be trained on, with its number and the reason; or no
@@ -151,10 +181,11 @@ def check_dataset(dataset: Dataset, image_root: str = "", needs_images: bool = F
     column = dataset.features.get("images") or None
     if column is not None and isinstance(getattr(column, "feature", None), Image):
         dataset = dataset.cast_column("images", type(column)(Image(decode=False)))
-    num_images = 0
+    num_images = most_images = 0
     for index, example in enumerate(tqdm(dataset, desc="Checking samples", disable=len(dataset) < 5000)):
         try:
             _, images = normalize_conversation(example)
+            most_images = max(most_images, len(images))
             for image in images:
                 num_images += 1
                 if num_images <= MAX_DECODED_CHECKS or not _exists(image, image_root):
@@ -166,3 +197,4 @@ def check_dataset(dataset: Dataset, image_root: str = "", needs_images: bool = F
             f"none of the {len(dataset)} samples has an image, and alignment trains the projector alone, which reads "
             "nothing else; give a dataset with an `images` column, or use --stage instruct"
         )
+    return most_images

@@ -53,7 +53,9 @@ class HoneybeeArguments:
         default=None, metadata={"help": "Vision tower of a new model, instead of --model_name_or_path."}
     )
     text_model: str | None = field(default=None, metadata={"help": "Language model of a new model."})
-    vision_feature_layer: int = field(default=-2, metadata={"help": "Layer of the tower that the projector reads."})
+    vision_feature_layer: int | None = field(
+        default=None, metadata={"help": "Layer of the tower that a new projector reads; default: -2."}
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Image size of a new model, where it is not the tower's own."}
     )
@@ -64,7 +66,33 @@ class HoneybeeArguments:
 
     def __post_init__(self):
         if isinstance(self.projector, str):
-            self.projector = json.loads(self.projector)
+            try:
+                self.projector = json.loads(self.projector)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"--projector {self.projector!r} is not JSON ({error})") from error
+        if not isinstance(self.projector, (dict, type(None))):
+            raise ValueError(f"--projector {self.projector!r} is not a mapping of settings to values")
+
+
+def _check_model_folder(path: str) -> None:
+    if (os.path.isabs(path) or path.startswith(".")) and not os.path.isdir(path):
+        raise ValueError(f"{path!r} does not exist; give the output folder of a finished stage, or a Hub name")
+    if not os.path.isdir(path):
+        return
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        raise ValueError(
+            f"{path!r} is a LoRA adapter and not a whole model; merge it into its base model first (README, "
+            '"Train your own") and give the merged folder'
+        )
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise ValueError(f"{path!r} is not a model: it has no config.json; give the output folder of a finished stage")
+    with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+        model_type = json.load(file).get("model_type")
+    if model_type != "honeybee":
+        raise ValueError(
+            f"{path!r} is not a Honeybee model but has model_type={model_type!r}; to start from its parts give "
+            "--vision_model and --text_model"
+        )
 
 
 def check_arguments(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
@@ -79,16 +107,13 @@ def check_arguments(args: HoneybeeArguments, training_args: SFTConfig, model_arg
         raise ValueError("no dataset: give --dataset a Hub name or a path (or no arguments at all for the quickstart)")
     parts = (args.vision_model, args.text_model)
     if model_args.model_name_or_path:
-        if any(parts) or args.projector:
-            raise ValueError(
-                f"--model_name_or_path {model_args.model_name_or_path} already has a tower, an LLM and a projector; "
-                "leave out --vision_model, --text_model and --projector, or leave it out to start a new model"
-            )
         path = model_args.model_name_or_path
-        if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        if any(parts) or args.projector or args.image_size is not None or args.vision_feature_layer is not None:
             raise ValueError(
-                f"{path!r} is not a model: it has no config.json; give the output folder of a finished stage"
+                f"--model_name_or_path {path} already has a tower, an LLM and a projector; leave out --vision_model, "
+                "--text_model, --projector, --image_size and --vision_feature_layer, or leave it out to start a new model"
             )
+        _check_model_folder(path)
     elif not all(parts):
         raise ValueError(
             "no model: give --model_name_or_path a Honeybee checkpoint, or both --vision_model and --text_model "
@@ -106,46 +131,46 @@ def check_arguments(args: HoneybeeArguments, training_args: SFTConfig, model_arg
         HoneybeeProjectorConfig(**args.projector)
 
 
-def open_output(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> str | None:
-    """The checkpoint to resume from, or None for a new run, whose folder is marked as such.
+def describe_run(args: HoneybeeArguments, model_args: ModelConfig) -> dict:
+    """What makes a run this run and not another; kept in its output folder."""
+    return {**asdict(args), "model_name_or_path": model_args.model_name_or_path, "use_peft": model_args.use_peft}
+
+
+def find_checkpoint(run: dict, training_args: SFTConfig) -> str | None:
+    """The checkpoint to resume from, or None for a new run.
 
     Raises:
-        ValueError: the folder holds another run, or nothing to resume.
+        ValueError: the output folder holds another run, or nothing to resume.
     """
-    run = {**asdict(args), "model_name_or_path": model_args.model_name_or_path, "use_peft": model_args.use_peft}
     folder, resume = training_args.output_dir, training_args.resume_from_checkpoint
     mark = os.path.join(folder, RUN_FILE)
-    if resume:
-        if str(resume).lower() in ("true", "last"):
-            checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-        else:
-            checkpoint = resume if os.path.isdir(resume) else None
-        if checkpoint is None:
+    if not resume:
+        if os.path.isdir(folder) and os.listdir(folder):
             raise ValueError(
-                f"--resume_from_checkpoint {resume}: no checkpoint found (output_dir {folder!r}); "
-                "leave it out to start, and set --save_strategy steps --save_steps N to have some"
+                f"output_dir {folder!r} already holds another run or other files; continue it with "
+                "--resume_from_checkpoint true, or give another folder"
             )
-        if os.path.isfile(mark):
-            with open(mark, encoding="utf-8") as file:
-                before = json.load(file)
-            changed = sorted(key for key in run if before.get(key) != run[key])
-            if changed:
-                raise ValueError(
-                    f"output_dir {folder!r} holds another run: "
-                    + ", ".join(f"{key} was {before.get(key)!r} and is {run[key]!r}" for key in changed)
-                    + "; resume with the same settings or use another folder"
-                )
-        return checkpoint
-    if os.path.isdir(folder) and os.listdir(folder):
+        return None
+    if str(resume).lower() in ("true", "last"):
+        checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    else:
+        checkpoint = resume if os.path.isdir(resume) else None
+    if checkpoint is None:
         raise ValueError(
-            f"output_dir {folder!r} already holds another run or other files; continue it with "
-            "--resume_from_checkpoint true, or give another folder"
+            f"--resume_from_checkpoint {resume}: no checkpoint found (output_dir {folder!r}); "
+            "leave it out to start, and set --save_strategy steps --save_steps N to have some"
         )
-    if training_args.process_index == 0:
-        os.makedirs(folder, exist_ok=True)
-        with open(mark, "w", encoding="utf-8") as file:
-            json.dump(run, file, indent=2)
-    return None
+    if os.path.isfile(mark):
+        with open(mark, encoding="utf-8") as file:
+            before = json.load(file)
+        changed = sorted(key for key in run if before.get(key) != run[key])
+        if changed:
+            raise ValueError(
+                f"output_dir {folder!r} holds another run: "
+                + ", ".join(f"{key} was {before.get(key)!r} and is {run[key]!r}" for key in changed)
+                + "; resume with the same settings or use another folder"
+            )
+    return checkpoint
 
 
 def load_model_and_processor(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig):
@@ -156,7 +181,7 @@ def load_model_and_processor(args: HoneybeeArguments, training_args: SFTConfig, 
             args.vision_model,
             args.text_model,
             image_size=args.image_size,
-            vision_feature_layer=args.vision_feature_layer,
+            vision_feature_layer=-2 if args.vision_feature_layer is None else args.vision_feature_layer,
             dtype=dtype if isinstance(dtype, torch.dtype) else None,
             attn_implementation=model_args.attn_implementation,
             trust_remote_code=training_args.trust_remote_code,
@@ -205,16 +230,25 @@ def prepare(
     check_arguments(args, training_args, model_args)
     dataset = load_conversations(args.dataset, args.dataset_split)
     image_root = os.path.dirname(os.path.abspath(args.dataset)) if os.path.isfile(args.dataset) else ""
-    check_dataset(dataset, image_root, needs_images=args.stage == "align")
-    checkpoint = open_output(args, training_args, model_args)
+    most_images = check_dataset(dataset, image_root, needs_images=args.stage == "align")
+    run = describe_run(args, model_args)
+    checkpoint = find_checkpoint(run, training_args)
 
     model, processor = load_model_and_processor(args, training_args, model_args)
     check_processor(model, processor)
-    freeze_for_stage(model, args.stage)
+    visual_tokens = most_images * processor.num_image_tokens
+    if training_args.max_length is not None and visual_tokens >= training_args.max_length:
+        raise ValueError(
+            f"max_length={training_args.max_length} leaves no room for text: {most_images} images of "
+            f"{processor.num_image_tokens} visual tokens are {visual_tokens} tokens; raise it"
+        )
+    # LoRA takes the place of training the LLM; peft makes its own parameters trainable.
+    freeze_for_stage(model, "align" if model_args.use_peft else args.stage)
     if model_args.use_peft and model_args.lora_target_modules is None:
         modules = lora_modules(args.stage)
         model_args.lora_target_modules = modules["target_modules"]
         model_args.lora_modules_to_save = model_args.lora_modules_to_save or modules["modules_to_save"]
+        logger.info("  LoRA of rank %s on the LLM's q and v", model_args.lora_r)
 
     # The collator prepares samples on the fly and needs their columns as they are.
     training_args.remove_unused_columns = False
@@ -227,6 +261,11 @@ def prepare(
         processing_class=processor,
         peft_config=get_peft_config(model_args),
     )
+    # Marked only now: a start that failed leaves the folder as it was.
+    if checkpoint is None and trainer.is_world_process_zero():
+        os.makedirs(training_args.output_dir, exist_ok=True)
+        with open(os.path.join(training_args.output_dir, RUN_FILE), "w", encoding="utf-8") as file:
+            json.dump(run, file, indent=2)
     return trainer, checkpoint
 
 
@@ -247,11 +286,10 @@ def main():
 
         run_quickstart()
         return
-    parser = TrlParser((HoneybeeArguments, SFTConfig, ModelConfig))
-    args, training_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
     try:
-        trainer, checkpoint = prepare(args, training_args, model_args)
-    except (ValueError, FileNotFoundError) as error:
+        parser = TrlParser((HoneybeeArguments, SFTConfig, ModelConfig))
+        trainer, checkpoint = prepare(*parser.parse_args_and_config(fail_with_unknown_args=True))
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     run(trainer, checkpoint)
 

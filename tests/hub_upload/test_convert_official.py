@@ -256,6 +256,25 @@ def test_a_spoiled_checkpoint_stops_with_one_sentence(spoil, words, checkpoint, 
     assert sorted(os.listdir(tmp_path)) == ["checkpoint"], "no output, nothing half-written, no code run"
 
 
+def test_the_older_layout_names_its_tokens_at_the_top(checkpoint, tmp_path):
+    def older(config):
+        config["visual_projector_config"] = config.pop("projector_config")
+        config["num_query_tokens"] = config["visual_projector_config"]["num_query_tokens"]
+        config["visual_projector_config"]["num_query_tokens"] = None
+
+    edit_config(checkpoint, older)
+    convert(checkpoint, tmp_path / "out", str(TOKENIZER))
+    assert HoneybeeProcessor.from_pretrained(tmp_path / "out").num_image_tokens == 9
+
+
+def test_tied_embeddings(checkpoint, tmp_path):
+    edit_config(checkpoint, lambda config: config["text_config"].update(tie_word_embeddings=True))
+    edit_weights(checkpoint, lambda tensors: tensors.pop("language_model.lm_head.weight"))
+    convert(checkpoint, tmp_path / "out", str(TOKENIZER))
+    model = HoneybeeForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
 def test_wrong_tokenizers_are_named(tmp_path):
     with pytest.raises(ConversionError, match="give --tokenizer.*'tiny-tokenizer'"):
         convert(SMALL, tmp_path / "out")

@@ -112,7 +112,33 @@ def test_weight_tying_is_set_at_both_levels(tied):
     assert loaded.tie_word_embeddings is tied and loaded.text_config.tie_word_embeddings is tied
 
 
-def test_logit_scaling_is_refused_not_ignored():
-    gemma = {"model_type": "gemma2", "final_logit_softcapping": 30.0, "hidden_size": 24, "num_hidden_layers": 1}
-    with pytest.raises(ValueError, match="final_logit_softcapping=30.0"):
-        HoneybeeConfig(clip_config(), gemma, projector_settings("c-abs"))
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ({"model_type": "cohere", "logit_scale": 0.25}, "logit_scale=0.25"),
+        ({"model_type": "gemma"}, "model_type='gemma' scales its input embeddings"),
+    ],
+)
+def test_language_models_with_hidden_scales_are_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        HoneybeeConfig(clip_config(), {**text, "hidden_size": 32, "num_hidden_layers": 1}, projector_settings("c-abs"))
+
+
+def test_the_callers_configs_stay_as_they_are():
+    vision, text, projector = clip_config(), llama_config(), HoneybeeProjectorConfig("linear")
+    before = [config.to_dict() for config in (vision, text, projector)]
+    HoneybeeConfig(vision, text, projector)
+    assert [config.to_dict() for config in (vision, text, projector)] == before
+
+
+@pytest.mark.parametrize(
+    ("vision", "words"),
+    [
+        ({"image_size": 30}, "image_size=30 is not a multiple of patch_size=8; use 24"),
+        ({"image_size": [32, 48]}, "not the edge of a square"),
+    ],
+)
+def test_image_sizes_that_do_not_fit_are_named(vision, words):
+    settings = {**clip_config().to_dict(), **vision}
+    with pytest.raises(ValueError, match=words):
+        HoneybeeConfig(settings, llama_config(), projector_settings("c-abs"))

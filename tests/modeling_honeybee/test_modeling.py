@@ -157,7 +157,9 @@ def test_inputs_embeds_stand_for_input_ids():
     expected = model(**tiny_inputs(model, MIXED)).logits
     torch.testing.assert_close(model(inputs_embeds=embeds, **inputs).logits, expected)
     new = model.generate(inputs_embeds=embeds, **inputs, max_new_tokens=8, do_sample=False)
-    assert [[token for token in row if token != 0] for row in new.tolist()] == generate(model, tiny_inputs(model, MIXED))
+    assert [[token for token in row if token != 0] for row in new.tolist()] == generate(
+        model, tiny_inputs(model, MIXED)
+    )
 
 
 @pytest.mark.parametrize("trained", [["model.projector"], ["model.projector", "model.language_model", "lm_head"]])

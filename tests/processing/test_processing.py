@@ -132,6 +132,22 @@ def test_pixels_are_a_direct_bicubic_resize(mode):
     torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("size", [(50, 1), (50, 3), (3, 3), (1, 1)])
+def test_images_of_few_rows(size):
+    image = picture(size=size)
+    pixels = tiny_processor()(images=image, return_tensors="pt")["pixel_values"][0]
+    resized = picture(size=(32, 32))
+    resized.paste(image.resize((32, 32), Image.Resampling.BICUBIC))
+    torch.testing.assert_close(pixels, tiny_processor()(images=resized, return_tensors="pt")["pixel_values"][0])
+
+
+def test_openai_image_items(tmp_path):
+    picture().save(tmp_path / "a.png")
+    item = {"type": "image_url", "image_url": {"url": str(tmp_path / "a.png")}}
+    inputs = tiny_processor().apply_chat_template([user(item)], tokenize=True, return_dict=True, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 32, 32)
+
+
 def test_image_counts_must_agree():
     processor = tiny_processor()
     with pytest.raises(ValueError, match="2 <image> placeholders.*1 images"):

@@ -110,9 +110,12 @@ def test_long_rows_are_cut_but_never_through_an_image():
         ({"messages": [QUESTION, says("a")], "images": []}, "1 image placeholders.*0 images"),
         ({"messages": [QUESTION, says("a")], "images": [picture()] * 2}, "1 image placeholders.*2 images"),
         ({"messages": [QUESTION, says("a")], "images": ["no_such.png"]}, "'no_such.png' does not exist"),
+        ({"messages": [{"role": "human", "content": "q"}, says("a")]}, "message 0 has the role 'human'"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}, says("a")]}, "of type image or text"),
+        ({"messages": [QUESTION, says("a")], "images": [picture()], "chat_template": "caption"}, "of type image"),
         (
             {"messages": [QUESTION, says("a")], "images": [picture()], "chat_template": "poem"},
-            "'poem'.*default, caption",
+            "'poem' is unknown; use default or caption",
         ),
     ],
 )

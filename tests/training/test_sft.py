@@ -191,6 +191,12 @@ def bad(world, tmp_path_factory):
     made["other_run"] = root / "other_run"
     made["other_run"].mkdir()
     (made["other_run"] / "model.safetensors").write_text("weights of another run")
+    made["llama"] = save_llama(root / "llama")
+    made["adapter"] = root / "adapter"
+    made["adapter"].mkdir()
+    (made["adapter"] / "adapter_config.json").write_text("{}")
+    made["broken"] = root / "broken.jsonl"
+    made["broken"].write_text('{"messages": [')
     made["disagreeing"] = root / "disagreeing"
     tiny_model().save_pretrained(made["disagreeing"])
     tiny_processor(9).save_pretrained(made["disagreeing"])
@@ -219,6 +225,13 @@ def bad(world, tmp_path_factory):
         (["--dataset", "{data}", "--projector", '{"projector_type": "c-abs"}'], ["already has", "leave out"]),
         (["--dataset", "{data}", "--resume_from_checkpoint", "true"], ["no checkpoint found"]),
         (["--dataset", "{data}", "--no_such_setting", "1"], ["no_such_setting"]),
+        (["--dataset", "{data}", "--model_name_or_path", "{llama}"], ["model_type='llama'", "--vision_model"]),
+        (["--dataset", "{data}", "--model_name_or_path", "{adapter}"], ["LoRA adapter", "merge"]),
+        (["--dataset", "{data}", "--model_name_or_path", "/no/such/folder"], ["/no/such/folder", "does not exist"]),
+        (["--dataset", "{data}", "--max_length", "3"], ["max_length=3", "1 images of 4 visual tokens"]),
+        (["--dataset", "{data}", "--dataset_split", "validation"], ["no split 'validation'"]),
+        (["--dataset", "{data}", "--image_size", "48"], ["--image_size", "already has"]),
+        (["--dataset", "{broken}"], ["broken.jsonl", "cannot be read"]),
     ],
 )
 def test_wrong_input_is_named_before_any_work(arguments, words, world, bad, tmp_path, monkeypatch, capsys):
@@ -245,6 +258,14 @@ def test_errors_end_the_script_with_one_sentence(world, bad, tmp_path):
     assert result.returncode == 1
     assert result.stdout.strip().splitlines()[-1].startswith("error: sample 1: image file")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_start_that_failed_does_not_block_its_folder(world, tmp_path):
+    data, out = world / "data.jsonl", tmp_path / "out"
+    new = ["--stage", "align", "--dataset", data, "--vision_model", world / "vision", "--text_model", world / "text"]
+    wrong = json.dumps({"projector_type": "linear", "num_query_tokens": 9})
+    assert run_script(SFT, *new, "--projector", wrong, "--output_dir", out, *SHORT, check=False).returncode == 1
+    run_script(SFT, *new, "--projector", '{"projector_type": "linear"}', "--output_dir", out, *SHORT)
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "training" / "configs").glob("*.yaml")), ids=lambda p: p.name)
