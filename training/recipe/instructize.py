@@ -305,8 +305,8 @@ def _dialogue(record: dict, instructions: Instructions, rng: random.Random) -> t
     placed = sum(item["type"] == "image" for message in messages for item in message["content"])
     images = int(record["image"] is not None)
     if placed > images:
-        # The question that showed the image may have gone with its empty answer, the others still need it.
         raise BadSample("malformed record", f"{placed} image placeholders for {images} images")
+    # No placeholder, or it went with a question whose answer is empty: the other questions still need the image.
     if messages and placed < images:
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
