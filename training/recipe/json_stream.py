@@ -10,6 +10,7 @@ from collections.abc import Iterator
 CHUNK = 1 << 20
 _DECODER = json.JSONDecoder()
 _BLANK = " \t\n\r"
+_FOLLOWING = tuple(_BLANK + ",:]}")
 
 
 class _Reader:
@@ -53,8 +54,8 @@ class _Reader:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.buffer, self.position)
-                # A number at the edge of the buffer may go on behind it.
-                if end < len(self.buffer) or self.ended:
+                # "0." at the edge of the buffer is read as 0: a value has ended where something else follows.
+                if self.ended or self.buffer[end : end + 1] in _FOLLOWING:
                     self.position = end
                     return value
             except json.JSONDecodeError as error:
