@@ -10,7 +10,7 @@ import random
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, Features
 
 # Their turns are questions of their own. Dialogues and captions stay as they are.
 MERGEABLE_TASKS = ("vqa-open", "vqa-mc", "referring")
@@ -75,7 +75,8 @@ def merge_turns(
         _merge,
         batched=True,
         batch_size=None,
-        features=dataset.features,
+        # Made anew: the cache goes by their pickle, which differs between a dataset just written and the same one loaded.
+        features=Features.from_dict(dataset.features.to_dict()),
         fn_kwargs={"max_turns": max_turns, "key": key if max_turns != 1 else None, "shuffle_seed": shuffle_seed},
         desc="Merging turns",
     ).with_format(None)
