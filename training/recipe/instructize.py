@@ -202,7 +202,9 @@ def instructize(record: dict, instructions: Instructions, rng: random.Random) ->
     build = _dialogue if task in DIALOGUE_TASKS else _questions
     messages, skipped = build(record, instructions, rng)
     if not messages:
-        raise BadSample(skipped[0], f"no turn of a record of {record['dataset']} is left")
+        raise BadSample(
+            skipped[0] if skipped else "malformed record", f"no turn of a record of {record['dataset']} is left"
+        )
     system = _message("system", _words(instructions.system(task)))
     return {**sample, "messages": [system, *messages], "skipped": skipped}
 
@@ -241,7 +243,7 @@ def _values(turn: dict, instructions: Instructions, rng: random.Random) -> dict[
         return turn
     if not turn["answer"]:
         raise BadSample("empty answer")
-    correct = LETTERS.find(turn["answer"])
+    correct = LETTERS.find(turn["answer"]) if len(turn["answer"]) == 1 else -1
     if not 0 <= correct < len(options) <= len(LETTERS):
         raise BadSample("malformed record", f"the answer {turn['answer']!r} is none of {len(options)} options")
     order = list(range(len(options)))

@@ -157,9 +157,7 @@ def _generate_vqav2(name, root, paths, stamp):
         if question["question_id"] != annotation["question_id"]:
             raise ValueError("the two files are not in the same order")
         image = os.path.join(folder, f"COCO_{split}_{int(question['image_id']):012}.jpg")
-        return image, [
-            _turn(question=_text(question["question"]), answer=_text(annotation["multiple_choice_answer"]))
-        ]
+        return image, [_turn(question=_text(question["question"]), answer=_text(annotation["multiple_choice_answer"]))]
 
     rows = zip_longest(stream_json(questions, "questions"), stream_json(annotations, "annotations"))
     yield from _records(name, rows, convert)

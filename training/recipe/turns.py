@@ -71,15 +71,19 @@ def merge_turns(
         _check_key(key)
     if len(dataset) == 0 or dataset[0]["task"] not in MERGEABLE_TASKS:
         return dataset
-    return dataset.with_format("arrow").map(
-        _merge,
-        batched=True,
-        batch_size=None,
-        # Made anew: the cache goes by their pickle, which differs between a dataset just written and the same one loaded.
-        features=Features.from_dict(dataset.features.to_dict()),
-        fn_kwargs={"max_turns": max_turns, "key": key if max_turns != 1 else None, "shuffle_seed": shuffle_seed},
-        desc="Merging turns",
-    ).with_format(None)
+    return (
+        dataset.with_format("arrow")
+        .map(
+            _merge,
+            batched=True,
+            batch_size=None,
+            # Made anew: the cache goes by their pickle, which differs between a dataset just written and the same one loaded.
+            features=Features.from_dict(dataset.features.to_dict()),
+            fn_kwargs={"max_turns": max_turns, "key": key if max_turns != 1 else None, "shuffle_seed": shuffle_seed},
+            desc="Merging turns",
+        )
+        .with_format(None)
+    )
 
 
 def _check_key(key: str):

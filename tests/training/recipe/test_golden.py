@@ -176,7 +176,9 @@ def test_grouping_in_all_variants(name):
             assert record["image"].endswith(item["image"].removeprefix("./data").removeprefix("data"))
 
 
-@pytest.mark.parametrize("name", ["vqav2", "gqa", "ocrvqa", "refcoco", "refcoco_plus", "refcocog", "vg", "aokvqa", "sqa"])
+@pytest.mark.parametrize(
+    "name", ["vqav2", "gqa", "ocrvqa", "refcoco", "refcoco_plus", "refcocog", "vg", "aokvqa", "sqa"]
+)
 def test_grouping_as_trained(name):
     merged = merge_turns(READERS[name](str(DATA / "raw" / "data")), MAX_TURNS.get(name, 1), KEY.get(name))
     official = lines(f"{FILES[name]}.finalized.jsonl")

@@ -31,7 +31,9 @@ def test_entries_are_those_of_the_file(path, document, chunk, indent, ascii_only
     assert entries == (document if isinstance(document, list) else list(document.items()))
 
 
-@given(before=st.dictionaries(st.text(max_size=3), VALUES, max_size=3), wanted=st.lists(VALUES), chunk=st.integers(1, 9))
+@given(
+    before=st.dictionaries(st.text(max_size=3), VALUES, max_size=3), wanted=st.lists(VALUES), chunk=st.integers(1, 9)
+)
 def test_a_member_of_the_file(path, before, wanted, chunk):
     path.write_text(json.dumps({**before, "wanted": wanted, "behind": [1]}), encoding="utf-8")
     assert list(stream_json(str(path), "wanted", chunk)) == wanted
