@@ -172,7 +172,10 @@ _BLOCK = Features(
 
 def _generate_blocks(generate: Callable[..., Iterator[dict]], arguments: dict) -> Iterator[dict]:
     records = generate(**arguments)
-    while block := list(islice(records, _BLOCK_ROWS)):
+    started = False
+    # One block at least: `datasets` refuses a dataset without any row, and its message names no file.
+    while (block := list(islice(records, _BLOCK_ROWS))) or not started:
+        started = True
         turns = [turn for record in block for turn in record["turns"]]
         yield {
             "images": [record["image"] for record in block],

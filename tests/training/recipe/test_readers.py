@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset, load_from_disk
 from tests.tiny import picture
 from training.recipe.readers import FEATURES, FILES, READERS, TASKS, annotation_files, read_messages, split_options
 from training.recipe.readers import as_question as question
+from training.recipe.turns import merge_turns
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +142,18 @@ def test_questions_and_annotations_of_unequal_length(tmp_path):
     write(tmp_path, questions, {"questions": asked})
     write(tmp_path, annotations, {"info": {"annotations": [0]}, "annotations": told})
     assert [len(record["turns"]) for record in READERS["vqav2"](str(tmp_path))] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("count", [0, 999, 1000, 2001])
+def test_any_number_of_rows(tmp_path, count):
+    rows = [
+        {"imageURL": ".jpg", "questions": [f"{row}"] * (row % 3), "answers": ["a"] * (row % 3)} for row in range(count)
+    ]
+    write(tmp_path, FILES["ocrvqa"][0], {f"key{row}": entry for row, entry in enumerate(rows)})
+    dataset = READERS["ocrvqa"](str(tmp_path))
+    assert dataset.features == FEATURES
+    assert [[turn["question"] for turn in record["turns"]] for record in dataset] == [row["questions"] for row in rows]
+    assert len(merge_turns(dataset, 10)) == count
 
 
 def test_dialogues_as_turns(tmp_path):
