@@ -119,12 +119,40 @@ def _exists(image, root: str) -> bool:
     return not isinstance(image, str) or os.path.isfile(os.path.join(root, image))
 
 
-def load_conversations(name: str, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
-    """A dataset with a `messages` column from the Hub or from disk.
+def _as_messages(example: dict) -> dict:
+    def turns(side, role: str) -> list[dict]:
+        return [{"role": role, "content": side}] if isinstance(side, str) else list(side or ())
+
+    return {"messages": turns(example["prompt"], "user") + turns(example["completion"], "assistant")}
+
+
+def _rename(dataset: Dataset | IterableDataset, name: str, columns: dict[str, str]):
+    allowed = ("messages", "prompt", "completion", "images")
+    unknown = [ours for ours in columns if ours not in allowed]
+    missing = [theirs for theirs in columns.values() if theirs not in (dataset.column_names or [theirs])]
+    if unknown or missing:
+        raise ValueError(
+            f"columns={columns!r} of dataset {name!r}: "
+            + "; ".join(
+                [f"{ours!r} is not one of {', '.join(allowed)}" for ours in unknown]
+                + [f"there is no column {theirs!r}, it has {', '.join(dataset.column_names)}" for theirs in missing]
+            )
+        )
+    renamed = {theirs: ours for ours, theirs in columns.items() if theirs != ours}
+    # A column of the dataset's own that has the new name would clash.
+    clashing = [ours for ours in renamed.values() if ours in (dataset.column_names or []) and ours not in renamed]
+    return dataset.remove_columns(clashing).rename_columns(renamed)
+
+
+def load_conversations(
+    name: str, split: str = "train", streaming: bool = False, columns: dict[str, str] | None = None
+) -> Dataset | IterableDataset:
+    """A dataset with a `messages` column from the Hub or from disk; `prompt` and `completion` become one.
 
     Args:
         name: Hub name; or a folder written by `save_to_disk`; or a .json, .jsonl or .parquet file, whose relative image
             paths are taken from its folder; or a folder that `load_dataset` reads.
+        columns: our name -> the dataset's, for `messages`, `prompt`, `completion`, `images`.
 
     Raises:
         FileNotFoundError, ValueError: what is missing, with the columns that are there.
@@ -156,11 +184,15 @@ def load_conversations(name: str, split: str = "train", streaming: bool = False)
             ) from error
     else:
         dataset = load_dataset(name, split=split, streaming=streaming)
-    columns = dataset.column_names
-    if columns is not None and "messages" not in columns:
+    if columns:
+        dataset = _rename(dataset, name, columns)
+    found = dataset.column_names
+    if found is not None and "messages" not in found:
+        if "prompt" in found and "completion" in found:
+            return dataset.map(_as_messages, remove_columns=["prompt", "completion"])
         raise ValueError(
-            f"dataset {name!r} has the columns {', '.join(columns)}, but training reads `messages` (and `images`); "
-            "rename or convert them"
+            f"dataset {name!r} has the columns {', '.join(found)}, but training reads `messages`, or `prompt` and "
+            "`completion` (and `images`); rename or convert them"
         )
     return dataset
 

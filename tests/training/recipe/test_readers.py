@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import tarfile
+from io import BytesIO
+
+import pytest
+from datasets import Dataset, IterableDataset, load_from_disk
+
+from tests.tiny import picture
+from training.recipe.readers import FEATURES, FILES, READERS, TASKS, annotation_files, read_messages, split_options
+from training.recipe.readers import as_question as question
+from training.recipe.turns import merge_turns
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(root, name, document):
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(document if isinstance(document, str) else json.dumps(document), encoding="utf-8")
+    return path
+
+
+def turns(record) -> list[dict]:
+    return [{field: value for field, value in turn.items() if value is not None} for turn in record["turns"]]
+
+
+def test_every_dataset_has_a_reader_a_task_and_files():
+    assert READERS.keys() == TASKS.keys() == FILES.keys()
+    assert len(READERS) == 14
+
+
+@pytest.mark.parametrize(
+    "caption, expected",
+    [
+        ("The cat is behind the laptop.", "Is the cat behind the laptop?"),
+        ("This dish is near an island that is small.", "Is this dish near an island that is small?"),
+        ("The dog is in the U.S. van", "Is the dog in the u.s. van?"),
+    ],
+)
+def test_statements_become_questions(caption, expected):
+    assert question(caption) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("(A) one (B) two", ["one", "two"]),
+        ("(A) vitamin (B) helps (B) no (C) neither", ["vitamin (B) helps", "no", "neither"]),
+        ("(A) x (B) like (A) (C) z", ["x", "like (A)", "z"]),
+        ("(A) x (B) y (D) z", ["x", "y (D) z"]),
+        ("(A) only", ["only"]),
+        ("(A) f(X) (B) g(X)", ["f(X)", "g(X)"]),
+    ],
+)
+def test_options_follow_the_letters(text, expected):
+    assert split_options(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "one", "(B) x (A) y", "x (A) y"])
+def test_options_without_a_beginning(text):
+    with pytest.raises(ValueError):
+        split_options(text)
+
+
+def test_missing_files_are_all_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="questions.json, .*annotations.json; put the files there"):
+        READERS["vqav2"](str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"blip_laion/\*\.tar"):
+        READERS["blip"](str(tmp_path))
+    with pytest.raises(ValueError, match="'vqa' has no reader; there are blip"):
+        annotation_files("vqa", str(tmp_path))
+
+
+BROKEN = {
+    "gqa": {"a": None, "b": {"imageId": 1, "question": "q"}, "c": {"imageId": 2, "question": "q", "answer": "a"}},
+    "ocrvqa": {
+        "a": {"imageURL": "x.jpg", "questions": ["q", "r"], "answers": ["a"], "split": 1},
+        "b": 7,
+        "c": {"imageURL": "x.jpg", "questions": ["q"], "answers": ["a"], "split": 1},
+        "other split": {"imageURL": "x.jpg", "questions": ["q"], "answers": ["a"], "split": 3},
+    },
+    "vsr": '{"image_link": "u/train2017/1.jpg", "caption": "c", "label": 5}\n{"image\n\n'
+    '{"image_link": "u/train2017/1.jpg", "caption": "A is b", "label": 1}\n',
+    "sqa": [
+        {"conversations": [{"value": "q\nContext: c\nOptions: (A) x"}, {"value": "ANSWER: B."}]},
+        {"conversations": []},
+        {"conversations": [{"value": "q\nContext: c\nOptions: (A) x (B) y"}, {"value": "ANSWER: B."}]},
+    ],
+    "aokvqa": [
+        {"image_id": 1, "question": "q", "choices": ["a"], "correct_choice_idx": -1},
+        {"image_id": 1, "question": "q", "choices": None, "correct_choice_idx": 0},
+        {"image_id": 1, "question": "q", "choices": ["a"], "correct_choice_idx": 0},
+    ],
+    "refcocog": {
+        "images": [
+            {"file_name": "a", "height": 0, "width": 9, "id": 1, "caption": "c"},
+            {"file_name": "a", "height": 9, "width": 9, "id": 5, "caption": "c"},
+            {"file_name": "a", "height": 9, "width": 9, "id": 3, "caption": "c"},
+        ],
+        "annotations": [{"image_id": i, "bbox": [1, 2, 3, 4]} for i in (1, 2, 3)],
+    },
+    "llava150k": [
+        {"conversations": [{"from": "human", "value": "q"}]},
+        {"image": "a.jpg", "conversations": [{"from": "martian", "value": "q"}]},
+        {"image": "a.jpg", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    ],
+    "sharegpt": [
+        {"conversations": []},
+        {"conversations": [{"from": "gpt", "value": "a"}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_rows_that_cannot_be_understood_stay_as_records_without_turns(name, tmp_path):
+    for file in FILES[name]:
+        write(tmp_path, file, BROKEN[name] if file == FILES[name][0] else [])
+    dataset = READERS[name](str(tmp_path))
+    assert isinstance(dataset, Dataset) and dataset.features == FEATURES
+    assert [len(record["turns"]) for record in dataset] == [0, 0, 1]
+    assert {(record["dataset"], record["task"]) for record in dataset} == {(name, TASKS[name])}
+
+
+def test_vg_rows_that_cannot_be_understood(tmp_path):
+    write(tmp_path, FILES["vg"][0], [{"image_id": 1, "width": 10, "height": 10}, {"image_id": 2}])
+    region = {"x": 1, "y": 2, "width": 3, "height": 4, "phrase": "p"}
+    rows = [{"regions": None}, 5, {"regions": [{**region, "image_id": 2}, {**region, "image_id": 1}, "x"]}]
+    write(tmp_path, FILES["vg"][1], rows)
+    found = [turns(record) for record in READERS["vg"](str(tmp_path))]
+    assert found == [[], [], [], [{"phrase": "p", "bbox": "[0.100,0.200,0.400,0.600]"}], []]
+
+
+def test_questions_and_annotations_of_unequal_length(tmp_path):
+    questions, annotations = FILES["vqav2"]
+    asked = [{"image_id": 1, "question": "q", "question_id": i} for i in range(3)]
+    told = [{"question_id": i, "multiple_choice_answer": "a"} for i in (0, 7)]
+    write(tmp_path, questions, {"questions": asked})
+    write(tmp_path, annotations, {"info": {"annotations": [0]}, "annotations": told})
+    assert [len(record["turns"]) for record in READERS["vqav2"](str(tmp_path))] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("count", [0, 999, 1000, 2001])
+def test_any_number_of_rows(tmp_path, count):
+    rows = [
+        {"imageURL": ".jpg", "questions": [f"{row}"] * (row % 3), "answers": ["a"] * (row % 3)} for row in range(count)
+    ]
+    write(tmp_path, FILES["ocrvqa"][0], {f"key{row}": entry for row, entry in enumerate(rows)})
+    dataset = READERS["ocrvqa"](str(tmp_path))
+    assert dataset.features == FEATURES
+    assert [[turn["question"] for turn in record["turns"]] for record in dataset] == [row["questions"] for row in rows]
+    assert len(merge_turns(dataset, 10)) == count
+
+
+def test_dialogues_as_turns(tmp_path):
+    said = [("human", "a"), ("human", "b"), ("gpt", "c"), ("gpt", "d"), ("human", "unanswered")]
+    rows = [{"conversations": [{"from": role, "value": text} for role, text in said]}]
+    write(tmp_path, FILES["sharegpt"][0], rows)
+    (record,) = READERS["sharegpt"](str(tmp_path))
+    assert turns(record) == [{"question": "a"}, {"question": "b", "answer": "c"}, {"answer": "d"}]
+
+
+def test_the_second_start_reads_the_cache_and_an_edited_file_is_read_again(tmp_path):
+    path = write(tmp_path, FILES["gqa"][0], {"a": {"imageId": 1, "question": "old", "answer": "a"}})
+    first = READERS["gqa"](str(tmp_path))
+    assert READERS["gqa"](str(tmp_path)).cache_files == first.cache_files
+    path.write_text(json.dumps({"a": {"imageId": 1, "question": "a new one", "answer": "a"}}))
+    assert READERS["gqa"](str(tmp_path))[0]["turns"][0]["question"] == "a new one"
+
+
+def test_tars_stream(tmp_path):
+    for shard in ("00000", "00001"):
+        folder = tmp_path / "coyo" / "coyo100m"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for sample in range(3):
+                jpeg = BytesIO()
+                picture(sample).save(jpeg, "JPEG")
+                members = {"jpg": jpeg.getvalue() if sample else b"no image", "json": b"{}", "txt": b" words\n"}
+                if sample == 2:
+                    del members["txt"]
+                for extension, content in members.items():
+                    info = tarfile.TarInfo(f"{sample}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, BytesIO(content))
+    dataset = READERS["coyo"](str(tmp_path))
+    assert isinstance(dataset, IterableDataset) and dataset.num_shards == 2
+    records = list(dataset)
+    assert [turns(record) for record in records] == [[{"answer": " words\n"}], [{"answer": " words\n"}], []] * 2
+    assert records[0]["image"]["bytes"] == b"no image", "an image is decoded by whoever counts the broken ones"
+
+
+def test_conversational_datasets_by_their_columns(tmp_path):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    Dataset.from_list([{"talk": messages, "pictures": ["a.jpg"], "messages": "noise"}]).save_to_disk(tmp_path / "one")
+    columns = {"messages": "talk", "images": "pictures"}
+    (sample,) = read_messages(str(tmp_path / "one"), columns=columns)
+    assert sample == {"messages": messages, "images": ["a.jpg"]}
+
+    plain = [{"ask": "q", "completion": "a"}]
+    (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, plain)))
+    for streaming in (False, True):
+        (sample,) = read_messages(str(tmp_path / "two.jsonl"), columns={"prompt": "ask"}, streaming=streaming)
+        assert sample["messages"] == messages
+
+    Dataset.from_list([{"prompt": messages[:1], "completion": messages[1:]}]).save_to_disk(tmp_path / "three")
+    assert read_messages(str(tmp_path / "three"))[0]["messages"] == messages
+    assert "messages" not in load_from_disk(tmp_path / "three").column_names
+
+    with pytest.raises(ValueError, match="'speech' is not one of messages.*no column 'words', it has prompt"):
+        read_messages(str(tmp_path / "three"), columns={"speech": "words"})

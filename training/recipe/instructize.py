@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records become conversations: every record of `readers` with the words of `templates.yaml` around it."""
+
+import random
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from .readers import LETTERS, TASKS, TURN
+
+TEMPLATES = Path(__file__).with_name("templates.yaml")
+GRANULARITIES = ("fine", "coarse")
+DIVERSITIES = ("single", "multi", "multi+flip")
+IDENTIFIERS = ("none", "dataset-name", "task-name")
+# How an option is marked; the first character of the alphabet in it is counted on.
+OPTION_MARKS = ("A.", "A)", "(A)", "a.", "a)", "(a)", "1.", "1)", "(1)")
+DIALOGUE_TASKS = ("visual-instruction", "text-instruction")
+
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+class BadSample(ValueError):
+    """A record that nothing can be learned from.
+
+    Attributes:
+        reason: "empty answer" or "malformed record", to be counted by.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """How records are worded.
+
+    Args:
+        granularity: "fine", one instruction a dataset, or "coarse", one a task.
+        diversity: "single", one wording; "multi", one of several, drawn for each sample; "multi+flip", one of these and
+            one that swaps question and answer, with equal chance.
+        identifiers: "none"; "dataset-name" or "task-name" put that name in the place of the instruction.
+        shuffle_options: draws the order of multiple-choice options; the answer's letter follows.
+        option_marks: one of `OPTION_MARKS`, or "random" to draw one for each question.
+        answer_with_text: answers "B. knife" instead of "B".
+        templates: file of templates; None for ours.
+
+    Raises:
+        ValueError: every setting that is not valid, and every fault of the templates, at once.
+    """
+
+    granularity: str = "fine"
+    diversity: str = "single"
+    identifiers: str = "none"
+    shuffle_options: bool = True
+    option_marks: str = "A."
+    answer_with_text: bool = False
+    templates: str | None = None
+    _templates: dict = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        faults = [
+            f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
+            for name, allowed in (
+                ("granularity", GRANULARITIES),
+                ("diversity", DIVERSITIES),
+                ("identifiers", IDENTIFIERS),
+                ("option_marks", (*OPTION_MARKS, "random")),
+            )
+            if getattr(self, name) not in allowed
+        ]
+        if self.identifiers != "none" and (self.diversity != "single" or self.granularity != "fine"):
+            faults.append(
+                f"identifiers={self.identifiers!r} takes the place of the instructions, so granularity and diversity "
+                "choose nothing; leave them at fine and single"
+            )
+        if faults:
+            raise ValueError("; ".join(faults))
+        object.__setattr__(self, "_templates", load_templates(self.templates))
+
+    def wordings(self, dataset: str) -> list[list[tuple[str, str]]]:
+        """(question, answer) templates of a dataset: a list of wordings for each direction.
+
+        Raises:
+            ValueError: the templates do not have the dataset.
+        """
+        if dataset not in self._templates["datasets"]:
+            known = ", ".join(self._templates["datasets"])
+            raise ValueError(f"dataset {dataset!r} has no templates; there are some for {known}")
+        own = self._templates["datasets"][dataset]
+        task = self._templates["tasks"][TASKS[dataset]]
+        if self.identifiers != "none":
+            name = own["name"] if self.identifiers == "dataset-name" else task["name"]
+            return [
+                [(direction["single"].replace("{identifier}", name), direction["answer"])]
+                for direction in task["identified"]
+            ]
+        directions = own["fine"] if self.granularity == "fine" else task["coarse"]
+        if self.diversity == "single":
+            return [[(direction["single"], direction["answer"])] for direction in directions]
+        worded = [
+            [(wording, direction["answer"]) for wording in (direction["single"], *direction["multi"])]
+            for direction in directions
+        ]
+        if self.diversity == "multi+flip":
+            worded[0].append((task["flip"]["single"], task["flip"]["answer"]))
+        return worded
+
+    def system(self, task: str) -> str:
+        """The first line of a conversation."""
+        return self._templates["system"]["dialogue" if task in DIALOGUE_TASKS else "question"]
+
+
+def load_templates(path: str | None = None) -> dict:
+    """The templates of a file, checked; see the head of templates.yaml for what is in it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: everything that is missing or unknown in it, at once.
+    """
+    path = Path(path) if path else TEMPLATES
+    if not path.is_file():
+        raise FileNotFoundError(f"templates {str(path)!r} do not exist; correct the path or leave it out")
+    with open(path, encoding="utf-8") as file:
+        templates = yaml.safe_load(file)
+    faults: list[str] = []
+
+    def part(parent, name: str, kind: type, where: str):
+        value = parent.get(name) if isinstance(parent, dict) else None
+        if not isinstance(value, kind) or not value:
+            faults.append(f"{where}.{name} should be a {kind.__name__} that is not empty")
+            return kind()
+        return value
+
+    def check_text(text: str, where: str, extra: tuple = ()):
+        unknown = [name for name in _FIELD.findall(text) if name not in (*TURN, *extra)]
+        faults.extend(f"{where} has the unknown field {{{name}}}; there are {', '.join(TURN)}" for name in unknown)
+
+    def check_direction(direction, where: str, multi: bool = False, extra: tuple = ()):
+        for name in ("single", "answer"):
+            check_text(part(direction, name, str, where), f"{where}.{name}", extra)
+        for text in part(direction, "multi", list, where) if multi else ():
+            check_text(str(text), f"{where}.multi")
+
+    for name in ("question", "dialogue"):
+        part(part(templates, "system", dict, "file"), name, str, "system")
+    for name in sorted({task for task in TASKS.values() if task != "captioning" and task not in DIALOGUE_TASKS}):
+        where = f"tasks.{name}"
+        task = part(part(templates, "tasks", dict, "file"), name, dict, "tasks")
+        part(task, "name", str, where)
+        for direction in part(task, "coarse", list, where):
+            check_direction(direction, f"{where}.coarse", multi=True)
+        check_direction(part(task, "flip", dict, where), f"{where}.flip")
+        for direction in part(task, "identified", list, where):
+            check_direction(direction, f"{where}.identified", extra=("identifier",))
+        for dataset in (dataset for dataset, its_task in TASKS.items() if its_task == name):
+            own = part(part(templates, "datasets", dict, "file"), dataset, dict, "datasets")
+            part(own, "name", str, f"datasets.{dataset}")
+            for direction in part(own, "fine", list, f"datasets.{dataset}"):
+                check_direction(direction, f"datasets.{dataset}.fine", multi=True)
+    if faults:
+        raise ValueError(f"templates {str(path)!r}: " + "; ".join(dict.fromkeys(faults)))
+    return templates
+
+
+def instructize(record: dict, instructions: Instructions, rng: random.Random) -> dict:
+    """A record as a sample for the collator.
+
+    Args:
+        record: as in `readers`, its turns chosen; or a sample with `messages` (and `images`), which keeps its words.
+        rng: all that is drawn is drawn from it.
+
+    Returns:
+        `messages`; `images`, a list with the record's image or nothing; `chat_template`, "default" or "caption";
+        `dataset`; and `skipped`, the reason of every turn that was left out.
+
+    Raises:
+        BadSample: nothing is left to learn.
+    """
+    if record.get("messages") is not None:
+        return {
+            "messages": record["messages"],
+            "images": list(record.get("images") or ()),
+            "chat_template": record.get("chat_template") or "default",
+            "dataset": record.get("dataset"),
+            "skipped": [],
+        }
+    task, image, turns = record["task"], record["image"], record["turns"]
+    if not turns:
+        raise BadSample("malformed record", f"a record of {record['dataset']} has no turns")
+    images = [] if image is None else [image]
+    sample = {"images": images, "chat_template": "default", "dataset": record["dataset"], "skipped": []}
+    if task == "captioning":
+        caption = turns[0]["answer"]
+        if image is None or caption is None:
+            raise BadSample("malformed record", f"a record of {record['dataset']} lacks its image or its caption")
+        messages = [_message("user", {"type": "image"}), _message("assistant", _words(caption))]
+        return {**sample, "messages": messages, "chat_template": "caption"}
+
+    build = _dialogue if task in DIALOGUE_TASKS else _questions
+    messages, skipped = build(record, instructions, rng)
+    if not messages:
+        raise BadSample(
+            skipped[0] if skipped else "malformed record", f"no turn of a record of {record['dataset']} is left"
+        )
+    system = _message("system", _words(instructions.system(task)))
+    return {**sample, "messages": [system, *messages], "skipped": skipped}
+
+
+def _words(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def _message(role: str, *content: dict) -> dict:
+    return {"role": role, "content": list(content)}
+
+
+def _questions(record: dict, instructions: Instructions, rng: random.Random) -> tuple[list[dict], list[str]]:
+    # One wording for all turns, as in the paper's training.
+    question, answer = rng.choice(rng.choice(instructions.wordings(record["dataset"])))
+    messages, skipped = [], []
+    for turn in record["turns"]:
+        try:
+            values = _values(turn, instructions, rng)
+            asked, told = _fill(question, values), _fill(answer, values)
+            if not told.strip():
+                raise BadSample("empty answer")
+        except BadSample as bad:
+            skipped.append(bad.reason)
+            continue
+        messages += [_message("user", _words(asked)), _message("assistant", _words(told))]
+    if messages and record["image"] is not None:
+        messages[0]["content"].insert(0, {"type": "image"})
+    return messages, skipped
+
+
+def _values(turn: dict, instructions: Instructions, rng: random.Random) -> dict[str, str | None]:
+    """What the fields of a template stand for; options lettered and, where wanted, shuffled."""
+    options = turn["options"]
+    if options is None:
+        return turn
+    if not turn["answer"]:
+        raise BadSample("empty answer")
+    correct = LETTERS.find(turn["answer"]) if len(turn["answer"]) == 1 else -1
+    if not 0 <= correct < len(options) <= len(LETTERS):
+        raise BadSample("malformed record", f"the answer {turn['answer']!r} is none of {len(options)} options")
+    order = list(range(len(options)))
+    if instructions.shuffle_options:
+        rng.shuffle(order)
+    style = instructions.option_marks
+    if style == "random":
+        style = rng.choice(OPTION_MARKS)
+    lines = [f"{_mark(style, place)} {options[index]}" for place, index in enumerate(order)]
+    place = order.index(correct)
+    letter = _mark(style, place).strip("().")
+    return {
+        **turn,
+        "options": "\n".join(lines),
+        "answer": lines[place] if instructions.answer_with_text else letter,
+    }
+
+
+def _mark(style: str, place: int) -> str:
+    return re.sub(
+        "[Aa1]",
+        lambda first: str(place + 1) if first[0] == "1" else chr(ord(first[0]) + place),
+        style,
+    )
+
+
+def _fill(template: str, values: dict[str, str | None]) -> str:
+    if values["context"] is None:
+        template = "\n".join(line for line in template.split("\n") if "{context}" not in line)
+
+    def value(match: re.Match) -> str:
+        if values[match[1]] is None:
+            raise BadSample("malformed record", f"{match[1]} is missing")
+        return values[match[1]]
+
+    # In one pass: braces inside the values are text.
+    return _FIELD.sub(value, template)
+
+
+def _dialogue(record: dict, instructions: Instructions, rng: random.Random) -> tuple[list[dict], list[str]]:
+    turns, skipped = [], []
+    for turn in record["turns"]:
+        # None is a turn that the user goes on from; an answer of nothing would teach to say nothing.
+        if turn["answer"] is not None and not turn["answer"].strip():
+            skipped.append("empty answer")
+        else:
+            turns.append(turn)
+    while turns and turns[-1]["answer"] is None:
+        turns.pop()
+    messages = []
+    for turn in turns:
+        if turn["question"] is not None:
+            content = _place_image(turn["question"]) if record["task"] == "visual-instruction" else None
+            content = content or [_words(turn["question"])]
+            if messages and messages[-1]["role"] == "user":
+                messages[-1]["content"] += content
+            else:
+                messages.append(_message("user", *content))
+        if turn["answer"] is not None:
+            messages.append(_message("assistant", _words(turn["answer"])))
+    placed = sum(item["type"] == "image" for message in messages for item in message["content"])
+    images = int(record["image"] is not None)
+    if placed > images:
+        raise BadSample("malformed record", f"{placed} image placeholders for {images} images")
+    # No placeholder, or it went with a question whose answer is empty: the other questions still need the image.
+    if messages and placed < images:
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is None:
+            raise BadSample("malformed record", "nobody asks about the image")
+        first["content"].insert(0, {"type": "image"})
+    return messages, skipped
+
+
+def _place_image(question: str) -> list[dict]:
+    """The items of a question with "<image>" in it; one line break on either side belongs to the placeholder."""
+    content = []
+    for place, text in enumerate(question.split("<image>")):
+        if place:
+            content.append({"type": "image"})
+            text = text.removeprefix("\n")
+        text = text.removesuffix("\n") if question.count("<image>") > place else text
+        if text:
+            content.append(_words(text))
+    return content

@@ -1,0 +1,501 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Annotation files become records: what a sample says, before any wording.
+
+A record is
+
+    {"dataset": "gqa", "task": "vqa-open", "image": path or None, "turns": [turn, ...]}
+
+and a turn has the fields of `TURN`, None where its task has no use for them:
+
+    question, answer   vqa-open, and the two sides of a conversation (an answer None: the user speaks again; a question
+                       None: the assistant speaks first); a caption is an answer
+    options, context   vqa-mc; there the answer is the letter of the right one in the order of `options`
+    phrase, bbox       referring: "[x1,y1,x2,y2]" in parts of the image's width and height; VSR keeps its caption as phrase
+
+A row that cannot be understood is a record without turns, so that whoever reads it can count it. Sources: the files that
+each dataset's authors publish, at the places of `FILES` below the data root.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from glob import escape, glob, has_magic
+from itertools import chain, islice, zip_longest
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
+
+from ..conversations import load_conversations
+from .json_stream import stream_json
+
+TASKS = {
+    "blip": "captioning",
+    "coyo": "captioning",
+    "vqav2": "vqa-open",
+    "gqa": "vqa-open",
+    "ocrvqa": "vqa-open",
+    "vsr": "vqa-open",
+    "sqa": "vqa-mc",
+    "aokvqa": "vqa-mc",
+    "refcoco": "referring",
+    "refcoco_plus": "referring",
+    "refcocog": "referring",
+    "vg": "referring",
+    "llava150k": "visual-instruction",
+    "sharegpt": "text-instruction",
+}
+
+FILES = {
+    "blip": ("BLIP/blip_cc_sbu/*.tar", "BLIP/blip_laion/*.tar"),
+    "coyo": ("coyo/coyo100m/*.tar",),
+    "vqav2": ("VQAv2/v2_OpenEnded_mscoco_train2014_questions.json", "VQAv2/v2_mscoco_train2014_annotations.json"),
+    "gqa": ("GQA/annotations/train_balanced_questions_minimal.json",),
+    "ocrvqa": ("OCRVQA/dataset.json",),
+    "vsr": ("VSR/random/train.jsonl",),
+    "sqa": ("ScienceQA/llava_train_QCM-LEPA.json",),
+    "aokvqa": ("A-OKVQA/aokvqa_v1p0_train.json",),
+    "refcoco": ("refcoco/annotations/finetune_refcoco_train.json",),
+    "refcoco_plus": ("refcoco/annotations/finetune_refcoco+_train.json",),
+    "refcocog": ("refcoco/annotations/finetune_refcocog_train.json",),
+    "vg": ("VisualGenome/metadata/image_data.json", "VisualGenome/metadata/region_descriptions.json"),
+    "llava150k": (
+        "llava_instruct_150k/complex_reasoning_77k.json",
+        "llava_instruct_150k/conversation_58k.json",
+        "llava_instruct_150k/detail_23k.json",
+    ),
+    "sharegpt": ("Vicuna/llava_v1_5_sharegpt40k.json",),
+}
+
+_STRING = Value("string")
+TURN = {
+    "question": _STRING,
+    "answer": _STRING,
+    "options": List(_STRING),
+    "context": _STRING,
+    "phrase": _STRING,
+    "bbox": _STRING,
+}
+FEATURES = Features({"dataset": _STRING, "task": _STRING, "image": _STRING, "turns": List(TURN)})
+STREAMED_FEATURES = Features({**FEATURES, "image": Image(decode=False)})
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# What converting a row raises when the row does not have the fields, types and numbers that its format promises.
+_MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError)
+
+Converter = Callable[[object], tuple[str | None, list[dict]]]
+
+
+def annotation_files(name: str, root: str) -> list[str]:
+    """Paths of the files that a dataset is read from, shards expanded, in reading order.
+
+    Raises:
+        ValueError: no such dataset.
+        FileNotFoundError: every path that is missing, at once.
+    """
+    if name not in FILES:
+        raise ValueError(f"dataset {name!r} has no reader; there are {', '.join(FILES)}")
+    paths, missing = [], []
+    for pattern in FILES[name]:
+        path = os.path.join(root, pattern)
+        if has_magic(pattern):
+            found = sorted(glob(os.path.join(escape(root), pattern)))
+        else:
+            found = [path] if os.path.isfile(path) else []
+        paths += found
+        if not found:
+            missing.append(path)
+    if missing:
+        raise FileNotFoundError(
+            f"dataset {name!r} lacks {', '.join(missing)}; put the files there, correct the data root {root!r}, or leave "
+            "the dataset out"
+        )
+    return paths
+
+
+def _text(value) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise TypeError(f"expected text, got {type(value).__name__}")
+
+
+def _turn(**fields) -> dict:
+    return {**dict.fromkeys(TURN), **fields}
+
+
+def _box(x: float, y: float, width: float, height: float, image_width: float, image_height: float) -> str:
+    corners = x / image_width, y / image_height, (x + width) / image_width, (y + height) / image_height
+    return "[" + ",".join(f"{corner:.3f}" for corner in corners) + "]"
+
+
+def _records(name: str, rows: Iterable, convert: Converter) -> Iterator[dict]:
+    for row in rows:
+        try:
+            image, turns = convert(row)
+        except _MALFORMED:
+            image, turns = None, []
+        yield {"dataset": name, "task": TASKS[name], "image": image, "turns": turns}
+
+
+def _cached(name: str, root: str, generate: Callable[..., Iterator[dict]]) -> Dataset:
+    paths = annotation_files(name, root)
+    # The cache knows the arguments alone: with these two an edited file is read again.
+    stamp = tuple((os.path.getsize(path), os.path.getmtime(path)) for path in paths)
+    arguments = {"name": name, "root": root, "paths": tuple(paths), "stamp": stamp}
+    blocks = Dataset.from_generator(
+        _generate_blocks, features=_BLOCK, gen_kwargs={"generate": generate, "arguments": arguments}
+    )
+    return (
+        blocks.with_format("arrow")
+        .map(
+            _as_records,
+            batched=True,
+            batch_size=8,
+            remove_columns=blocks.column_names,
+            features=FEATURES,
+            fn_kwargs={"name": name},
+            desc=f"Reading {name}",
+        )
+        .with_format(None)
+    )
+
+
+# `datasets` takes most of a minute to encode a million rows of nested values one by one, and little for columns of them.
+_BLOCK_ROWS = 1000
+_BLOCK = Features(
+    {"images": List(_STRING), "lengths": List(Value("int32")), **{name: List(kind) for name, kind in TURN.items()}}
+)
+
+
+def _generate_blocks(generate: Callable[..., Iterator[dict]], arguments: dict) -> Iterator[dict]:
+    records = generate(**arguments)
+    started = False
+    # One block at least: `datasets` refuses a dataset without any row, and its message names no file.
+    while (block := list(islice(records, _BLOCK_ROWS))) or not started:
+        started = True
+        turns = [turn for record in block for turn in record["turns"]]
+        yield {
+            "images": [record["image"] for record in block],
+            "lengths": [len(record["turns"]) for record in block],
+            **{name: [turn[name] for turn in turns] for name in TURN},
+        }
+
+
+def _as_records(table: pa.Table, name: str) -> pa.Table:
+    columns = {column: pc.list_flatten(table[column]).combine_chunks() for column in table.column_names}
+    turns = pa.StructArray.from_arrays([columns[field] for field in TURN], names=list(TURN))
+    ends = pc.cumulative_sum(columns["lengths"])
+    offsets = pa.concat_arrays([pa.array([0], type=ends.type), ends])
+    count = len(columns["images"])
+    return pa.table(
+        {
+            "dataset": pa.repeat(name, count),
+            "task": pa.repeat(TASKS[name], count),
+            "image": columns["images"],
+            "turns": pa.ListArray.from_arrays(offsets, turns),
+        }
+    )
+
+
+def _generate_vqav2(name, root, paths, stamp):
+    questions, annotations = paths
+    folder = os.path.join(root, "VQAv2/images")
+    # Both files name the split that the image names carry, and list the same questions in the same order.
+    split = re.search(r"mscoco_(\w+)_questions", questions).group(1)
+
+    def convert(pair):
+        question, annotation = pair
+        if question["question_id"] != annotation["question_id"]:
+            raise ValueError("the two files are not in the same order")
+        image = os.path.join(folder, f"COCO_{split}_{int(question['image_id']):012}.jpg")
+        return image, [_turn(question=_text(question["question"]), answer=_text(annotation["multiple_choice_answer"]))]
+
+    rows = zip_longest(stream_json(questions, "questions"), stream_json(annotations, "annotations"))
+    yield from _records(name, rows, convert)
+
+
+def _generate_gqa(name, root, paths, stamp):
+    def convert(entry):
+        _, row = entry
+        image = os.path.join(root, "GQA/images", f"{row['imageId']}.jpg")
+        return image, [_turn(question=_text(row["question"]), answer=_text(row["answer"]))]
+
+    yield from _records(name, stream_json(paths[0]), convert)
+
+
+def _generate_ocrvqa(name, root, paths, stamp):
+    def convert(entry):
+        key, row = entry
+        image = os.path.join(root, "OCRVQA/images", key + os.path.splitext(row["imageURL"])[1])
+        return image, [
+            _turn(question=_text(question), answer=_text(answer))
+            for question, answer in zip(row["questions"], row["answers"], strict=True)
+        ]
+
+    def is_training(entry):
+        # A row without a split is let through, to be counted as malformed.
+        return not isinstance(entry[1], dict) or entry[1].get("split", 1) == 1
+
+    yield from _records(name, filter(is_training, stream_json(paths[0])), convert)
+
+
+def as_question(caption: str) -> str:
+    """VSR's statement as a question: "The cat is on the mat." becomes "Is the cat on the mat?"."""
+    parts = [part.strip() for part in re.split(r"\bis\b", caption, maxsplit=1)]
+    return "Is " + " ".join(parts).lower().strip().removesuffix(".") + "?"
+
+
+def _generate_vsr(name, root, paths, stamp):
+    def convert(line):
+        row = json.loads(line)
+        split, file_name = row["image_link"].split("/")[-2:]
+        caption = _text(row["caption"])
+        answer = {0: "no", 1: "yes"}[row["label"]]
+        image = os.path.join(root, "VSR/images", split, file_name)
+        return image, [_turn(question=as_question(caption), answer=answer, phrase=caption)]
+
+    with open(paths[0], encoding="utf-8") as file:
+        yield from _records(name, (line for line in file if line.strip()), convert)
+
+
+def split_options(text: str) -> list[str]:
+    """ScienceQA's "(A) one (B) two" as ["one", "two"].
+
+    Markers count in the order of the letters, each the last one before the next, so that a "(B)" that an option speaks of
+    makes no option.
+
+    Raises:
+        ValueError: no marker "(A)" at the beginning.
+    """
+    marks = [(match.start(), match.group(1)) for match in re.finditer(r"\(([A-Z])\)(?=\s*\S)", text)]
+    if not marks or text[: marks[0][0]].strip() or marks[0][1] != "A":
+        raise ValueError(f"options {text[:200]!r} do not begin with '(A)'")
+    known = 0
+    for _, letter in marks:
+        known += known < len(LETTERS) and letter == LETTERS[known]
+    starts, end = [], len(marks)
+    for letter in reversed(LETTERS[1:known]):
+        end = max(index for index in range(end) if marks[index][1] == letter)
+        starts.insert(0, marks[end][0])
+    starts.insert(0, marks[0][0])
+    return [text[start + 3 : stop].strip() for start, stop in zip(starts, [*starts[1:], len(text)])]
+
+
+_SCIENCEQA = re.compile(r"(?P<question>.*?)\nContext: (?P<context>.*)\nOptions: (?P<options>.*)", re.DOTALL)
+
+
+def _generate_sqa(name, root, paths, stamp):
+    def convert(row):
+        asked, told = (_text(message["value"]) for message in row["conversations"][:2])
+        parts = _SCIENCEQA.fullmatch(asked.removesuffix("\n<image>"))
+        options = split_options(parts["options"])
+        answer = re.findall(r"ANSWER: ([A-Z])", told)[-1]
+        options[LETTERS.index(answer)]
+        image = os.path.join(root, "ScienceQA/images/train", row["image"]) if row.get("image") else None
+        return image, [_turn(question=parts["question"], context=parts["context"], options=options, answer=answer)]
+
+    yield from _records(name, stream_json(paths[0]), convert)
+
+
+def _generate_aokvqa(name, root, paths, stamp):
+    def convert(row):
+        options = [_text(choice) for choice in row["choices"]]
+        correct = row["correct_choice_idx"]
+        if not 0 <= correct < len(options):
+            raise ValueError(f"correct_choice_idx={correct} of {len(options)} choices")
+        image = os.path.join(root, "opensets_coco/images/train2017", f"{int(row['image_id']):012}.jpg")
+        return image, [_turn(question=_text(row["question"]), options=options, answer=LETTERS[correct])]
+
+    yield from _records(name, stream_json(paths[0]), convert)
+
+
+def _generate_refcoco(name, root, paths, stamp):
+    def convert(pair):
+        image, annotation = pair
+        if image["id"] != annotation["image_id"]:
+            raise ValueError("images and annotations are not in the same order")
+        path = os.path.join(root, "opensets_coco/images/train2014", image["file_name"])
+        bbox = _box(*annotation["bbox"], image["width"], image["height"])
+        return path, [_turn(phrase=_text(image["caption"]), bbox=bbox)]
+
+    rows = zip_longest(stream_json(paths[0], "images"), stream_json(paths[0], "annotations"))
+    yield from _records(name, rows, convert)
+
+
+def _generate_vg(name, root, paths, stamp):
+    sizes = {row.get("image_id"): (row.get("width"), row.get("height")) for row in stream_json(paths[0])}
+
+    def convert(region):
+        image = os.path.join(root, "VisualGenome/images", f"{region['image_id']}.jpg")
+        box = (region[side] for side in ("x", "y", "width", "height"))
+        return image, [_turn(phrase=_text(region["phrase"]), bbox=_box(*box, *sizes[region["image_id"]]))]
+
+    def regions():
+        for row in stream_json(paths[1]):
+            found = row.get("regions") if isinstance(row, dict) else None
+            # A row without the list goes on as it is, to be counted as malformed.
+            yield from found if isinstance(found, list) else [row]
+
+    yield from _records(name, regions(), convert)
+
+
+def _dialogue(messages: Iterable[tuple[str, str]]) -> list[dict]:
+    """Turns of (role, text) pairs; what the user says last, unanswered, teaches nothing and is left out."""
+    turns = []
+    for role, text in messages:
+        if role == "human":
+            turns.append(_turn(question=text))
+        elif turns and turns[-1]["answer"] is None:
+            turns[-1]["answer"] = text
+        else:
+            turns.append(_turn(answer=text))
+    while turns and turns[-1]["answer"] is None:
+        turns.pop()
+    return turns
+
+
+_ROLES = {"human": "human", "user": "human", "gpt": "gpt"}
+
+
+def _generate_llava150k(name, root, paths, stamp):
+    def convert(row):
+        image = os.path.join(root, "opensets_coco/images/train2017", row["image"])
+        return image, _dialogue((_ROLES[said["from"]], _text(said["value"])) for said in row["conversations"])
+
+    yield from _records(name, chain.from_iterable(map(stream_json, paths)), convert)
+
+
+def _generate_sharegpt(name, root, paths, stamp):
+    def convert(row):
+        messages = row["conversations"]
+        # As the official reader: a conversation may go on from an answer, but its first message is the human's.
+        if messages[0]["from"] != "human":
+            messages = messages[1:]
+        # "<image>" is something that people write about here.
+        said = ((_ROLES[said["from"]], _text(said["value"]).replace("<image>", "image")) for said in messages)
+        return None, _dialogue(said)
+
+    yield from _records(name, stream_json(paths[0]), convert)
+
+
+def _stream_tars(name: str, root: str) -> IterableDataset:
+    def convert(row):
+        turns = [] if row["txt"] is None else [_turn(answer=row["txt"])]
+        return {"dataset": name, "task": TASKS[name], "image": row["jpg"], "turns": turns}
+
+    # Given features keep `datasets` from guessing them from the first five samples, of which one may be broken.
+    features = Features({"jpg": Image(decode=False), "txt": _STRING, "__key__": _STRING, "__url__": _STRING})
+    shards = load_dataset(
+        "webdataset",
+        data_files={"train": annotation_files(name, root)},
+        split="train",
+        streaming=True,
+        features=features,
+    )
+    return shards.map(convert, remove_columns=list(features), features=STREAMED_FEATURES)
+
+
+def read_blip(root: str) -> IterableDataset:
+    """BlipCapFilt: captions of CC3M, CC12M, SBU and LAION images, as tars of key.jpg and key.txt."""
+    return _stream_tars("blip", root)
+
+
+def read_coyo(root: str) -> IterableDataset:
+    """COYO: captions of web images, as tars of key.jpg and key.txt."""
+    return _stream_tars("coyo", root)
+
+
+def read_vqav2(root: str) -> Dataset:
+    """VQAv2, training split; one record for each question."""
+    return _cached("vqav2", root, _generate_vqav2)
+
+
+def read_gqa(root: str) -> Dataset:
+    """GQA, balanced training questions with imageId, question and answer; one record for each."""
+    return _cached("gqa", root, _generate_gqa)
+
+
+def read_ocrvqa(root: str) -> Dataset:
+    """OCR-VQA, split 1; one record for each book cover."""
+    return _cached("ocrvqa", root, _generate_ocrvqa)
+
+
+def read_vsr(root: str) -> Dataset:
+    """Visual Spatial Reasoning, random split; statements as yes-no questions."""
+    return _cached("vsr", root, _generate_vsr)
+
+
+def read_sqa(root: str) -> Dataset:
+    """ScienceQA in LLaVA's conversion; questions with and without an image."""
+    return _cached("sqa", root, _generate_sqa)
+
+
+def read_aokvqa(root: str) -> Dataset:
+    """A-OKVQA, multiple choice."""
+    return _cached("aokvqa", root, _generate_aokvqa)
+
+
+def read_refcoco(root: str) -> Dataset:
+    """RefCOCO as prepared by MDETR."""
+    return _cached("refcoco", root, _generate_refcoco)
+
+
+def read_refcoco_plus(root: str) -> Dataset:
+    """RefCOCO+ as prepared by MDETR."""
+    return _cached("refcoco_plus", root, _generate_refcoco)
+
+
+def read_refcocog(root: str) -> Dataset:
+    """RefCOCOg as prepared by MDETR."""
+    return _cached("refcocog", root, _generate_refcoco)
+
+
+def read_vg(root: str) -> Dataset:
+    """Visual Genome region descriptions; one record for each region."""
+    return _cached("vg", root, _generate_vg)
+
+
+def read_llava150k(root: str) -> Dataset:
+    """LLaVA-Instruct-150K; `<image>` in a question is where the image stands."""
+    return _cached("llava150k", root, _generate_llava150k)
+
+
+def read_sharegpt(root: str) -> Dataset:
+    """ShareGPT, the 40,000 conversations of LLaVA 1.5; text alone."""
+    return _cached("sharegpt", root, _generate_sharegpt)
+
+
+READERS: dict[str, Callable[[str], Dataset | IterableDataset]] = {
+    "blip": read_blip,
+    "coyo": read_coyo,
+    "vqav2": read_vqav2,
+    "gqa": read_gqa,
+    "ocrvqa": read_ocrvqa,
+    "vsr": read_vsr,
+    "sqa": read_sqa,
+    "aokvqa": read_aokvqa,
+    "refcoco": read_refcoco,
+    "refcoco_plus": read_refcoco_plus,
+    "refcocog": read_refcocog,
+    "vg": read_vg,
+    "llava150k": read_llava150k,
+    "sharegpt": read_sharegpt,
+}
+
+
+def read_messages(
+    name: str, split: str = "train", columns: dict[str, str] | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Any dataset in TRL's conversational format: its samples have their words already.
+
+    Args:
+        name: as in `load_conversations`.
+        columns: our name -> the dataset's, for `messages`, `prompt`, `completion`, `images`.
+
+    Returns:
+        A dataset with `messages` and, where there are any, `images`.
+    """
+    return load_conversations(name, split, streaming, columns)
