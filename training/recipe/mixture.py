@@ -42,7 +42,16 @@ REASONS = (
 _BLOCK = 1 << 16  # draws whose sources are drawn in one go
 _LOOK_BACK = 64  # records that a stream keeps
 _COUNTER_ROWS = 257  # the main process and up to 256 workers, so that no two processes write to the same row
-_DATA_ERRORS = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, SyntaxError, DecompressionBombError)
+_DATA_ERRORS = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    OSError,
+    SyntaxError,
+    DecompressionBombError,
+)
 
 
 class TooManyBadSamplesError(RuntimeError):
@@ -127,9 +136,9 @@ class Source:
         name: unique in the mixture.
         task: what `per-task` balances.
         records: a sequence (`__len__`, `__getitem__`), such as a `datasets.Dataset`, or a [`Stream`].
-        render: (record, random) -> `{"messages", "images"[, "chat_template"]}`. Pure: what it draws, it draws from the
-            `random.Random` given. Raises a ValueError where the record is of no use, whose attribute `reason` is one
-            of `REASONS`, or absent.
+        render: (record, random) -> `{"messages", "images"[, "chat_template"][, "skipped"]}`, the last the reasons of
+            turns left out. Pure: what it draws, it draws from the `random.Random` given. Raises a ValueError where the
+            record is of no use. Reasons, also an error's attribute `reason`, are out of `REASONS`.
         image_root: folder of relative image paths.
     """
 
@@ -185,44 +194,53 @@ def sample_random(seed: int, name: str, index: int, epoch: int) -> random.Random
 
 
 def read_sample(source: Source, index: int, rng: random.Random) -> dict:
-    """A checked sample: `messages` with content as items, `images` as loaded PIL images, `chat_template` or None,
-    `dataset` and `index`.
+    """[`make_sample`] of record `index`, its images loaded as PIL images.
 
     Raises:
         UnusableRecordError: nothing can be learned from the record.
     """
-    return make_sample(source, index, source_record(source, index), rng)
-
-
-def source_record(source: Source, index: int):
-    """Record `index` of the source. Raises an UnusableRecordError where it cannot be read."""
     try:
-        return source.records[index]
+        record = source.records[index]
     except _DATA_ERRORS as error:
-        raise _unusable("malformed record", error) from error
+        raise unusable("malformed record", error) from error
+    sample = make_sample(source, index, record, rng)
+    try:
+        sample["images"] = [open_image(image, source.image_root) for image in sample["images"]]
+    except _DATA_ERRORS as error:
+        raise unusable("corrupt image", error) from error
+    return sample
 
 
 def make_sample(source: Source, index: int, record, rng: random.Random) -> dict:
-    """[`read_sample`] of a record that is already there."""
-    stage = "malformed record"
+    """A record as a checked sample.
+
+    Returns:
+        `messages` with content as items; `images` as the record has them; `chat_template`; `dataset` and `index`; and
+        `skipped`, the reasons of turns that were left out.
+
+    Raises:
+        UnusableRecordError: nothing can be learned from the record.
+    """
     try:
         sample = source.render(record, rng)
-        stage = "malformed conversation"
-        messages, images = normalize_conversation(sample)
-        stage = "corrupt image"
-        images = [open_image(image, source.image_root) for image in images]
     except _DATA_ERRORS as error:
-        raise _unusable(stage, error) from error
+        raise unusable("malformed record", error) from error
+    try:
+        messages, images = normalize_conversation(sample)
+    except _DATA_ERRORS as error:
+        raise unusable("malformed conversation", error) from error
     return {
         "messages": messages,
         "images": images,
-        "chat_template": sample.get("chat_template"),
+        "chat_template": sample.get("chat_template") or "default",
         "dataset": source.name,
         "index": index,
+        "skipped": list(sample.get("skipped") or ()),
     }
 
 
-def _unusable(stage: str, error: Exception) -> UnusableRecordError:
+def unusable(stage: str, error: Exception) -> UnusableRecordError:
+    """The error with its reason: what it says itself, what its kind says, or else `stage`."""
     reason = getattr(error, "reason", None)
     if reason not in REASONS:
         kinds = {
@@ -290,7 +308,7 @@ class Mixture(torch.utils.data.Dataset):
         return self.num_samples
 
     def __getitem__(self, draw: int) -> dict:
-        """Sample number `draw`, as [`read_sample`] gives it."""
+        """Sample number `draw`, as [`read_sample`] gives it, without `skipped`."""
         if not 0 <= draw < self.num_samples:
             raise IndexError(f"draw {draw} is outside of 0..{self.num_samples - 1}")
         sources, visits = self._drawn(draw // _BLOCK)
@@ -301,9 +319,11 @@ class Mixture(torch.utils.data.Dataset):
             try:
                 sample = read_sample(source, index, sample_random(self.seed, source.name, index, epoch))
             except UnusableRecordError as error:
-                self._skip(number, index, error)
+                self._skip(number, index, error.reason, error)
                 continue
             self._count(number, 0)
+            for reason in sample.pop("skipped"):
+                self._skip(number, index, reason, "a turn is left out")
             return sample
 
     def schedule(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -373,23 +393,24 @@ class Mixture(torch.utils.data.Dataset):
         row = 0 if worker is None else 1 + worker.id % (_COUNTER_ROWS - 1)
         self._counts.numpy()[row, number, column] += 1
 
-    def _skip(self, number: int, index: int, error: UnusableRecordError):
+    def _skip(self, number: int, index: int, reason: str, detail):
         name = self.sources[number].name
-        self._count(number, 1 + REASONS.index(error.reason))
-        if (name, error.reason) not in self._warned:
-            self._warned.add((name, error.reason))
-            logger.warning("%s: record %d is skipped and others like it are counted: %s", name, index, error)
+        self._count(number, 1 + REASONS.index(reason))
+        if (name, reason) not in self._warned:
+            self._warned.add((name, reason))
+            logger.warning("%s, record %d: %s; others like it are counted", name, index, detail)
         counts = self._counts.numpy().sum(axis=(0, 1))
         read, bad = int(counts.sum()), int(counts[1:].sum())
         if read >= self.min_checked and bad > self.max_bad_fraction * read:
             raise TooManyBadSamplesError(
                 f"{bad} of {read} records could not be used ({bad / read:.1%}), more than "
                 f"max_bad_fraction={self.max_bad_fraction}: {self.report()}. The last one is record {index} of {name}: "
-                f"{error}. Repair the files, leave the dataset out, or raise max_bad_fraction"
+                f"{detail}. Repair the files, leave the dataset out, or raise max_bad_fraction"
             )
 
     def skipped(self) -> dict[str, dict[str, int]]:
-        """How many records were skipped, by dataset and reason, in this process and its workers."""
+        """How many records and turns were skipped, by dataset and reason, in this process and its workers. A record is
+        counted each time that it is read."""
         counts = self._counts.numpy().sum(axis=0)
         return {
             source.name: {reason: int(n) for reason, n in zip(REASONS, row[1:]) if n}
