@@ -98,7 +98,8 @@ def test_mean_tokens_are_the_collators(sources, tmp_path, capsys):
         [(sample["messages"], "default") for sample in preview.samples_of(sources[0], 0, preview.Counter())]
     )
     mean = np.mean([len(row["input_ids"]) for row in batch])
-    assert f"{'tokens':>6}\nvqav2    vqa-open          3  0.9000    900  300.00   {mean:.1f}" in capsys.readouterr().out
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("vqav2"))
+    assert row.split()[-2:] == ["300.00", f"{mean:.1f}"]
 
 
 def test_errors_end_the_script_with_all_problems(tmp_path):
