@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of the data recipe (paper, section 4): the `mixture:` section of a YAML file."""
 
+import copy
 import dataclasses
 import math
 import os
@@ -244,11 +245,12 @@ def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
     settings = settings.get("mixture") if isinstance(settings, dict) else None
     if not isinstance(settings, dict):
         raise RecipeError(["there is no mixture: section with settings"], path)
+    missing = missing_files(_overridden(settings, overrides, []))
     try:
         recipe = parse_recipe(settings, overrides)
     except RecipeError as error:
-        raise RecipeError([*error.problems, *missing_files(settings)], path) from None
-    if missing := missing_files(settings):
+        raise RecipeError([*error.problems, *missing], path) from None
+    if missing:
         raise RecipeError(missing, path)
     return recipe
 
@@ -259,18 +261,8 @@ def parse_recipe(settings: dict, overrides: list[str] = ()) -> Recipe:
     Raises:
         RecipeError: all that is wrong with it.
     """
-    settings, problems = yaml.safe_load(yaml.safe_dump(settings)), []
-    for override in overrides:
-        name, equals, value = override.partition("=")
-        *parents, name = name.split(".")
-        place = settings
-        for parent in parents:
-            place = place.setdefault(parent, {}) if isinstance(place, dict) else None
-        if not equals or not isinstance(place, dict):
-            problems.append(f"override {override!r} is not of the form setting=value")
-            continue
-        place[name] = yaml.safe_load(value)
-    given = _typed(Recipe, settings, "", problems)
+    problems = []
+    given = _typed(Recipe, _overridden(settings, overrides, problems), "", problems)
     try:
         recipe = Recipe(**{"data_root": "", **given})
     except RecipeError as error:
@@ -278,6 +270,26 @@ def parse_recipe(settings: dict, overrides: list[str] = ()) -> Recipe:
     if problems:
         raise RecipeError(problems)
     return recipe
+
+
+def _overridden(settings: dict, overrides: list[str], problems: list[str]) -> dict:
+    settings = copy.deepcopy(settings)
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        *parents, name = name.split(".")
+        place = settings
+        for parent in parents:
+            place = place.setdefault(parent, {}) if isinstance(place, dict) else None
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            problems.append(f"override {override!r} has a value that is not YAML: {error}")
+            continue
+        if equals and isinstance(place, dict):
+            place[name] = value
+        else:
+            problems.append(f"override {override!r} is not of the form setting=value")
+    return settings
 
 
 def missing_files(settings: dict) -> list[str]:

@@ -120,6 +120,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
         (["turns=merged"], ["turns='merged' must be a mapping"]),
         (["one_dataset_per_task=1"], ["must be true or false"]),
         (["seed=true"], ["seed=True must be a whole number"]),
+        (["balancing=[fair"], ["not YAML"]),
         (["balancing"], ["not of the form setting=value"]),
         (["seed.of.mine=3"], ["not of the form setting=value"]),
     ],
@@ -144,3 +145,7 @@ def test_a_file_is_read_with_its_overrides(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"learning_rate": 1e-4, "mixture": {**SETTINGS, "data_root": str(tmp_path)}}))
     assert load_recipe(str(path), ["diversity=multi"]).diversity == "multi"
+    with pytest.raises(RecipeError, match="'gone' is not a folder"):
+        load_recipe(str(path), ["data_root=gone"])
+    path.write_text(yaml.safe_dump({"mixture": {"data_root": "gone"}}))
+    assert load_recipe(str(path), [f"data_root={tmp_path}"]).data_root == str(tmp_path)
