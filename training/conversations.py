@@ -16,6 +16,10 @@ from tqdm.auto import tqdm
 MAX_DECODED_CHECKS = 1000
 
 
+class EmptyAnswerError(ValueError):
+    """An assistant turn without text."""
+
+
 def normalize_conversation(example: dict) -> tuple[list[dict], list]:
     """The messages with their content as lists of items, and the images in the order of the placeholders.
 
@@ -23,7 +27,7 @@ def normalize_conversation(example: dict) -> tuple[list[dict], list]:
 
     Raises:
         ValueError: no messages, a role, content item or template that cannot be rendered, a last turn that is not the
-            assistant's, an empty answer, or images and placeholders that disagree.
+            assistant's, an empty answer (an EmptyAnswerError), or images and placeholders that disagree.
     """
     messages = example.get("messages")
     if not messages:
@@ -66,7 +70,7 @@ def normalize_conversation(example: dict) -> tuple[list[dict], list]:
             and not is_caption
             and not "".join(item.get("text", "") for item in message["content"])
         ):
-            raise ValueError(f"message {turn} is an empty answer; give it text or leave the turn out")
+            raise EmptyAnswerError(f"message {turn} is an empty answer; give it text or leave the turn out")
 
     placeholders = sum(item["type"] == "image" for message in normalized for item in message["content"])
     if images and not placeholders:

@@ -9,8 +9,8 @@ and a turn has the fields of `TURN`, None where its task has no use for them:
 
     question, answer   vqa-open, and the two sides of a conversation (an answer None: the user speaks again; a question
                        None: the assistant speaks first); a caption is an answer
-    options, context   vqa-mc; there the answer is the letter of the right one in the order of `options`
-    phrase, bbox       referring: "[x1,y1,x2,y2]" in parts of the image's width and height; VSR keeps its caption as phrase
+    options, context   vqa-multiple-choice; there the answer is the letter of the right one in the order of `options`
+    phrase, bbox       referring-expression: "[x1,y1,x2,y2]" in parts of the image's width and height; VSR keeps its caption as phrase
 
 A row that cannot be understood is a record without turns, so that whoever reads it can count it. Sources: the files that
 each dataset's authors publish, at the places of `FILES` below the data root.
@@ -28,24 +28,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
 
 from ..conversations import load_conversations
+from .config import DATASETS as TASKS
 from .json_stream import stream_json
-
-TASKS = {
-    "blip": "captioning",
-    "coyo": "captioning",
-    "vqav2": "vqa-open",
-    "gqa": "vqa-open",
-    "ocrvqa": "vqa-open",
-    "vsr": "vqa-open",
-    "sqa": "vqa-mc",
-    "aokvqa": "vqa-mc",
-    "refcoco": "referring",
-    "refcoco_plus": "referring",
-    "refcocog": "referring",
-    "vg": "referring",
-    "llava150k": "visual-instruction",
-    "sharegpt": "text-instruction",
-}
 
 FILES = {
     "blip": ("BLIP/blip_cc_sbu/*.tar", "BLIP/blip_laion/*.tar"),
@@ -381,11 +365,12 @@ def _generate_sharegpt(name, root, paths, stamp):
     yield from _records(name, stream_json(paths[0]), convert)
 
 
-def _stream_tars(name: str, root: str) -> IterableDataset:
-    def convert(row):
-        turns = [] if row["txt"] is None else [_turn(answer=row["txt"])]
-        return {"dataset": name, "task": TASKS[name], "image": row["jpg"], "turns": turns}
+def _pair_record(row: dict, name: str) -> dict:
+    turns = [] if row["txt"] is None else [_turn(answer=row["txt"])]
+    return {"dataset": name, "task": TASKS[name], "image": row["jpg"], "turns": turns}
 
+
+def _stream_tars(name: str, root: str) -> IterableDataset:
     # Given features keep `datasets` from guessing them from the first five samples, of which one may be broken.
     features = Features({"jpg": Image(decode=False), "txt": _STRING, "__key__": _STRING, "__url__": _STRING})
     shards = load_dataset(
@@ -395,7 +380,7 @@ def _stream_tars(name: str, root: str) -> IterableDataset:
         streaming=True,
         features=features,
     )
-    return shards.map(convert, remove_columns=list(features), features=STREAMED_FEATURES)
+    return shards.map(_pair_record, fn_kwargs={"name": name}, remove_columns=list(features), features=STREAMED_FEATURES)
 
 
 def read_blip(root: str) -> IterableDataset:

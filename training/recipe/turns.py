@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features
 
 # Their turns are questions of their own. Dialogues and captions stay as they are.
-MERGEABLE_TASKS = ("vqa-open", "vqa-mc", "referring")
+MERGEABLE_TASKS = ("vqa-open", "vqa-multiple-choice", "referring-expression")
 KEYS = ("answer", "bbox")
 
 

@@ -54,7 +54,7 @@ def rendered(sample: dict, collator) -> str:
 def texts(record: dict, instructions: Instructions, key: str | None, collator) -> dict[str, dict]:
     """Every text that a record can become, and a sample of it."""
     samples = {}
-    drawn = instructions.shuffle_options or record["task"] != "vqa-mc"
+    drawn = instructions.shuffle_options or record["task"] != "vqa-multiple-choice"
     for seed in range(SEEDS if record["turns"][0]["options"] and drawn else 64):
         rng = random.Random(seed)
         chosen = {**record, "turns": choose_turns(record["turns"], key, "draw", rng)}

@@ -16,8 +16,13 @@ LOCATE = "Provide the bounding box coordinate of the region this sentence descri
 BOX = "[0.100,0.200,0.300,0.400]"
 FIELDS = {
     "vqa-open": {"question": "What {is} it?", "answer": "a {dog}"},
-    "vqa-mc": {"question": "Which?", "options": ["fork", "knife", "pan"], "answer": "B", "context": "A {shop}."},
-    "referring": {"phrase": "left {guy}", "bbox": BOX},
+    "vqa-multiple-choice": {
+        "question": "Which?",
+        "options": ["fork", "knife", "pan"],
+        "answer": "B",
+        "context": "A {shop}.",
+    },
+    "referring-expression": {"phrase": "left {guy}", "bbox": BOX},
 }
 
 
@@ -72,12 +77,14 @@ def test_wordings(dataset, granularity):
     single = drawn(record(dataset), granularity=granularity, shuffle_options=False)
     multi = drawn(record(dataset), granularity=granularity, diversity="multi", shuffle_options=False)
     flipped = drawn(record(dataset), 600, granularity=granularity, diversity="multi+flip", shuffle_options=False)
-    directions = 2 if TASKS[dataset] == "referring" else 1
+    directions = 2 if TASKS[dataset] == "referring-expression" else 1
     assert len(single) == directions
     assert len(multi) >= 5 * directions and set(single) < set(multi)
     assert len(flipped) == len(multi) + 1 and set(multi) < set(flipped)
     ((question, answer),) = set(flipped) - set(multi)
-    asked = {"vqa-open": "What {is} it?", "vqa-mc": "Which?", "referring": "left {guy}"}[TASKS[dataset]]
+    asked = {"vqa-open": "What {is} it?", "vqa-multiple-choice": "Which?", "referring-expression": "left {guy}"}[
+        TASKS[dataset]
+    ]
     assert answer == asked and asked not in question
     assert not re.search(r"\{(question|answer|options|context|phrase|bbox|identifier)\}", str(flipped))
 
@@ -110,7 +117,7 @@ def test_identifiers_replace_the_instruction(dataset, kind, expected):
 
 
 def test_a_context_that_is_not_there_leaves_no_line():
-    fields = {**FIELDS["vqa-mc"], "context": None}
+    fields = {**FIELDS["vqa-multiple-choice"], "context": None}
     for granularity in ("fine", "coarse"):
         for texts in drawn(record("aokvqa", **fields), granularity=granularity, diversity="multi+flip"):
             assert "Context" not in "".join(texts) and "None" not in "".join(texts)
@@ -124,7 +131,7 @@ def test_the_letter_moves_with_its_option():
     for question, letter in seen:
         assert f"\n{letter}. knife\n" in question
     # Of two options with the same words only the right one's letter counts.
-    twins = {**FIELDS["vqa-mc"], "options": ["two", "two", "one"], "answer": "B"}
+    twins = {**FIELDS["vqa-multiple-choice"], "options": ["two", "two", "one"], "answer": "B"}
     instructions, turns = Instructions(), record("aokvqa", **twins)
     before = str(turns)
     for seed in range(50):
@@ -249,13 +256,13 @@ def test_settings_are_checked_at_once():
 def test_templates_are_checked_at_once(tmp_path):
     templates = yaml.safe_load(TEMPLATES.read_text(encoding="utf-8"))
     templates["datasets"]["gqa"]["fine"][0]["single"] = "{query}"
-    del templates["tasks"]["vqa-mc"]["flip"]
+    del templates["tasks"]["vqa-multiple-choice"]["flip"]
     del templates["datasets"]["vg"]
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(templates))
     with pytest.raises(ValueError) as caught:
         load_templates(str(path))
-    for fault in ("unknown field {query}", "tasks.vqa-mc.flip", "datasets.vg should be a dict"):
+    for fault in ("unknown field {query}", "tasks.vqa-multiple-choice.flip", "datasets.vg should be a dict"):
         assert fault in str(caught.value)
     templates = yaml.safe_load(TEMPLATES.read_text(encoding="utf-8"))
     templates["datasets"]["gqa"]["fine"] = [{"answer": "{answer}", "single": "{question}!", "multi": ["?"]}]

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shows what a data recipe trains on, before anything is trained.
+
+    python training/preview.py --config training/configs/recipes/recipe.yaml
+    python training/preview.py --config X --set balancing=per-task --processor outputs/align --html preview.html
+    python training/preview.py --config X --jsonl samples.jsonl --limit 100
+
+Prints the mixture as a table and some conversations of each dataset; what is learned is green, or between « and »
+where the output is not a terminal.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from processing import HoneybeeProcessor
+from processing.processing_honeybee import CAPTION_TEMPLATE, CHAT_TEMPLATE, GUARD
+from training.collator import HoneybeeDataCollator
+from training.conversations import open_image
+from training.recipe.config import RecipeError, load_recipe
+from training.recipe.mixture import (
+    Source,
+    Stream,
+    UnusableRecordError,
+    make_sample,
+    sample_random,
+    sampling_weights,
+    unusable,
+)
+from training.recipe.sources import open_sources
+
+MEASURED = 64  # samples of a dataset whose tokens are counted
+THUMBNAIL = 224
+
+
+def samples_of(source: Source, seed: int, skipped: Counter) -> Iterator[dict]:
+    """The usable samples of a dataset in the order of its records, as its first epoch has them, images unopened.
+
+    Args:
+        skipped: (dataset, reason) -> number, added to.
+    """
+    if isinstance(source.records, Stream):
+        records = source.records.one_pass()
+    else:
+        records = (source.records[index] for index in range(len(source.records)))
+    for index, record in enumerate(records):
+        try:
+            sample = make_sample(source, index, record, sample_random(seed, source.name, index, 0))
+        except UnusableRecordError as error:
+            skipped[source.name, error.reason] += 1
+            continue
+        skipped.update((source.name, reason) for reason in sample["skipped"])
+        yield sample
+
+
+def rendered(sample: dict, processor: HoneybeeProcessor | None = None) -> list[tuple[str, bool]]:
+    """The text of a sample, without bos, eos and expanded placeholders, in parts, and whether each is learned."""
+    templates = processor.chat_template if processor else {"default": CHAT_TEMPLATE, "caption": CAPTION_TEMPLATE}
+    (text,), (answers,) = render_jinja_template(
+        conversations=[sample["messages"]],
+        chat_template=templates[sample["chat_template"]],
+        return_assistant_tokens_mask=True,
+        bos_token="",
+        eos_token="",
+    )
+    parts, position = [], 0
+    for start, end in [*answers, (len(text), len(text))]:
+        parts += [(text[position:start], False), (text[start:end], True)]
+        position = end
+    return [(part.replace(GUARD, ""), learned) for part, learned in parts if part]
+
+
+def image_names(sample: dict) -> str | list[str | None] | None:
+    """The path of the sample's image, None without one, and a list where there are several."""
+    names = [image if isinstance(image, str) else (image.get("path") if isinstance(image, dict) else None)
+             for image in sample["images"]]  # fmt: skip
+    return names if len(names) > 1 else next(iter(names), None)
+
+
+def mixture_table(
+    sources: list[Source], weights: np.ndarray, num_samples: int, tokens: dict[str, float] | None = None
+) -> list[list[str]]:
+    """Head and rows: dataset, task, samples, weight, expected draws and epochs in the run, and mean tokens."""
+    rows = [["dataset", "task", "samples", "weight", "draws", "epochs", *(["tokens"] if tokens else [])]]
+    for source, weight in zip(sources, weights):
+        draws = weight * num_samples
+        size = source.size
+        row = [source.name, source.task, "stream" if size is None else f"{size:,}", f"{weight:.4f}", f"{draws:,.0f}"]
+        row.append("-" if size is None else f"{draws / size:.2f}")
+        rows.append(row + ([f"{tokens[source.name]:.1f}"] if tokens else []))
+    return rows
+
+
+def format_table(rows: list[list[str]]) -> str:
+    """Columns aligned, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" if place < 2 else f"{cell:>{width}}" for place, (cell, width) in enumerate(zip(row, widths)))
+        for row in rows
+    )  # fmt: skip
+
+
+def mean_tokens(source: Source, seed: int, processor: HoneybeeProcessor) -> float:
+    """Tokens of a sample, its image's among them, on average over the first ones."""
+    samples = islice(samples_of(source, seed, Counter()), MEASURED)
+    conversations = [(sample["messages"], sample["chat_template"]) for sample in samples]
+    if not conversations:
+        return float("nan")
+    rows = HoneybeeDataCollator(processor).tokenize(conversations)
+    return float(np.mean([len(row["input_ids"]) for row in rows]))
+
+
+def write_jsonl(path: str, sources: list[Source], seed: int, limit: int | None, processor, skipped: Counter) -> int:
+    """Each sample, or the first `limit` of each dataset, as a line; returns their number."""
+    written = 0
+    with open(path, "w", encoding="utf-8") as file:
+        for source in sources:
+            for sample in islice(samples_of(source, seed, skipped), limit):
+                line = {
+                    "dataset": sample["dataset"],
+                    "index": sample["index"],
+                    "messages": sample["messages"],
+                    "image": image_names(sample),
+                    "text": "".join(part for part, _ in rendered(sample, processor)),
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                written += 1
+    return written
+
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse}td,th{padding:.2rem .8rem;border-bottom:1px solid #ddd;text-align:right}
+td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}article{display:flex;gap:1rem;margin:1rem 0;align-items:start}
+figure{margin:0;flex:0 0 224px}img{max-width:100%}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font:inherit}
+mark{background:#cdeccd}.no{color:#b00}"""
+
+
+def html_page(table: list[list[str]], shown: dict[str, list[dict]], roots: dict[str, str], processor=None) -> str:
+    """One page with the table and the samples, images in it; what is learned is marked."""
+    head, *rows = [[html.escape(cell) for cell in row] for row in table]
+    body = [
+        "<!doctype html><meta charset=utf-8><title>Recipe preview</title>",
+        f"<style>{STYLE}</style><h1>Recipe preview</h1><p>What is learned is <mark>marked</mark>.</p>",
+        "<table><tr><th>" + "<th>".join(head) + "".join("<tr><td>" + "<td>".join(row) for row in rows) + "</table>",
+    ]
+    for name, samples in shown.items():
+        body.append(f"<h2>{html.escape(name)}</h2>")
+        for sample in samples:
+            figures = "".join(_figure(image, roots[name]) for image in sample["images"])
+            text = "".join(
+                f"<mark>{html.escape(part)}</mark>" if learned else html.escape(part)
+                for part, learned in rendered(sample, processor)
+            )
+            body.append(f"<article><figure>{figures}<figcaption>{sample['index']}</figcaption></figure><pre>{text}</pre></article>")  # fmt: skip
+    return "\n".join(body) + "\n"
+
+
+def _figure(image, root: str) -> str:
+    try:
+        image = open_image(image, root).convert("RGB")
+    except Exception as error:  # whatever it is, the page shows it in the image's place
+        return f'<p class="no">{html.escape(str(unusable("corrupt image", error)))}</p>'
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def conversation_text(sample: dict, processor, colored: bool) -> str:
+    """A sample for the terminal."""
+    marks = ("\033[32m", "\033[0m") if colored else ("«", "»")
+    text = "".join(marks[0] + part + marks[1] if learned else part for part, learned in rendered(sample, processor))
+    return f"--- {sample['dataset']} {sample['index']} {image_names(sample) or '(no image)'}\n{text}\n"
+
+
+def preview(sources: list[Source], weights: np.ndarray, seed: int, args: argparse.Namespace) -> None:
+    """Prints and writes what the arguments ask for."""
+    processor = HoneybeeProcessor.from_pretrained(args.processor) if args.processor else None
+    tokens = {source.name: mean_tokens(source, seed, processor) for source in sources} if processor else None
+    table = mixture_table(sources, weights, args.samples, tokens)
+    print(f"{args.samples:,} samples\n\n{format_table(table)}\n")
+    skipped: Counter = Counter()
+    shown = {source.name: list(islice(samples_of(source, seed, skipped), args.show)) for source in sources}
+    for samples in shown.values():
+        for sample in samples:
+            print(conversation_text(sample, processor, sys.stdout.isatty()))
+    if args.html:
+        with open(args.html, "w", encoding="utf-8") as file:
+            file.write(html_page(table, shown, {source.name: source.image_root for source in sources}, processor))
+        print(f"Wrote {args.html}")
+    if args.jsonl:
+        skipped.clear()
+        written = write_jsonl(args.jsonl, sources, seed, args.limit, processor, skipped)
+        print(f"Wrote {written:,} samples to {args.jsonl}")
+    for (name, reason), number in sorted(skipped.items()):
+        print(f"Skipped in {name}: {number:,} {reason}")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file with a mixture: section")
+    parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="override; repeatable")
+    parser.add_argument("--samples", type=int, default=4000 * 128, help="length of the run, in samples (%(default)s)")
+    parser.add_argument("--processor", help="Hub name or folder of a processor: its templates, and mean tokens")
+    parser.add_argument("--show", type=int, default=2, help="conversations of each dataset (%(default)s)")
+    parser.add_argument("--html", metavar="FILE", help="write the table and the shown conversations with their images")
+    parser.add_argument("--jsonl", metavar="FILE", help="write each sample as a line")
+    parser.add_argument("--limit", type=int, help="samples of each dataset in the JSONL file; all without it")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None):
+    args = parse_arguments(arguments)
+    try:
+        recipe = load_recipe(args.config, args.set)
+        sources = open_sources(recipe, args.config)
+    except RecipeError as error:
+        sys.exit(f"error: {error}")
+    preview(sources, sampling_weights(sources, recipe.balancing, recipe.weights), recipe.seed, args)
+
+
+if __name__ == "__main__":
+    main()

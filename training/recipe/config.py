@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of the data recipe (paper, section 4): the `mixture:` section of a YAML file."""
+
+import copy
+import dataclasses
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from .mixture import BALANCINGS
+
+# Name -> task. The order is the one in which the tables list them, and one_dataset_per_task takes the first.
+DATASETS = {
+    "coyo": "captioning",
+    "blip": "captioning",
+    "vqav2": "vqa-open",
+    "gqa": "vqa-open",
+    "ocrvqa": "vqa-open",
+    "vsr": "vqa-open",
+    "sqa": "vqa-multiple-choice",
+    "aokvqa": "vqa-multiple-choice",
+    "refcoco": "referring-expression",
+    "refcoco_plus": "referring-expression",
+    "refcocog": "referring-expression",
+    "vg": "referring-expression",
+    "llava150k": "visual-instruction",
+    "sharegpt": "text-instruction",
+}
+TASKS = tuple(dict.fromkeys(DATASETS.values()))
+
+# The official weights of the fine-tuning mixture (short schedule). They sum to 1.003 and are normalised when used.
+TUNED_WEIGHTS = {
+    "coyo": 0.077,
+    "vqav2": 0.103,
+    "gqa": 0.103,
+    "ocrvqa": 0.051,
+    "vsr": 0.026,
+    "sqa": 0.051,
+    "aokvqa": 0.103,
+    "refcoco": 0.103,
+    "refcoco_plus": 0.103,
+    "refcocog": 0.103,
+    "vg": 0.051,
+    "llava150k": 0.103,
+    "sharegpt": 0.026,
+}
+
+CHOICES = {
+    "balancing": BALANCINGS,
+    "granularity": ("fine", "coarse"),
+    "diversity": ("single", "multi", "multi+flip"),
+    "identifiers": ("none", "dataset-name", "task-name"),
+    "keep": ("draw", "first"),
+    "deduplicate": ("answer", "bbox"),
+}
+OWN_COLUMNS = ("messages", "images", "prompt", "completion")
+
+
+class RecipeError(ValueError):
+    """Everything that is wrong with a recipe.
+
+    Args:
+        problems: one sentence each.
+        path: of the recipe's file.
+    """
+
+    def __init__(self, problems: list[str], path: str = "the recipe"):
+        many = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
+        super().__init__(f"{path}: {many}\n" + "\n".join(f"  - {problem}" for problem in problems))
+        self.problems = problems
+
+
+@dataclass
+class Turns:
+    """How the questions about one image become one conversation.
+
+    Args:
+        max_turns: questions in one conversation, by dataset; 1 for those that are not named.
+        deduplicate: dataset -> `answer` or `bbox`: of the questions of one image that agree in it, one is kept.
+        keep: which one: `draw` anew each time the sample is read, or the `first`.
+    """
+
+    max_turns: dict[str, int] = field(default_factory=lambda: {"vqav2": 10, "gqa": 10, "ocrvqa": 10})
+    deduplicate: dict[str, str] = field(default_factory=lambda: {"gqa": "answer"})
+    keep: str = "draw"
+
+
+@dataclass
+class OwnDataset:
+    """A dataset in TRL's conversational format that joins the mixture.
+
+    Args:
+        name: in the mixture, unique.
+        path: a Hub name, or a file or folder as `load_conversations` takes it.
+        split: of a Hub dataset or a saved `DatasetDict`.
+        task: what `per-task` counts it to.
+        columns: what we call it -> what the dataset calls it, of `messages`, `images`, `prompt` and `completion`.
+    """
+
+    name: str
+    path: str
+    split: str = "train"
+    task: str = "visual-instruction"
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Recipe:
+    """What is mixed, in which proportion, and how a record is worded.
+
+    Args:
+        data_root: folder of the datasets' original files; relative to the working directory.
+        datasets: names out of `DATASETS`.
+        exclude: names of datasets or tasks to leave out.
+        one_dataset_per_task: keep the first dataset of each task.
+        own: the user's own datasets.
+        balancing: see `sampling_weights`.
+        weights: dataset -> weight, read by `per-dataset-tuned`.
+        granularity: templates by dataset (`fine`) or by task (`coarse`).
+        diversity: one wording (`single`), several (`multi`), or several and question and answer in swapped roles.
+        identifiers: `none` for instructions, or the name that stands in their place.
+        turns: see [`Turns`].
+        seed: of everything that is drawn.
+        max_bad_fraction: training stops when more of the records than this are of no use.
+
+    Raises:
+        RecipeError: all that is wrong; no file is looked at.
+    """
+
+    data_root: str
+    datasets: list[str] = field(default_factory=lambda: list(TUNED_WEIGHTS))
+    exclude: list[str] = field(default_factory=list)
+    one_dataset_per_task: bool = False
+    own: list[OwnDataset] = field(default_factory=list)
+    balancing: str = "per-dataset-tuned"
+    weights: dict[str, float] = field(default_factory=lambda: dict(TUNED_WEIGHTS))
+    granularity: str = "fine"
+    diversity: str = "single"
+    identifiers: str = "none"
+    turns: Turns = field(default_factory=Turns)
+    seed: int = 0
+    max_bad_fraction: float = 0.1
+
+    def __post_init__(self):
+        if problems := list(_problems(self)):
+            raise RecipeError(problems)
+
+    def chosen(self) -> list[str]:
+        """The names that `datasets`, `exclude` and `one_dataset_per_task` leave, own datasets last."""
+        tasks = {**DATASETS, **{own.name: own.task for own in self.own}}
+        names = [*self.datasets, *(own.name for own in self.own)]
+        names = [name for name in names if name not in self.exclude and tasks[name] not in self.exclude]
+        if self.one_dataset_per_task:
+            order = {name: place for place, name in enumerate(tasks)}
+            first = {}
+            for name in sorted(names, key=order.__getitem__):
+                first.setdefault(tasks[name], name)
+            names = [name for name in names if first[tasks[name]] == name]
+        return names
+
+
+def _problems(recipe: Recipe):
+    def unknown(setting, value, choices):
+        return f"{setting}={value!r} is unknown; use {', '.join(map(str, choices))}"
+
+    for setting in ("balancing", "granularity", "diversity", "identifiers"):
+        if getattr(recipe, setting) not in CHOICES[setting]:
+            yield unknown(setting, getattr(recipe, setting), CHOICES[setting])
+    if recipe.turns.keep not in CHOICES["keep"]:
+        yield unknown("turns.keep", recipe.turns.keep, CHOICES["keep"])
+
+    own_names = [own.name for own in recipe.own]
+    names = [*recipe.datasets, *own_names]
+    for name in dict.fromkeys(recipe.datasets):
+        if name not in DATASETS:
+            yield unknown("datasets", name, DATASETS) + "; a dataset of your own goes under own"
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            yield f"dataset {name!r} is named {names.count(name)} times; name it once and give it a larger weight"
+        elif name in own_names and name in DATASETS:
+            yield f"own dataset {name!r} has the name of a dataset of the paper; give it another"
+    known = {*DATASETS, *TASKS, *own_names, *(own.task for own in recipe.own)}
+    for name in recipe.exclude:
+        if name not in known:
+            yield unknown("exclude", name, sorted(known))
+    for own in recipe.own:
+        for column in own.columns:
+            if column not in OWN_COLUMNS:
+                yield unknown(f"own {own.name}: columns", column, OWN_COLUMNS)
+
+    known = {*DATASETS, *own_names}
+    for name, turns in recipe.turns.max_turns.items():
+        if name not in known:
+            yield unknown("turns.max_turns", name, known & set(names))
+        if turns < 1:
+            yield f"turns.max_turns.{name}={turns}; a conversation has at least 1 turn"
+    for name, key in recipe.turns.deduplicate.items():
+        if name not in known:
+            yield unknown("turns.deduplicate", name, known & set(names))
+        if key not in CHOICES["deduplicate"]:
+            yield unknown(f"turns.deduplicate.{name}", key, CHOICES["deduplicate"])
+    if not 0 <= recipe.max_bad_fraction < 1:
+        yield f"max_bad_fraction={recipe.max_bad_fraction} is not a fraction; use 0 or more and less than 1"
+
+    for name, weight in recipe.weights.items():
+        if name not in known:
+            yield unknown("weights", name, sorted(known))
+        if weight < 0 or not math.isfinite(weight):
+            yield f"weights.{name}={weight}; a weight is a finite number of at least 0"
+    if any(name not in known for name in names):
+        return
+    chosen = recipe.chosen()
+    if not chosen:
+        yield "no dataset is left to mix; shorten exclude or name datasets"
+    elif recipe.balancing == "per-dataset-tuned":
+        missing = [name for name in chosen if name not in recipe.weights]
+        if missing:
+            yield f"balancing=per-dataset-tuned, but weights has none for {', '.join(missing)}; add them"
+        elif not any(recipe.weights[name] for name in chosen):
+            yield f"the weights of {', '.join(chosen)} are all 0; give one of them more"
+
+
+# From YAML
+
+
+def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
+    """The recipe in the `mixture:` section of a YAML file, whose other sections are the trainer's.
+
+    Args:
+        overrides: `setting=value` with the value as YAML, e.g. `balancing=per-task` or `turns.max_turns={}`.
+
+    Raises:
+        RecipeError: all that is wrong with it, missing files among it, with the path.
+    """
+    if not os.path.isfile(path):
+        raise RecipeError(["the file does not exist; give the path of a YAML file with a mixture: section"], path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = yaml.safe_load(file)
+    except yaml.YAMLError as error:
+        raise RecipeError([f"not a YAML file: {error}"], path) from error
+    settings = settings.get("mixture") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict):
+        raise RecipeError(["there is no mixture: section with settings"], path)
+    missing = missing_files(_overridden(settings, overrides, []))
+    try:
+        recipe = parse_recipe(settings, overrides)
+    except RecipeError as error:
+        raise RecipeError([*error.problems, *missing], path) from None
+    if missing:
+        raise RecipeError(missing, path)
+    return recipe
+
+
+def parse_recipe(settings: dict, overrides: list[str] = ()) -> Recipe:
+    """The recipe of a mapping, with overrides as in [`load_recipe`]. Looks at no file.
+
+    Raises:
+        RecipeError: all that is wrong with it.
+    """
+    problems = []
+    given = _typed(Recipe, _overridden(settings, overrides, problems), "", problems)
+    try:
+        recipe = Recipe(**{"data_root": "", **given})
+    except RecipeError as error:
+        problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def _overridden(settings: dict, overrides: list[str], problems: list[str]) -> dict:
+    settings = copy.deepcopy(settings)
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        *parents, name = name.split(".")
+        place = settings
+        for parent in parents:
+            place = place.setdefault(parent, {}) if isinstance(place, dict) else None
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            problems.append(f"override {override!r} has a value that is not YAML: {error}")
+            continue
+        if equals and isinstance(place, dict):
+            place[name] = value
+        else:
+            problems.append(f"override {override!r} is not of the form setting=value")
+    return settings
+
+
+def missing_files(settings: dict) -> list[str]:
+    """What the settings name and the disk does not have. The files of a dataset are its reader's to check."""
+    problems, root = [], settings.get("data_root")
+    if isinstance(root, str) and not os.path.isdir(root):
+        problems.append(f"data_root {root!r} is not a folder; give the one that holds the datasets' folders")
+    own_datasets = settings.get("own")
+    for own in own_datasets if isinstance(own_datasets, list) else ():
+        path = own.get("path") if isinstance(own, dict) else None
+        if isinstance(path, str) and _is_local(path) and not os.path.exists(path):
+            problems.append(f"own {own.get('name')}: path {path!r} does not exist; give a file, a folder or a Hub name")
+    return problems
+
+
+def _is_local(path: str) -> bool:
+    return os.path.isabs(path) or path.startswith(".") or path.endswith((".json", ".jsonl", ".parquet"))
+
+
+_KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def _typed(kind: type, settings: dict, where: str, problems: list[str]) -> dict[str, Any]:
+    """The settings of a dataclass that have the type they should have; what is wrong goes to `problems`."""
+    if not isinstance(settings, dict):
+        problems.append(f"{where.rstrip('.') or 'mixture'}={settings!r} must be a mapping of settings")
+        return {}
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    given = {}
+    for name, value in settings.items():
+        if name not in fields:
+            problems.append(f"unknown setting {where}{name}; known are {', '.join(where + f for f in fields)}")
+            continue
+        value = _value(fields[name].type, value, f"{where}{name}", problems)
+        if value is not None:
+            given[name] = value
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in settings:
+            problems.append(f"{where}{name} is missing; add it")
+    return given
+
+
+def _value(kind, value, name: str, problems: list[str]):
+    """The value as `kind`, or None and a problem."""
+    if dataclasses.is_dataclass(kind):
+        before = len(problems)
+        given = _typed(kind, value, name + ".", problems)
+        return kind(**given) if len(problems) == before else None
+    origin, arguments = getattr(kind, "__origin__", kind), getattr(kind, "__args__", ())
+    if origin is list and isinstance(value, list):
+        values = [_value(arguments[0], item, f"{name}[{i}]", problems) for i, item in enumerate(value)]
+        return [item for item in values if item is not None]
+    if origin is dict and isinstance(value, dict):
+        values = {str(key): _value(arguments[1], item, f"{name}.{key}", problems) for key, item in value.items()}
+        return {key: item for key, item in values.items() if item is not None}
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if origin in _KINDS and isinstance(value, origin) and (origin is bool or not isinstance(value, bool)):
+        return value
+    wanted = {list: "a list", dict: "a mapping"}.get(origin) or _KINDS[origin]
+    problems.append(f"{name}={value!r} must be {wanted}")
+    return None

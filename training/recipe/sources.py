@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe's settings become a mixture: each dataset read, its turns merged, its wording bound to it."""
+
+import os
+import random
+from functools import partial
+
+from datasets import IterableDataset
+
+from .config import DATASETS, OwnDataset, Recipe, RecipeError
+from .instructize import Instructions, instructize
+from .mixture import Mixture, Source, Stream, sampling_weights
+from .readers import READERS, read_messages
+from .turns import choose_turns, merge_turns
+
+SHUFFLE_BUFFER = 1000  # records of a stream, undecoded, in each worker
+
+
+def render_record(
+    record: dict, rng: random.Random, *, instructions: Instructions, deduplicate: str | None, keep: str
+) -> dict:
+    """A record in the words of the recipe; what is drawn, duplicates first, is drawn from `rng`."""
+    if deduplicate is not None and record.get("turns"):
+        record = {**record, "turns": choose_turns(record["turns"], deduplicate, keep, rng)}
+    return instructize(record, instructions, rng)
+
+
+def open_sources(recipe: Recipe, path: str = "the recipe") -> list[Source]:
+    """The datasets that the recipe chooses, in its order.
+
+    Args:
+        path: of the recipe's file, for the error.
+
+    Raises:
+        RecipeError: every dataset that cannot be opened, and settings that do not go together.
+    """
+    problems, sources = [], []
+    try:
+        instructions = Instructions(recipe.granularity, recipe.diversity, recipe.identifiers)
+    except ValueError as error:
+        raise RecipeError([str(error)], path) from error
+    own_datasets = {own.name: own for own in recipe.own}
+    for name in recipe.chosen():
+        try:
+            sources.append(_open(name, own_datasets.get(name), recipe, instructions))
+        except (ValueError, OSError) as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise RecipeError(problems, path)
+    return sources
+
+
+def _open(name: str, own: OwnDataset | None, recipe: Recipe, instructions: Instructions) -> Source:
+    deduplicate = recipe.turns.deduplicate.get(name)
+    render = partial(render_record, instructions=instructions, deduplicate=deduplicate, keep=recipe.turns.keep)
+    if own is not None:
+        root = os.path.dirname(os.path.abspath(own.path)) if os.path.isfile(own.path) else ""
+        return Source(name, own.task, read_messages(own.path, own.split, own.columns or None), render, root)
+    records = READERS[name](recipe.data_root)
+    if isinstance(records, IterableDataset):
+        records = Stream(records.shuffle(seed=recipe.seed, buffer_size=SHUFFLE_BUFFER))
+    else:
+        records = merge_turns(records, recipe.turns.max_turns.get(name, 1), deduplicate)
+    return Source(name, DATASETS[name], records, render)
+
+
+def open_mixture(recipe: Recipe, num_samples: int, path: str = "the recipe") -> Mixture:
+    """The recipe's mixture for a run of `num_samples` samples: steps times global batch.
+
+    Raises:
+        RecipeError: every dataset that cannot be opened.
+    """
+    sources = open_sources(recipe, path)
+    weights = sampling_weights(sources, recipe.balancing, recipe.weights)
+    return Mixture(sources, weights, num_samples, recipe.seed, recipe.max_bad_fraction)
