@@ -5,6 +5,7 @@ Travels with every checkpoint: torch and transformers are the only imports.
 """
 
 import copy
+import inspect
 import math
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
@@ -116,6 +117,20 @@ class HoneybeeProjectorConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self._validate()
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_settings(cls, settings: dict) -> "HoneybeeProjectorConfig":
+        """The config of settings that a person wrote: unlike the constructor, which must take what any transformers
+        version saved, it refuses a name that it does not know.
+
+        Raises:
+            ValueError: an unknown name, with the known ones; or what the constructor refuses.
+        """
+        known = set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ValueError(f"unknown projector settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        return cls(**settings)
 
     def _validate(self):
         minimum = {

@@ -9,7 +9,6 @@ M visual tokens an image (extra tokens included), D_v width of the tower, D_lm w
 """
 
 import copy
-import inspect
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -476,11 +475,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         Raises:
             ValueError: an unknown setting, or parts that do not fit.
         """
-        known = set(inspect.signature(HoneybeeProjectorConfig.__init__).parameters) - {"self", "kwargs"}
-        unknown = sorted(set(projector_settings) - known)
-        if unknown:
-            raise ValueError(f"unknown projector settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        projector_config = HoneybeeProjectorConfig(**projector_settings)
+        projector_config = HoneybeeProjectorConfig.from_settings(projector_settings)
 
         remote = {"trust_remote_code": trust_remote_code}
         vision_config = AutoConfig.from_pretrained(vision, **remote)

@@ -13,7 +13,6 @@
 Every field of `SFTConfig` is a flag and a YAML key; so are TRL's model and LoRA settings (`--use_peft`).
 """
 
-import inspect
 import json
 import logging
 import os
@@ -124,11 +123,7 @@ def check_arguments(args: HoneybeeArguments, training_args: SFTConfig, model_arg
     if training_args.packing or training_args.padding_free:
         raise ValueError("packing and padding_free are not available for samples with images; leave them out")
     if args.projector is not None:
-        known = set(inspect.signature(HoneybeeProjectorConfig.__init__).parameters) - {"self", "kwargs"}
-        unknown = sorted(set(args.projector) - known)
-        if unknown:
-            raise ValueError(f"unknown projector settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        HoneybeeProjectorConfig(**args.projector)
+        HoneybeeProjectorConfig.from_settings(args.projector)
 
 
 def describe_run(args: HoneybeeArguments, model_args: ModelConfig) -> dict:
@@ -261,7 +256,8 @@ def prepare(
         processing_class=processor,
         peft_config=get_peft_config(model_args),
     )
-    # Marked only now: a start that failed leaves the folder as it was.
+    # Marked only now: a start that failed leaves the folder as it was, and every rank has seen it without the mark.
+    trainer.accelerator.wait_for_everyone()
     if checkpoint is None and trainer.is_world_process_zero():
         os.makedirs(training_args.output_dir, exist_ok=True)
         with open(os.path.join(training_args.output_dir, RUN_FILE), "w", encoding="utf-8") as file:
