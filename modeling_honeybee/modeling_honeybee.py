@@ -34,7 +34,7 @@ class HoneybeeModelOutputWithPast(BaseModelOutputWithPast):
 
 @dataclass
 class HoneybeeCausalLMOutputWithPast(ModelOutput):
-    """`loss` (), `logits` (B, T or `logits_to_keep`, V), and what [`HoneybeeModelOutputWithPast`] holds."""
+    """`loss` (), `logits` (B, T or `logits_to_keep`, V) or None, and what [`HoneybeeModelOutputWithPast`] holds."""
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
@@ -84,6 +84,13 @@ def _capture_hidden_states(vision_tower: nn.Module, config: HoneybeeConfig):
         _hidden_states.reset(token)
         for handle in handles:
             handle.remove()
+
+
+def _is_packed(position_ids: torch.LongTensor | None) -> bool:
+    """Whether the positions of a row start anew within it."""
+    if position_ids is None or position_ids.shape[-1] == 1 or torch.compiler.is_compiling():
+        return False
+    return bool((position_ids.diff() != 1).any())
 
 
 class HoneybeePreTrainedModel(PreTrainedModel):
@@ -285,6 +292,8 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             input_ids: (B, T), each image as M placeholders. Or `inputs_embeds` (B, T, D_lm), not both.
             pixel_values: (I, 3, S, S), images of all rows in order of appearance; None where no row has one.
             attention_mask: (B, T), 0 at padding.
+            position_ids: (B, T). Several conversations packed into a row start at 0 each, and none sees another; this
+                needs `attention_mask=None` and no cache.
 
         Raises:
             ValueError: both or none of `input_ids` and `inputs_embeds`, or placeholders and images that disagree.
@@ -309,6 +318,9 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.projector.parameters()):
                 inputs_embeds = self._touch_projector(inputs_embeds)
 
+        if past_key_values is None and attention_mask is None and _is_packed(position_ids):
+            # transformers looks for packed rows only where there is no cache, and makes one unless told not to.
+            kwargs["use_cache"] = False
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -379,7 +391,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | torch.Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> HoneybeeCausalLMOutputWithPast | tuple:
@@ -387,6 +399,9 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         Args:
             labels: (B, T), -100 where a token is not to be learned (placeholders always are such).
             logits_to_keep: compute logits for this many last positions, or for the positions that it lists; 0 for all.
+                Default: all, except in training with `labels`. There the head runs where a label is learned and nowhere
+                else, the loss is the same, and `logits` is None: most of what a row holds (images, questions, padding)
+                is never learned, and logits of all of it can be the largest tensor of a step.
 
         The other arguments are those of [`HoneybeeModel`].
         """
@@ -399,14 +414,21 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         hidden_states = outputs.last_hidden_state
-        logits = self.lm_head(hidden_states if isinstance(kept, int) else hidden_states[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+        loss_settings = {"vocab_size": self.config.text_config.vocab_size, **kwargs}
+        logits = loss = None
+        if labels is not None and self.training and logits_to_keep is None:
+            next_labels = labels[:, 1:].to(hidden_states.device)  # (B, T - 1)
+            learned = next_labels != -100
+            predictions = self.lm_head(hidden_states[:, :-1][learned])  # (learned, V)
+            loss = self.loss_function(predictions, None, shift_labels=next_labels[learned], **loss_settings)
+        else:
+            if isinstance(logits_to_keep, int) and logits_to_keep:
+                logits_to_keep = slice(-logits_to_keep, None)
+            everywhere = logits_to_keep is None or isinstance(logits_to_keep, int)
+            logits = self.lm_head(hidden_states if everywhere else hidden_states[:, logits_to_keep])
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, **loss_settings)
         output = HoneybeeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

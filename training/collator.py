@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations in, a batch with supervised answers out."""
+"""Conversations in, a batch with supervised answers out: a row each, padded, or all in one row, packed."""
 
 from dataclasses import dataclass
 
@@ -14,16 +14,22 @@ from .conversations import normalize_conversation, open_image
 
 @dataclass
 class HoneybeeDataCollator:
-    """Renders, tokenizes and pads samples; only the assistant's words and their eos are supervised.
+    """Renders, tokenizes and pads or packs samples; only the assistant's words and their eos are supervised.
 
     Args:
         processor: a [`HoneybeeProcessor`]; it alone knows how many tokens an image is.
         max_length: rows are cut to this many tokens from the end; None keeps them whole.
         image_root: folder of relative image paths.
+        pack: all samples of the batch in one row, without padding.
 
     Called with samples `{"messages", "images"[, "chat_template"]}` it returns `input_ids`, `attention_mask`, `labels`
     (rows, tokens), padded on the right, labels -100 where nothing is learned; and `pixel_values` (images, 3, S, S), in
     the order of the placeholders, where the batch has images.
+
+    Packed, `input_ids`, `labels` and `position_ids` are (1, tokens of the batch), and positions start at 0 in each
+    sample. That alone keeps samples apart in transformers' masks where there is no `attention_mask`; `cu_seq_lens_q`,
+    `cu_seq_lens_k`, `max_length_q` and `max_length_k` say the same to flash attention. The batch stays the same
+    samples, and so do its loss and gradient.
 
     Raises:
         ValueError: a sample that cannot be trained on, or one whose images do not fit into `max_length`.
@@ -32,6 +38,7 @@ class HoneybeeDataCollator:
     processor: HoneybeeProcessor
     max_length: int | None = None
     image_root: str = ""
+    pack: bool = False
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         conversations, images = [], []
@@ -41,20 +48,49 @@ class HoneybeeDataCollator:
             images += [open_image(source, self.image_root) for source in sources]
         rows = self.tokenize(conversations)
 
-        def padded(values, padding):
-            return pad_sequence([torch.tensor(v) for v in values], batch_first=True, padding_value=padding)
-
-        batch = {
-            "input_ids": padded([row["input_ids"] for row in rows], self.processor.tokenizer.pad_token_id),
-            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
-            "labels": padded([row["labels"] for row in rows], -100),
-        }
+        batch = self._packed(rows) if self.pack else self._padded(rows)
         if images:
             batch["pixel_values"] = self.processor(images=images, return_tensors="pt")["pixel_values"]
         return batch
 
+    def _padded(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        def padded(values, padding):
+            return pad_sequence([torch.tensor(v) for v in values], batch_first=True, padding_value=padding)
+
+        return {
+            "input_ids": padded([row["input_ids"] for row in rows], self.processor.tokenizer.pad_token_id),
+            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+            "labels": padded([row["labels"] for row in rows], -100),
+        }
+
+    def _packed(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | int]:
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (samples + 1,), 0 in front
+        longest = int(lengths.max())
+        return {
+            "input_ids": torch.tensor([sum((row["input_ids"] for row in rows), [])]),
+            "labels": torch.tensor([sum((row["labels"] for row in rows), [])]),
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
     def tokenize(self, conversations: list[tuple[list[dict], str]]) -> list[dict[str, list[int]]]:
-        """`input_ids` and `labels` of (messages, template name) pairs, placeholders expanded, not padded."""
+        """`input_ids` and `labels` of (messages, template name) pairs, placeholders expanded, cut, not padded."""
+        features = self._tokenize_whole(conversations)
+        for row, feature in enumerate(features):
+            self._truncate(row, feature)
+        return features
+
+    def lengths(self, examples: list[dict]) -> list[int]:
+        """Tokens of each sample in a batch, without reading its images."""
+        conversations = [(normalize_conversation(e)[0], e.get("chat_template") or "default") for e in examples]
+        whole = [len(feature["input_ids"]) for feature in self._tokenize_whole(conversations)]
+        return [length if self.max_length is None else min(length, self.max_length) for length in whole]
+
+    def _tokenize_whole(self, conversations: list[tuple[list[dict], str]]) -> list[dict[str, list[int]]]:
         pieces, learned, rows = [], [], []
         for row, (messages, template) in enumerate(conversations):
             for piece, is_answer in self._render(messages, template):
@@ -70,10 +106,10 @@ class HoneybeeDataCollator:
         for row, piece_ids, is_answer in zip(rows, ids, learned):
             features[row]["input_ids"] += piece_ids
             features[row]["labels"] += piece_ids if is_answer else [-100] * len(piece_ids)
-        for row, feature in enumerate(features):
-            # transformers 4 counts the first label in the loss's denominator although nothing predicts it.
+        for feature in features:
+            # transformers 4 counts the first label in the loss's denominator although nothing predicts it; and in a
+            # packed row the end of another sample stands before it.
             feature["labels"][0] = -100
-            self._truncate(row, feature)
         return features
 
     def _render(self, messages: list[dict], template: str) -> list[tuple[str, bool]]:

@@ -201,6 +201,14 @@ def load_conversations(
     return dataset
 
 
+def undecoded(dataset: Dataset) -> Dataset:
+    """The dataset with its `images` as paths and bytes instead of PIL images."""
+    column = dataset.features.get("images") or None
+    if column is not None and isinstance(getattr(column, "feature", None), Image):
+        return dataset.cast_column("images", type(column)(Image(decode=False)))
+    return dataset
+
+
 def check_dataset(dataset: Dataset, image_root: str = "", needs_images: bool = False) -> int:
     """Reads every sample of a map-style dataset once before training, with a progress bar.
 
@@ -213,10 +221,7 @@ def check_dataset(dataset: Dataset, image_root: str = "", needs_images: bool = F
     """
     if len(dataset) == 0:
         raise ValueError("the dataset is empty; give it at least one sample")
-    # Undecoded: existence and structure cost no image decoding.
-    column = dataset.features.get("images") or None
-    if column is not None and isinstance(getattr(column, "feature", None), Image):
-        dataset = dataset.cast_column("images", type(column)(Image(decode=False)))
+    dataset = undecoded(dataset)  # existence and structure cost no image decoding
     num_images = most_images = 0
     for index, example in enumerate(tqdm(dataset, desc="Checking samples", disable=len(dataset) < 5000)):
         try:

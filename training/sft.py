@@ -18,6 +18,7 @@ import logging
 import os
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 from transformers.trainer_utils import get_last_checkpoint
@@ -27,11 +28,14 @@ from modeling_honeybee import HoneybeeForConditionalGeneration, HoneybeeProjecto
 from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
 from training.collator import HoneybeeDataCollator
 from training.conversations import check_dataset, load_conversations
+from training.length_grouping import GroupedTrainer, dataset_lengths
+from training.packed_attention import use_packed_attention
 from training.stages import TRAINED, freeze_for_stage, lora_modules
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "honeybee_run.json"
+BATCHINGS = ("packed", "grouped", "padded")
 
 
 @dataclass
@@ -47,6 +51,12 @@ class HoneybeeArguments:
         default=None,
         metadata={"help": "Hub name or local path of a dataset with `messages` and `images`."},
     )
+    batching: str = field(
+        default="packed",
+        metadata={"help": "`packed`: the samples of a batch in one row without padding; `grouped`: padded batches of "
+                  "samples of about one length; `padded`: batches in random order, padded to their longest sample.",
+                  "choices": list(BATCHINGS)},
+    )  # fmt: skip
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
     vision_model: str | None = field(
         default=None, metadata={"help": "Vision tower of a new model, instead of --model_name_or_path."}
@@ -120,8 +130,13 @@ def check_arguments(args: HoneybeeArguments, training_args: SFTConfig, model_arg
         )
     if model_args.use_peft:
         lora_modules(args.stage)
+    if args.batching not in BATCHINGS:
+        raise ValueError(f"batching={args.batching!r} is unknown; use one of {', '.join(BATCHINGS)}")
     if training_args.packing or training_args.padding_free:
-        raise ValueError("packing and padding_free are not available for samples with images; leave them out")
+        raise ValueError(
+            "TRL's packing and padding_free are not available for samples with images; leave them out and use "
+            "--batching packed"
+        )
     if args.projector is not None:
         HoneybeeProjectorConfig.from_settings(args.projector)
 
@@ -248,10 +263,16 @@ def prepare(
     # The collator prepares samples on the fly and needs their columns as they are.
     training_args.remove_unused_columns = False
     training_args.dataset_kwargs = {**(training_args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-    trainer = SFTTrainer(
+    packed = args.batching == "packed"
+    collator = HoneybeeDataCollator(processor, training_args.max_length, image_root, pack=packed)
+    if packed:
+        use_packed_attention(model.model.language_model)
+    grouped = args.batching == "grouped"
+    trainer_class = partial(GroupedTrainer, lengths=dataset_lengths(dataset, collator)) if grouped else SFTTrainer
+    trainer = trainer_class(
         model=model,
         args=training_args,
-        data_collator=HoneybeeDataCollator(processor, max_length=training_args.max_length, image_root=image_root),
+        data_collator=collator,
         train_dataset=dataset,
         processing_class=processor,
         peft_config=get_peft_config(model_args),

@@ -40,7 +40,6 @@ REASONS = (
 )
 
 _BLOCK = 1 << 16  # draws whose sources are drawn in one go
-_LOOK_BACK = 64  # records that a stream keeps
 _COUNTER_ROWS = 257  # the main process and up to 256 workers, so that no two processes write to the same row
 _DATA_ERRORS = (
     ValueError,
@@ -80,22 +79,28 @@ class Stream:
     Args:
         records: an iterable that can be started anew; a `datasets.IterableDataset` is told the epoch by `set_epoch`, so
             that its `shuffle(seed, buffer_size)` gives another order in each.
+        look_back: number of records that are kept, for readers that are not quite in order.
     """
 
-    def __init__(self, records: Iterable):
+    def __init__(self, records: Iterable, look_back: int = 64):
         if isinstance(records, datasets.IterableDataset) and records.features:
             records = records.decode(False)  # an image that cannot be decoded would end the iteration
-        self.records = records
+        self.records, self.look_back = records, look_back
         self._restart()
 
     def _restart(self):
-        self._iterator, self._next, self._recent = self._endless(), 0, deque(maxlen=_LOOK_BACK)
+        self._iterator, self._next, self._recent = self._endless(), 0, deque(maxlen=self.look_back)
 
     def __getstate__(self):
-        return self.records
+        return self.records, self.look_back
 
-    def __setstate__(self, records):
-        self.records = records
+    def __setstate__(self, state):
+        self.records, self.look_back = state
+        self._restart()
+
+    def keep(self, look_back: int) -> None:
+        """Keeps at least this many records from now on, undecoded."""
+        self.look_back = max(self.look_back, look_back)
         self._restart()
 
     def one_pass(self, epoch: int = 0) -> Iterator:
@@ -199,16 +204,24 @@ def read_sample(source: Source, index: int, rng: random.Random) -> dict:
     Raises:
         UnusableRecordError: nothing can be learned from the record.
     """
-    try:
-        record = source.records[index]
-    except _DATA_ERRORS as error:
-        raise unusable("malformed record", error) from error
-    sample = make_sample(source, index, record, rng)
+    sample = make_sample(source, index, read_record(source, index), rng)
     try:
         sample["images"] = [open_image(image, source.image_root) for image in sample["images"]]
     except _DATA_ERRORS as error:
         raise unusable("corrupt image", error) from error
     return sample
+
+
+def read_record(source: Source, index: int):
+    """Record `index` as its reader gives it.
+
+    Raises:
+        UnusableRecordError: it cannot be read.
+    """
+    try:
+        return source.records[index]
+    except _DATA_ERRORS as error:
+        raise unusable("malformed record", error) from error
 
 
 def make_sample(source: Source, index: int, record, rng: random.Random) -> dict:
@@ -309,10 +322,7 @@ class Mixture(torch.utils.data.Dataset):
 
     def __getitem__(self, draw: int) -> dict:
         """Sample number `draw`, as [`read_sample`] gives it, without `skipped`."""
-        if not 0 <= draw < self.num_samples:
-            raise IndexError(f"draw {draw} is outside of 0..{self.num_samples - 1}")
-        sources, visits = self._drawn(draw // _BLOCK)
-        number, visit = int(sources[draw % _BLOCK]), int(visits[draw % _BLOCK])
+        number, visit = self._draw(draw)
         source = self.sources[number]
         for position in itertools.count(visit):
             index, epoch = self._record_at(number, position)
@@ -325,6 +335,18 @@ class Mixture(torch.utils.data.Dataset):
             for reason in sample.pop("skipped"):
                 self._skip(number, index, reason, "a turn is left out")
             return sample
+
+    def glance(self, draw: int) -> dict:
+        """Sample number `draw` as [`make_sample`] gives it, images unread, nothing counted.
+
+        Raises:
+            UnusableRecordError: its record is of no use; reading the sample finds another.
+        """
+        number, visit = self._draw(draw)
+        source = self.sources[number]
+        index, epoch = self._record_at(number, visit)
+        rng = sample_random(self.seed, source.name, index, epoch)
+        return make_sample(source, index, read_record(source, index), rng)
 
     def schedule(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """What the draws from `start` to `stop` read, without reading it: source numbers and record indices (draws,),
@@ -352,6 +374,13 @@ class Mixture(torch.utils.data.Dataset):
         return {name: [sample[name] for sample in samples] for name in samples[0]}
 
     # Draws
+
+    def _draw(self, draw: int) -> tuple[int, int]:
+        """The number of the source of a draw, and how often that source was drawn before."""
+        if not 0 <= draw < self.num_samples:
+            raise IndexError(f"draw {draw} is outside of 0..{self.num_samples - 1}")
+        sources, visits = self._drawn(draw // _BLOCK)
+        return int(sources[draw % _BLOCK]), int(visits[draw % _BLOCK])
 
     def _drawn(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """For each draw of a block its source and how often that source was drawn before, (65536,) each."""

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of samples of about one length, for training with padding."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+from datasets import Dataset
+from torch.utils.data import Sampler
+from trl import SFTTrainer
+
+from .collator import HoneybeeDataCollator
+from .conversations import undecoded
+from .recipe.mixture import Mixture, Stream, UnusableRecordError
+
+WINDOW = 16  # global batches that are sorted together
+
+Lengths = Callable[[list[int]], list[int]]  # sample numbers -> tokens of each
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Sorts a window of samples by length, cuts it into global batches, and shuffles these.
+
+    Unlike transformers' own, it needs the lengths of one window at a time, so that samples that are made on access (a
+    mixture) can be grouped, and it works the same on both of transformers' lines. The order is a function of the seed,
+    the epoch and the window: a resumed run goes on with the same samples, after measuring again what it skips.
+
+    Args:
+        lengths: see [`dataset_lengths`] and [`mixture_lengths`].
+        num_samples: in an epoch.
+        batch_size: samples of all processes and accumulated batches that make one step.
+        shuffle: draw an order of all samples for each epoch before they are cut into windows; False where samples are
+            in random order already.
+        window: number of global batches.
+    """
+
+    def __init__(
+        self,
+        lengths: Lengths,
+        num_samples: int,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        window: int = WINDOW,
+    ):
+        self.lengths, self.num_samples, self.batch_size = lengths, num_samples, batch_size
+        self.seed, self.shuffle, self.window, self.epoch = seed, shuffle, window, 0
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.arange(self.num_samples)
+        if self.shuffle:
+            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
+        size = self.window * self.batch_size
+        for start in range(0, self.num_samples, size):
+            samples = order[start : start + size]
+            samples = samples[np.argsort(self.lengths(samples.tolist()), kind="stable")]
+            whole = len(samples) // self.batch_size * self.batch_size
+            batches = samples[:whole].reshape(-1, self.batch_size)
+            np.random.default_rng((self.seed, self.epoch, start)).shuffle(batches)
+            # A batch that is not full can only be the last one of the epoch.
+            yield from np.concatenate([batches.ravel(), samples[whole:]]).tolist()
+
+
+class GroupedTrainer(SFTTrainer):
+    """An SFTTrainer that reads its samples in the order of a [`LengthGroupedSampler`].
+
+    Args:
+        lengths, shuffle: the sampler's; the other arguments are SFTTrainer's.
+    """
+
+    def __init__(self, *args, lengths: Lengths, shuffle: bool = True, **kwargs):
+        self.lengths, self.shuffle = lengths, shuffle
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset=None) -> LengthGroupedSampler:
+        dataset, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+        batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return LengthGroupedSampler(self.lengths, len(dataset), batch_size, seed, self.shuffle)
+
+
+def dataset_lengths(dataset: Dataset, collator: HoneybeeDataCollator) -> Lengths:
+    """Lengths of the samples of a dataset with `messages`; images are not read."""
+    dataset = undecoded(dataset)
+    return lambda samples: collator.lengths([dataset[sample] for sample in samples])
+
+
+def mixture_lengths(mixture: Mixture, collator: HoneybeeDataCollator, window: int) -> Lengths:
+    """Lengths of a mixture's draws; images are not read. A draw whose record is of no use counts as one token: the
+    record that takes its place is known only when it is read.
+
+    Args:
+        window: samples that are sorted together. The mixture's streams are told to keep that many records, since the
+            sorted draws do not read them in order.
+    """
+    ahead = copy.copy(mixture)  # reads a window before the mixture itself does, from streams of its own
+    ahead.sources = [
+        replace(source, records=Stream(source.records.records)) if isinstance(source.records, Stream) else source
+        for source in mixture.sources
+    ]
+    ahead._orders = {}
+    for source in mixture.sources:
+        if isinstance(source.records, Stream):
+            source.records.keep(window)
+
+    def lengths(draws: list[int]) -> list[int]:
+        found = dict.fromkeys(draws, 1)
+        samples = {}
+        for draw in draws:
+            try:
+                samples[draw] = ahead.glance(draw)
+            except UnusableRecordError:
+                continue
+        found.update(zip(samples, collator.lengths(list(samples.values()))))
+        return list(found.values())
+
+    return lengths
