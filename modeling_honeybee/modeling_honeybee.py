@@ -285,6 +285,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        states_to_keep: torch.BoolTensor | None = None,
         **kwargs,
     ) -> HoneybeeModelOutputWithPast:
         """
@@ -294,6 +295,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             attention_mask: (B, T), 0 at padding.
             position_ids: (B, T). Several conversations packed into a row start at 0 each, and none sees another; this
                 needs `attention_mask=None` and no cache.
+            states_to_keep: (B, T), where the last hidden states are wanted: they are (1, kept, D_lm) then.
 
         Raises:
             ValueError: both or none of `input_ids` and `inputs_embeds`, or placeholders and images that disagree.
@@ -330,8 +332,11 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         )
         if isinstance(outputs, tuple):  # return_dict=False
             return outputs
+        last_hidden_state = outputs.last_hidden_state
+        if states_to_keep is not None:
+            last_hidden_state = last_hidden_state[states_to_keep.to(last_hidden_state.device)][None]
         return HoneybeeModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=last_hidden_state,
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),

@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 from datasets import Dataset
 from torch.utils.data import Sampler
-from trl import SFTTrainer
 
 from .collator import HoneybeeDataCollator
 from .conversations import undecoded
 from .recipe.mixture import Mixture, Stream, UnusableRecordError
+from .trainer import HoneybeeTrainer
 
 WINDOW = 16  # global batches that are sorted together
 
@@ -68,11 +68,11 @@ class LengthGroupedSampler(Sampler[int]):
             yield from np.concatenate([batches.ravel(), samples[whole:]]).tolist()
 
 
-class GroupedTrainer(SFTTrainer):
-    """An SFTTrainer that reads its samples in the order of a [`LengthGroupedSampler`].
+class GroupedTrainer(HoneybeeTrainer):
+    """A HoneybeeTrainer that reads its samples in the order of a [`LengthGroupedSampler`].
 
     Args:
-        lengths, shuffle: the sampler's; the other arguments are SFTTrainer's.
+        lengths, shuffle: the sampler's; the other arguments are HoneybeeTrainer's.
     """
 
     def __init__(self, *args, lengths: Lengths, shuffle: bool = True, **kwargs):

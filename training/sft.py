@@ -22,7 +22,7 @@ from functools import partial
 
 import torch
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_honeybee import HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
 from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
@@ -31,6 +31,7 @@ from training.conversations import check_dataset, load_conversations
 from training.length_grouping import GroupedTrainer, dataset_lengths
 from training.packed_attention import use_packed_attention
 from training.stages import TRAINED, freeze_for_stage, lora_modules
+from training.trainer import HoneybeeTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ def check_processor(model: HoneybeeForConditionalGeneration, processor: Honeybee
 
 def prepare(
     args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig
-) -> tuple[SFTTrainer, str | None]:
+) -> tuple[HoneybeeTrainer, str | None]:
     """A trainer that is ready to run, and the checkpoint to resume from. What is wrong with the input is said here.
 
     Raises:
@@ -268,7 +269,7 @@ def prepare(
     if packed:
         use_packed_attention(model.model.language_model)
     grouped = args.batching == "grouped"
-    trainer_class = partial(GroupedTrainer, lengths=dataset_lengths(dataset, collator)) if grouped else SFTTrainer
+    trainer_class = partial(GroupedTrainer, lengths=dataset_lengths(dataset, collator)) if grouped else HoneybeeTrainer
     trainer = trainer_class(
         model=model,
         args=training_args,
@@ -286,7 +287,7 @@ def prepare(
     return trainer, checkpoint
 
 
-def run(trainer: SFTTrainer, checkpoint: str | None) -> None:
+def run(trainer: HoneybeeTrainer, checkpoint: str | None) -> None:
     """Trains and saves model, processor and trainer state in the output folder."""
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(trainer.args.output_dir)

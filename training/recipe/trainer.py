@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TRL's trainer on a [`Mixture`]."""
+"""Our trainer on a [`Mixture`]."""
 
 import json
 import logging
@@ -7,7 +7,8 @@ import os
 
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
-from trl import SFTTrainer
+
+from training.trainer import HoneybeeTrainer
 
 from .mixture import Mixture
 
@@ -16,8 +17,8 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "mixture.json"
 
 
-class MixtureTrainer(SFTTrainer):
-    """An SFTTrainer whose `train_dataset` is `Mixture.as_dataset()`: read in order, since it is shuffled already."""
+class MixtureTrainer(HoneybeeTrainer):
+    """A HoneybeeTrainer whose `train_dataset` is `Mixture.as_dataset()`: read in order, since it is shuffled already."""
 
     def _get_train_sampler(self, train_dataset=None) -> SequentialSampler:
         # transformers 5 has train_sampling_strategy="sequential" for this, 4 has nothing.

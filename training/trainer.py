@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TRL's SFTTrainer, its head applied where a label is learned."""
+
+import torch
+from trl import SFTTrainer
+
+
+def learned_only(inputs: dict) -> dict:
+    """The inputs for TRL's head, (1, learned) `shift_labels` and where to take hidden states for them; unchanged where
+    nothing is learned."""
+    next_labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    learned = next_labels != -100
+    if not learned.any():
+        return inputs
+    return {**inputs, "states_to_keep": learned, "shift_labels": next_labels[learned][None]}
+
+
+class HoneybeeTrainer(SFTTrainer):
+    """TRL scores hidden states without ever holding all logits, but on anything without Triton it scores every
+    position, and most of a row (images, questions, padding) is never learned. Here it gets the others only. The loss
+    is the same."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # These read logits of all positions; and a batch split along its tokens brings its own labels.
+        reads_all = return_outputs or self.label_smoother is not None or self.compute_loss_func is not None
+        if not reads_all and "shift_labels" not in inputs:
+            inputs = learned_only(inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
