@@ -40,7 +40,7 @@ WORDS = {
     "sharegpt": (5, 40, 200),
 }
 LLAVA150K = [(77, (1, 17, 130)), (58, (4.4, 11, 20)), (23, (1, 10, 100))]  # thousand samples, and the means as above
-RECORDS = 2000  # of each dataset
+RECORDS = 300  # of each dataset
 
 
 def words() -> list[str]:

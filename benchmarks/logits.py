@@ -32,12 +32,12 @@ WAYS = {
 }
 
 
-def step_of(way: str, length: int):
+def step_of(way: str, samples: int):
     """A step that is ready to run, and the batch's shape and number of learned labels."""
     torch.set_num_threads(1)
-    collator = HoneybeeDataCollator(stand_ins.processor(), length)
-    batch = Samples(stand_ins.mixture(BATCH), collator, BATCH).collate(list(range(BATCH)), "longest")
-    shape = {"vocab_size": VOCABULARY, "max_position_embeddings": length}
+    collator = HoneybeeDataCollator(stand_ins.processor(), 1024)
+    batch = Samples(stand_ins.mixture(samples), collator, samples).collate(list(range(samples)), "longest")
+    shape = {"vocab_size": VOCABULARY, "max_position_embeddings": 1024}
     vision = {**VISION, "num_hidden_layers": 1, "image_size": 224, "patch_size": 14}
     model = build({**TEXT, **shape}, vision, PROJECTOR, collator.processor.image_token_id).train()
     freeze_for_stage(model, "instruct")
@@ -57,11 +57,11 @@ def step_of(way: str, length: int):
     return step, tuple(batch["labels"].shape), int((batch["labels"] != -100).sum())
 
 
-def one(way: str, length: int) -> dict:
-    step, shape, learned = step_of(way, length)
+def one(way: str, samples: int, timed: bool) -> dict:
+    step, shape, learned = step_of(way, samples)
     with PeakMemory() as memory:
         loss = step()
-    seconds = in_turn({"step": step}, rounds=1)["step"]
+    seconds = in_turn({"step": step}, rounds=1)["step"] if timed else None
     return {
         "logits": way,
         "shape": shape,
@@ -74,13 +74,14 @@ def one(way: str, length: int) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1024, help="longest sample")
+    parser.add_argument("--samples", type=int, default=BATCH, help="of the batch")
+    parser.add_argument("--no_times", action="store_true", help="memory alone")
     parser.add_argument("--one", choices=list(WAYS), help="one way, in this process")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(one(args.one, args.tokens)))
+        print(json.dumps(one(args.one, args.samples, not args.no_times)))
         return
-    found = [in_a_process("benchmarks.logits", "--one", way, "--tokens", args.tokens) for way in WAYS]
+    found = [in_a_process("benchmarks.logits", "--one", way, "--samples", args.samples) for way in WAYS]
     full = found[0]
     rows = [
         {"logits": row["logits"], "peak memory": f"{row['peak_mb']:.0f} MB", "less than full": f"{full['peak_mb'] / row['peak_mb']:.1f} x",
