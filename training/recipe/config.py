@@ -226,15 +226,28 @@ def _problems(recipe: Recipe):
 # From YAML
 
 
-def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
+def load_recipe(source: str | dict, overrides: list[str] = ()) -> Recipe:
     """The recipe in the `mixture:` section of a YAML file, whose other sections are the trainer's.
 
     Args:
+        source: path of the file, or the section itself.
         overrides: `setting=value` with the value as YAML, e.g. `balancing=per-task` or `turns.max_turns={}`.
 
     Raises:
         RecipeError: all that is wrong with it, missing files among it, with the path.
     """
+    settings, path = (source, "mixture") if isinstance(source, dict) else (_read_section(source), source)
+    missing = missing_files(_overridden(settings, overrides, []))
+    try:
+        recipe = parse_recipe(settings, overrides)
+    except RecipeError as error:
+        raise RecipeError([*error.problems, *missing], path) from None
+    if missing:
+        raise RecipeError(missing, path)
+    return recipe
+
+
+def _read_section(path: str) -> dict:
     if not os.path.isfile(path):
         raise RecipeError(["the file does not exist; give the path of a YAML file with a mixture: section"], path)
     try:
@@ -245,14 +258,7 @@ def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
     settings = settings.get("mixture") if isinstance(settings, dict) else None
     if not isinstance(settings, dict):
         raise RecipeError(["there is no mixture: section with settings"], path)
-    missing = missing_files(_overridden(settings, overrides, []))
-    try:
-        recipe = parse_recipe(settings, overrides)
-    except RecipeError as error:
-        raise RecipeError([*error.problems, *missing], path) from None
-    if missing:
-        raise RecipeError(missing, path)
-    return recipe
+    return settings
 
 
 def parse_recipe(settings: dict, overrides: list[str] = ()) -> Recipe:

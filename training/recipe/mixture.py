@@ -343,7 +343,7 @@ class Mixture(torch.utils.data.Dataset):
 
     def as_dataset(self) -> datasets.Dataset:
         """The mixture as what TRL's trainer accepts: a `datasets.Dataset` of draw numbers, made samples on access."""
-        draws = datasets.Dataset.from_dict({"draw": np.arange(self.num_samples)})
+        draws = datasets.Dataset.from_dict({"draw": np.arange(self.num_samples, dtype=np.uint32)})
         draws.set_transform(self._columns)
         return draws
 
