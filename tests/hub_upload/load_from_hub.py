@@ -37,7 +37,11 @@ content = [{"type": "image", "path": given["image"]}, {"type": "text", "text": "
 prompt = processor.apply_chat_template(
     [{"role": "user", "content": [{"type": "image"}, content[1]]}], add_generation_prompt=True
 )
-ask = pipeline("image-text-to-text", model=name, **pinned)
+if code_revision and transformers.__version__.startswith("4."):  # whose pipeline forgets the code's revision on the way
+    model = AutoModelForImageTextToText.from_pretrained(name, **pinned)
+    ask = pipeline("image-text-to-text", model=model, processor=processor)
+else:
+    ask = pipeline("image-text-to-text", model=name, **pinned)
 answer = ask(text=[{"role": "user", "content": content}], return_full_text=False, max_new_tokens=6)
 
 try:
