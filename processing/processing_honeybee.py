@@ -220,8 +220,12 @@ class HoneybeeProcessor(ProcessorMixin):
             data = {}
             if text is not None:
                 expanded = [row.replace(self.image_token, self.image_token * self.num_image_tokens) for row in text]
-                merged["text_kwargs"].pop("return_mm_token_type_ids", None)
+                mark_images = merged["text_kwargs"].pop("return_mm_token_type_ids", False)
                 data.update(self.tokenizer(expanded, **merged["text_kwargs"]))
+                if mark_images:  # 1 at the placeholders; read by serving runtimes
+                    data["mm_token_type_ids"] = [
+                        [int(token == self.image_token_id) for token in row] for row in data["input_ids"]
+                    ]
                 self._check_special_mm_tokens(expanded, data, modalities=["image"])
             if images is not None:
                 # Guessed from the shape otherwise, where an image of 1 or 3 rows looks channels-first.
