@@ -12,10 +12,14 @@ import sys
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 
-from hub_upload.export_check import CODE
+from hub_upload.export_check import CODE, ExportError, check_folder
+from hub_upload.push import prepare_adapter
+from modeling_honeybee import HoneybeeForConditionalGeneration
 from tests.hub_upload.fake_hub import Blob, FakeHub
 from tests.tiny import REPOSITORY, picture, run_script, tiny_inputs, tiny_model, tiny_processor
+from training.stages import lora_modules
 
 PUSH = REPOSITORY / "hub_upload" / "push.py"
 HERE = REPOSITORY / "tests" / "hub_upload"
@@ -223,6 +227,36 @@ def _hub_version():
     import huggingface_hub
 
     return huggingface_hub.__version__.split(".")[:2]
+
+
+def test_an_adapter_is_pushed_and_loads_by_name(hub, world, pushed):
+    root, folder = world["root"], world["root"] / "adapter"
+    base = HoneybeeForConditionalGeneration.from_pretrained(world["folder"])
+    config = LoraConfig(r=4, init_lora_weights=False, **lora_modules("instruct"))
+    adapted = get_peft_model(base, config)
+    with torch.no_grad():  # the projector is saved in full
+        next(adapted.base_model.model.model.projector.parameters()).add_(0.5)
+    adapted.save_pretrained(folder)
+    tiny_processor(base.config.num_image_tokens).save_pretrained(folder)
+    command = [PUSH, "--model", folder, "--repo_id", "bee/adapter", "--license", "llama2"]
+    with pytest.raises(ExportError, match="push that model first, then the adapter with --base_model"):
+        prepare_adapter(check_folder(folder), None)
+    run_script(*command, "--base_model", "bee/tiny", cwd=root, env=environment(hub, root))
+    files = hub.files("bee/adapter")
+    assert json.loads(files["adapter_config.json"].content)["base_model_name_or_path"] == "bee/tiny"
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(world["folder"])
+    card = ModelCard(files["README.md"].content.decode())
+    assert (card.data.base_model, card.data.library_name) == (["bee/tiny"], "peft")
+    assert card.data.get("base_model_relation") == "adapter"
+    (block,) = re.findall(r"```python\n(.*?)```", card.content, re.DOTALL)
+    script = (
+        block + "\nimport torch; torch.save(model(**torch.load('inputs.pt')['inputs']).logits.detach(), 'logits.pt')\n"
+    )
+    run_script("-c", script, cwd=root, env=environment(hub, root, token=None))
+    with torch.no_grad():
+        expected = adapted.eval()(**tiny_inputs(world["model"])).logits
+    torch.testing.assert_close(torch.load(root / "logits.pt"), expected, atol=1e-5, rtol=0)
+    assert (expected - world["model"](**tiny_inputs(world["model"])).logits).abs().max() > 1e-2
 
 
 def test_refusals_say_what_to_do_and_publish_nothing(hub, world, pushed):
