@@ -26,7 +26,7 @@ from transformers import TrainerState, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_honeybee import HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
-from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
+from processing import HoneybeeProcessor, check_processor, processor_from_vision_text_pretrained
 from training.collator import HoneybeeDataCollator
 from training.conversations import check_dataset, load_conversations
 from training.recipe.config import Recipe, load_recipe
@@ -38,6 +38,12 @@ from training.stages import TRAINED, freeze_for_stage, lora_modules
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "honeybee_run.json"
+# What of `SFTConfig` is recorded in it for the model card.
+RECORDED = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "world_size", "max_length", "bf16", "fp16", "seed"),
+)
 
 
 @dataclass
@@ -258,23 +264,6 @@ def load_model_and_processor(args: HoneybeeArguments, training_args: SFTConfig, 
     return model, processor
 
 
-def check_processor(model: HoneybeeForConditionalGeneration, processor: HoneybeeProcessor) -> None:
-    """Raises a ValueError with both numbers where the processor prepares something else than the model takes."""
-    config = model.config
-    size = config.vision_config.image_size
-    pairs = {
-        "visual tokens an image": (processor.num_image_tokens, config.num_image_tokens),
-        "the id of <image>": (processor.image_token_id, config.image_token_id),
-        "the image height": (processor.image_processor.size["height"], size if isinstance(size, int) else size[0]),
-    }
-    for what, (of_processor, of_model) in pairs.items():
-        if of_processor != of_model:
-            raise ValueError(
-                f"processor and model disagree on {what}: {of_processor} and {of_model}; use the processor that was "
-                "saved with the model, or build it anew with processor_from_vision_text_pretrained"
-            )
-
-
 def prepare(
     args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig
 ) -> tuple[SFTTrainer, str | None]:
@@ -304,7 +293,7 @@ def prepare(
             dataset, image_root, most_images = mixture.as_dataset(), "", 1
 
     model, processor = load_model_and_processor(args, training_args, model_args)
-    check_processor(model, processor)
+    check_processor(model.config, processor)
     visual_tokens = most_images * processor.num_image_tokens
     if training_args.max_length is not None and visual_tokens >= training_args.max_length:
         raise ValueError(
@@ -336,7 +325,7 @@ def prepare(
     if checkpoint is None and trainer.is_world_process_zero():
         os.makedirs(training_args.output_dir, exist_ok=True)
         with open(os.path.join(training_args.output_dir, RUN_FILE), "w", encoding="utf-8") as file:
-            json.dump(run, file, indent=2)
+            json.dump({**run, "training": {name: getattr(training_args, name) for name in RECORDED}}, file, indent=2)
     return trainer, checkpoint
 
 
