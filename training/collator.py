@@ -12,6 +12,10 @@ from processing import HoneybeeProcessor
 from .conversations import normalize_conversation, open_image
 
 
+class TooLongError(ValueError):
+    """A sample of which `max_length` leaves nothing to learn, or an image in part."""
+
+
 @dataclass
 class HoneybeeDataCollator:
     """Renders, tokenizes and pads samples; only the assistant's words and their eos are supervised.
@@ -26,7 +30,7 @@ class HoneybeeDataCollator:
     the order of the placeholders, where the batch has images.
 
     Raises:
-        ValueError: a sample that cannot be trained on, or one whose images do not fit into `max_length`.
+        ValueError: a sample that cannot be trained on, or one whose images do not fit into `max_length` (a TooLongError).
     """
 
     processor: HoneybeeProcessor
@@ -76,6 +80,33 @@ class HoneybeeDataCollator:
             self._truncate(row, feature)
         return features
 
+    def check_length(self, messages: list[dict], template: str) -> None:
+        """Whether a sample is worth collating.
+
+        Raises:
+            TooLongError: its images, or the beginning of its first answer, do not fit into `max_length`.
+        """
+        if self.max_length is None:
+            return
+        # A token is a byte at least, and a piece costs its marker and a blank: that tells for most samples without a tokenizer.
+        size, needed, answered = 128, 0, False
+        for message in messages:
+            for item in message["content"]:
+                size += 16
+                if item["type"] == "image":
+                    needed = size = size + self.processor.num_image_tokens
+                elif message["role"] == "assistant" and not answered:
+                    needed, answered = size + 1, True
+                size += len(item.get("text", "").encode())
+        if needed <= self.max_length:
+            return
+        (row,) = self.tokenize([(messages, template)])
+        if all(label == -100 for label in row["labels"]):
+            raise TooLongError(
+                f"the sample's question fills max_length={self.max_length}, so nothing of the answer is left to learn; "
+                "raise max_length or shorten the question"
+            )
+
     def _render(self, messages: list[dict], template: str) -> list[tuple[str, bool]]:
         """The text of a conversation, placeholders expanded, cut where an answer starts or ends."""
         templates = self.processor.chat_template
@@ -99,7 +130,7 @@ class HoneybeeDataCollator:
         if self.max_length is None or length <= self.max_length:
             return
         if self.processor.image_token_id in feature["input_ids"][self.max_length :]:
-            raise ValueError(
+            raise TooLongError(
                 f"sample {row} of the batch has {length} tokens and max_length={self.max_length} would cut an image; "
                 f"raise max_length to {length} or more, or give the sample fewer images"
             )

@@ -48,11 +48,15 @@ TUNED_WEIGHTS = {
     "sharegpt": 0.026,
 }
 
+# How an option of a multiple-choice question is marked; the first character of the alphabet in it is counted on.
+OPTION_MARKS = ("A.", "A)", "(A)", "a.", "a)", "(a)", "1.", "1)", "(1)")
+
 CHOICES = {
     "balancing": BALANCINGS,
     "granularity": ("fine", "coarse"),
     "diversity": ("single", "multi", "multi+flip"),
     "identifiers": ("none", "dataset-name", "task-name"),
+    "marks": (*OPTION_MARKS, "random"),
     "keep": ("draw", "first"),
     "deduplicate": ("answer", "bbox"),
 }
@@ -89,6 +93,21 @@ class Turns:
 
 
 @dataclass
+class Options:
+    """How the options of multiple-choice questions are put.
+
+    Args:
+        shuffle: draws their order each time the sample is read; the answer's letter follows.
+        marks: one of `OPTION_MARKS`, or `random` to draw one for each question.
+        answer_with_text: answers "B. knife" instead of "B".
+    """
+
+    shuffle: bool = True
+    marks: str = "A."
+    answer_with_text: bool = False
+
+
+@dataclass
 class OwnDataset:
     """A dataset in TRL's conversational format that joins the mixture.
 
@@ -122,6 +141,8 @@ class Recipe:
         granularity: templates by dataset (`fine`) or by task (`coarse`).
         diversity: one wording (`single`), several (`multi`), or several and question and answer in swapped roles.
         identifiers: `none` for instructions, or the name that stands in their place.
+        templates: file to read in the place of templates.yaml, with the same keys.
+        options: see [`Options`].
         turns: see [`Turns`].
         seed: of everything that is drawn.
         max_bad_fraction: training stops when more of the records than this are of no use.
@@ -140,6 +161,8 @@ class Recipe:
     granularity: str = "fine"
     diversity: str = "single"
     identifiers: str = "none"
+    templates: str = ""
+    options: Options = field(default_factory=Options)
     turns: Turns = field(default_factory=Turns)
     seed: int = 0
     max_bad_fraction: float = 0.1
@@ -171,6 +194,8 @@ def _problems(recipe: Recipe):
             yield unknown(setting, getattr(recipe, setting), CHOICES[setting])
     if recipe.turns.keep not in CHOICES["keep"]:
         yield unknown("turns.keep", recipe.turns.keep, CHOICES["keep"])
+    if recipe.options.marks not in CHOICES["marks"]:
+        yield unknown("options.marks", recipe.options.marks, CHOICES["marks"])
 
     own_names = [own.name for own in recipe.own]
     names = [*recipe.datasets, *own_names]
@@ -303,6 +328,9 @@ def missing_files(settings: dict) -> list[str]:
     problems, root = [], settings.get("data_root")
     if isinstance(root, str) and not os.path.isdir(root):
         problems.append(f"data_root {root!r} is not a folder; give the one that holds the datasets' folders")
+    templates = settings.get("templates")
+    if isinstance(templates, str) and templates and not os.path.isfile(templates):
+        problems.append(f"templates {templates!r} do not exist; correct the path or leave it out")
     own_datasets = settings.get("own")
     for own in own_datasets if isinstance(own_datasets, list) else ():
         path = own.get("path") if isinstance(own, dict) else None

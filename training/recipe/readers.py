@@ -7,8 +7,8 @@ A record is
 
 and a turn has the fields of `TURN`, None where its task has no use for them:
 
-    question, answer   vqa-open, and the two sides of a conversation (an answer None: the user speaks again; a question
-                       None: the assistant speaks first); a caption is an answer
+    question, answer   vqa-open, and the two sides of a conversation (an answer None: the user speaks again or has the last
+                       word; a question None: the assistant speaks first); a caption is an answer
     options, context   vqa-multiple-choice; there the answer is the letter of the right one in the order of `options`
     phrase, bbox       referring-expression: "[x1,y1,x2,y2]" in parts of the image's width and height; VSR keeps its caption as phrase
 
@@ -16,12 +16,14 @@ A row that cannot be understood is a record without turns, so that whoever reads
 each dataset's authors publish, at the places of `FILES` below the data root.
 """
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from glob import escape, glob, has_magic
 from itertools import chain, islice, zip_longest
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -126,8 +128,8 @@ def _records(name: str, rows: Iterable, convert: Converter) -> Iterator[dict]:
 
 def _cached(name: str, root: str, generate: Callable[..., Iterator[dict]]) -> Dataset:
     paths = annotation_files(name, root)
-    # The cache knows the arguments alone: with these two an edited file is read again.
-    stamp = tuple((os.path.getsize(path), os.path.getmtime(path)) for path in paths)
+    # The cache knows the arguments alone: with these an edited file is read again, and so is every file by another reader.
+    stamp = tuple((os.path.getsize(path), os.path.getmtime(path)) for path in paths) + _CODE
     arguments = {"name": name, "root": root, "paths": tuple(paths), "stamp": stamp}
     blocks = Dataset.from_generator(
         _generate_blocks, features=_BLOCK, gen_kwargs={"generate": generate, "arguments": arguments}
@@ -146,6 +148,11 @@ def _cached(name: str, root: str, generate: Callable[..., Iterator[dict]]) -> Da
         .with_format(None)
     )
 
+
+_CODE = tuple(
+    hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()
+    for name in ("readers.py", "json_stream.py", "turns.py")
+)
 
 # `datasets` takes most of a minute to encode a million rows of nested values one by one, and little for columns of them.
 _BLOCK_ROWS = 1000
@@ -227,9 +234,13 @@ def _generate_ocrvqa(name, root, paths, stamp):
 
 
 def as_question(caption: str) -> str:
-    """VSR's statement as a question: "The cat is on the mat." becomes "Is the cat on the mat?"."""
+    """VSR's statement as a question: "The cat is on the mat." becomes "Is the cat on the mat?".
+
+    As in the official code every dot becomes a question mark; one is added where there is none at the end.
+    """
     parts = [part.strip() for part in re.split(r"\bis\b", caption, maxsplit=1)]
-    return "Is " + " ".join(parts).lower().strip().removesuffix(".") + "?"
+    question = "Is " + " ".join(parts).lower().strip().replace(".", "?")
+    return question if question.endswith("?") else question + "?"
 
 
 def _generate_vsr(name, root, paths, stamp):
@@ -327,7 +338,7 @@ def _generate_vg(name, root, paths, stamp):
 
 
 def _dialogue(messages: Iterable[tuple[str, str]]) -> list[dict]:
-    """Turns of (role, text) pairs; what the user says last, unanswered, teaches nothing and is left out."""
+    """Turns of (role, text) pairs."""
     turns = []
     for role, text in messages:
         if role == "human":
@@ -336,8 +347,6 @@ def _dialogue(messages: Iterable[tuple[str, str]]) -> list[dict]:
             turns[-1]["answer"] = text
         else:
             turns.append(_turn(answer=text))
-    while turns and turns[-1]["answer"] is None:
-        turns.pop()
     return turns
 
 

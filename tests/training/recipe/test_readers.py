@@ -38,7 +38,7 @@ def test_every_dataset_has_a_reader_a_task_and_files():
     [
         ("The cat is behind the laptop.", "Is the cat behind the laptop?"),
         ("This dish is near an island that is small.", "Is this dish near an island that is small?"),
-        ("The dog is in the U.S. van", "Is the dog in the u.s. van?"),
+        ("The dog is in the U.S. van", "Is the dog in the u?s? van?"),
     ],
 )
 def test_statements_become_questions(caption, expected):
@@ -161,7 +161,12 @@ def test_dialogues_as_turns(tmp_path):
     rows = [{"conversations": [{"from": role, "value": text} for role, text in said]}]
     write(tmp_path, FILES["sharegpt"][0], rows)
     (record,) = READERS["sharegpt"](str(tmp_path))
-    assert turns(record) == [{"question": "a"}, {"question": "b", "answer": "c"}, {"answer": "d"}]
+    assert turns(record) == [
+        {"question": "a"},
+        {"question": "b", "answer": "c"},
+        {"answer": "d"},
+        {"question": "unanswered"},
+    ]
 
 
 def test_the_second_start_reads_the_cache_and_an_edited_file_is_read_again(tmp_path):
