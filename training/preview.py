@@ -17,7 +17,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, product
 
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -40,10 +40,11 @@ from training.recipe.sources import open_sources
 
 MEASURED = 64  # samples of a dataset whose tokens are counted
 THUMBNAIL = 224
+NO_PROMPT = "[NO_PROMPT] <image> "
 
 
-def samples_of(source: Source, seed: int, skipped: Counter) -> Iterator[dict]:
-    """The usable samples of a dataset in the order of its records, as its first epoch has them, images unopened.
+def samples_of(source: Source, seed: int, skipped: Counter, epoch: int = 0) -> Iterator[dict]:
+    """The usable samples of a dataset in the order of its records, worded as in an epoch, images unopened.
 
     Args:
         skipped: (dataset, reason) -> number, added to.
@@ -54,7 +55,7 @@ def samples_of(source: Source, seed: int, skipped: Counter) -> Iterator[dict]:
         records = (source.records[index] for index in range(len(source.records)))
     for index, record in enumerate(records):
         try:
-            sample = make_sample(source, index, record, sample_random(seed, source.name, index, 0))
+            sample = make_sample(source, index, record, sample_random(seed, source.name, index, epoch))
         except UnusableRecordError as error:
             skipped[source.name, error.reason] += 1
             continue
@@ -119,18 +120,26 @@ def mean_tokens(source: Source, seed: int, processor: HoneybeeProcessor) -> floa
     return float(np.mean([len(row["input_ids"]) for row in rows]))
 
 
-def write_jsonl(path: str, sources: list[Source], seed: int, limit: int | None, processor, skipped: Counter) -> int:
-    """Each sample, or the first `limit` of each dataset, as a line; returns their number."""
+def official_text(sample: dict, processor: HoneybeeProcessor | None = None) -> str:
+    """The text of a sample as the official code writes it: there a caption begins with a mark of its own."""
+    text = "".join(part for part, _ in rendered(sample, processor))
+    return text.replace("<image>", NO_PROMPT, 1) if sample["chat_template"] == "caption" else text
+
+
+def write_jsonl(
+    path: str, sources: list[Source], seed: int, limit: int | None, epochs: int, processor, skipped: Counter
+) -> int:
+    """Each sample, or the first `limit` of each dataset, as a line, once an epoch; returns the number of lines."""
     written = 0
     with open(path, "w", encoding="utf-8") as file:
-        for source in sources:
-            for sample in islice(samples_of(source, seed, skipped), limit):
+        for source, epoch in product(sources, range(epochs)):
+            for sample in islice(samples_of(source, seed, skipped, epoch), limit):
                 line = {
                     "dataset": sample["dataset"],
                     "index": sample["index"],
                     "messages": sample["messages"],
                     "image": image_names(sample),
-                    "text": "".join(part for part, _ in rendered(sample, processor)),
+                    "text": official_text(sample, processor),
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 written += 1
@@ -199,7 +208,7 @@ def preview(sources: list[Source], weights: np.ndarray, seed: int, args: argpars
         print(f"Wrote {args.html}")
     if args.jsonl:
         skipped.clear()
-        written = write_jsonl(args.jsonl, sources, seed, args.limit, processor, skipped)
+        written = write_jsonl(args.jsonl, sources, seed, args.limit, args.epochs, processor, skipped)
         print(f"Wrote {written:,} samples to {args.jsonl}")
     for (name, reason), number in sorted(skipped.items()):
         print(f"Skipped in {name}: {number:,} {reason}")
@@ -215,6 +224,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--html", metavar="FILE", help="write the table and the shown conversations with their images")
     parser.add_argument("--jsonl", metavar="FILE", help="write each sample as a line")
     parser.add_argument("--limit", type=int, help="samples of each dataset in the JSONL file; all without it")
+    parser.add_argument(
+        "--epochs", type=int, default=1, help="draw what is random this many times in the JSONL file (%(default)s)"
+    )
     return parser.parse_args(arguments)
 
 

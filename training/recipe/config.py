@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from .files import FILES, annotation_files
 from .mixture import BALANCINGS
 
 # Name -> task. The order is the one in which the tables list them, and one_dataset_per_task takes the first.
@@ -251,6 +252,23 @@ def _problems(recipe: Recipe):
 # From YAML
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML itself takes the last of two settings with the same name, and says nothing."""
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.twice: list[str] = []
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen and name != "<<":
+                self.twice.append(f"{name!r} is there twice (line {key.start_mark.line + 1}); keep one of them")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(source: str | dict, overrides: list[str] = ()) -> Recipe:
     """The recipe in the `mixture:` section of a YAML file, whose other sections are the trainer's.
 
@@ -261,29 +279,33 @@ def load_recipe(source: str | dict, overrides: list[str] = ()) -> Recipe:
     Raises:
         RecipeError: all that is wrong with it, missing files among it, with the path.
     """
-    settings, path = (source, "mixture") if isinstance(source, dict) else (_read_section(source), source)
-    missing = missing_files(_overridden(settings, overrides, []))
+    if isinstance(source, dict):
+        settings, twice, path = source, [], "mixture"
+    else:
+        (settings, twice), path = _read_section(source), source
+    given = _overridden(settings, overrides, [])
     try:
         recipe = parse_recipe(settings, overrides)
     except RecipeError as error:
-        raise RecipeError([*error.problems, *missing], path) from None
-    if missing:
-        raise RecipeError(missing, path)
+        raise RecipeError([*twice, *error.problems, *missing_files(given, _named(given))], path) from None
+    if problems := [*twice, *missing_files(given, recipe.chosen())]:
+        raise RecipeError(problems, path)
     return recipe
 
 
-def _read_section(path: str) -> dict:
+def _read_section(path: str) -> tuple[dict, list[str]]:
     if not os.path.isfile(path):
         raise RecipeError(["the file does not exist; give the path of a YAML file with a mixture: section"], path)
     try:
         with open(path, encoding="utf-8") as file:
-            settings = yaml.safe_load(file)
+            loader = _Loader(file)
+            settings = loader.get_single_data()
     except yaml.YAMLError as error:
         raise RecipeError([f"not a YAML file: {error}"], path) from error
     settings = settings.get("mixture") if isinstance(settings, dict) else None
     if not isinstance(settings, dict):
         raise RecipeError(["there is no mixture: section with settings"], path)
-    return settings
+    return settings, loader.twice
 
 
 def parse_recipe(settings: dict, overrides: list[str] = ()) -> Recipe:
@@ -323,11 +345,30 @@ def _overridden(settings: dict, overrides: list[str], problems: list[str]) -> di
     return settings
 
 
-def missing_files(settings: dict) -> list[str]:
-    """What the settings name and the disk does not have. The files of a dataset are its reader's to check."""
+def _named(settings: dict) -> list[str]:
+    """The datasets that settings with mistakes in them mean to read, as far as can be told."""
+    names, exclude = settings.get("datasets", list(TUNED_WEIGHTS)), settings.get("exclude")
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    exclude = exclude if isinstance(exclude, list) else []
+    return [name for name in dict.fromkeys(names) if name not in exclude and DATASETS.get(name) not in exclude]
+
+
+def missing_files(settings: dict, datasets: list[str]) -> list[str]:
+    """What the settings name and the disk does not have.
+
+    Args:
+        datasets: names of the datasets that are to be read.
+    """
     problems, root = [], settings.get("data_root")
-    if isinstance(root, str) and not os.path.isdir(root):
-        problems.append(f"data_root {root!r} is not a folder; give the one that holds the datasets' folders")
+    if isinstance(root, str) and any(name in FILES for name in datasets):
+        if not os.path.isdir(root):
+            problems.append(f"data_root {root!r} is not a folder; give the one that holds the datasets' folders")
+        else:
+            for name in filter(FILES.__contains__, datasets):
+                try:
+                    annotation_files(name, root)
+                except FileNotFoundError as error:
+                    problems.append(str(error))
     templates = settings.get("templates")
     if isinstance(templates, str) and templates and not os.path.isfile(templates):
         problems.append(f"templates {templates!r} do not exist; correct the path or leave it out")

@@ -6,6 +6,7 @@ import random
 from functools import partial
 
 from datasets import IterableDataset
+from datasets.exceptions import DatasetsError
 
 from training.collator import HoneybeeDataCollator
 
@@ -53,8 +54,8 @@ def open_sources(recipe: Recipe, path: str = "the recipe") -> list[Source]:
     for name in recipe.chosen():
         try:
             sources.append(_open(name, own_datasets.get(name), recipe, instructions))
-        except (ValueError, OSError) as error:
-            problems.append(f"{name}: {error}")
+        except (ValueError, OSError, DatasetsError) as error:
+            problems.append(f"{name}: {error.__cause__ or error}")  # `datasets` wraps what a reader raises
     if problems:
         raise RecipeError(problems, path)
     return sources

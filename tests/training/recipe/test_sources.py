@@ -98,12 +98,15 @@ def test_the_preview_of_a_file(config, tmp_path, capsys):
     assert "Is the cat on mat 0? Please answer yes or no.\nAI: «no»" in capsys.readouterr().out
 
 
-def test_all_missing_files_are_said_at_once(config):
-    recipe = load_recipe(config, ["datasets=[vsr, gqa, sqa]"])
+def test_all_broken_files_are_said_at_once(config, tmp_path):
+    for path in ("GQA/annotations/train_balanced_questions_minimal.json", "ScienceQA/llava_train_QCM-LEPA.json"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text("[3, ")
+    recipe = load_recipe(config, ["datasets=[gqa, sqa]", f"data_root={tmp_path}"])
     with pytest.raises(RecipeError) as error:
         open_sources(recipe, config)
     assert len(error.value.problems) == 2 and str(error.value).startswith(f"{config}: 2 problems")
-    assert "gqa: " in str(error.value) and "llava_train_QCM-LEPA.json" in str(error.value)
+    assert "gqa: " in str(error.value) and "llava_train_QCM-LEPA.json' is not valid JSON" in str(error.value)
 
 
 def test_weights_follow_the_recipe(config):
