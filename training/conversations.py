@@ -94,7 +94,7 @@ def normalize_conversation(example: dict) -> tuple[list[dict], list]:
 
 
 def open_image(image, root: str = ""):
-    """An image of a sample as PIL: a PIL image, a path (relative ones under `root`), or `datasets`' undecoded dict.
+    """An image of a sample as PIL in RGB, transparency dropped: a PIL image, a path (relative ones under `root`), or `datasets`' undecoded dict.
 
     Raises:
         FileNotFoundError, ValueError: naming the file and what is wrong with it.
@@ -113,12 +113,12 @@ def open_image(image, root: str = ""):
             ) from error
     try:
         image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         path = getattr(image, "filename", "") or "in memory"
         raise ValueError(
             f"image {path!r} cannot be read ({error}); replace the file or leave the sample out"
         ) from error
-    return image
 
 
 def _exists(image, root: str) -> bool:

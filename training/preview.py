@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from itertools import islice, product
 
 import numpy as np
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from processing import HoneybeeProcessor
 from processing.processing_honeybee import CAPTION_TEMPLATE, CHAT_TEMPLATE, GUARD
@@ -37,6 +36,7 @@ from training.recipe.mixture import (
     unusable,
 )
 from training.recipe.sources import open_sources
+from training.rendering import render
 
 MEASURED = 64  # samples of a dataset whose tokens are counted
 THUMBNAIL = 224
@@ -66,18 +66,8 @@ def samples_of(source: Source, seed: int, skipped: Counter, epoch: int = 0) -> I
 def rendered(sample: dict, processor: HoneybeeProcessor | None = None) -> list[tuple[str, bool]]:
     """The text of a sample, without bos, eos and expanded placeholders, in parts, and whether each is learned."""
     templates = processor.chat_template if processor else {"default": CHAT_TEMPLATE, "caption": CAPTION_TEMPLATE}
-    (text,), (answers,) = render_jinja_template(
-        conversations=[sample["messages"]],
-        chat_template=templates[sample["chat_template"]],
-        return_assistant_tokens_mask=True,
-        bos_token="",
-        eos_token="",
-    )
-    parts, position = [], 0
-    for start, end in [*answers, (len(text), len(text))]:
-        parts += [(text[position:start], False), (text[start:end], True)]
-        position = end
-    return [(part.replace(GUARD, ""), learned) for part, learned in parts if part]
+    pieces = render(sample["messages"], templates[sample["chat_template"]], "", "")
+    return [(piece.replace(GUARD, ""), is_learned) for piece, is_learned in pieces]
 
 
 def image_names(sample: dict) -> str | list[str | None] | None:
@@ -175,7 +165,7 @@ def html_page(table: list[list[str]], shown: dict[str, list[dict]], roots: dict[
 
 def _figure(image, root: str) -> str:
     try:
-        image = open_image(image, root).convert("RGB")
+        image = open_image(image, root)
     except Exception as error:  # whatever it is, the page shows it in the image's place
         return f'<p class="no">{html.escape(str(unusable("corrupt image", error)))}</p>'
     image.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -217,8 +217,7 @@ def read_sample(source: Source, index: int, rng: random.Random, collator: Honeyb
         except _DATA_ERRORS as error:
             raise unusable("malformed conversation", error) from error
     try:
-        images = [open_image(image, source.image_root) for image in sample["images"]]
-        sample["images"] = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+        sample["images"] = [open_image(image, source.image_root) for image in sample["images"]]
     except Exception as error:  # what decoders raise on broken data has no common class
         raise unusable("corrupt image", error) from error
     return sample
