@@ -285,7 +285,7 @@ class Mixture(torch.utils.data.Dataset):
         seed: of everything.
         max_bad_fraction: reading stops when of the records of a source, or of the turns of those that are used, more
             than this are of no use: 20 or more of them read, and more than two standard deviations above it.
-        collator: see [`read_sample`].
+        collator: see [`read_sample`]; may be set later, before the first sample is read.
 
     Raises:
         ValueError: sources without records, names given twice.

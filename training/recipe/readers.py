@@ -89,7 +89,10 @@ def _cached(name: str, root: str, generate: Callable[..., Iterator[dict]]) -> Da
     stamp = tuple((os.path.getsize(path), os.path.getmtime(path)) for path in paths) + _CODE
     arguments = {"name": name, "root": root, "paths": tuple(paths), "stamp": stamp}
     blocks = Dataset.from_generator(
-        _generate_blocks, features=_BLOCK, gen_kwargs={"generate": generate, "arguments": arguments}
+        _generate_blocks,
+        features=_BLOCK,
+        gen_kwargs={"generate": generate, "arguments": arguments},
+        writer_batch_size=8,  # blocks that are held in memory; 1000 by default
     )
     return (
         blocks.with_format("arrow")
@@ -97,6 +100,7 @@ def _cached(name: str, root: str, generate: Callable[..., Iterator[dict]]) -> Da
             _as_records,
             batched=True,
             batch_size=8,
+            writer_batch_size=8 * _BLOCK_ROWS,
             remove_columns=blocks.column_names,
             features=FEATURES,
             fn_kwargs={"name": name},
