@@ -5,12 +5,14 @@ import json
 import random
 
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 from processing import prepare_tokenizer
 from processing.processing_honeybee import GUARD
 from tests.golden import FULL, TOKENIZER
 from tests.tiny import tiny_processor
+from training import preview
 from training.collator import HoneybeeDataCollator
 from training.recipe.instructize import Instructions, instructize
 from training.recipe.readers import READERS
@@ -121,6 +123,26 @@ def test_every_line(name, collator):
                 assert row["labels"] == line["labels"]
     print(name, compared)
     assert compared["equal"] > 0
+
+
+@pytest.mark.parametrize(
+    "datasets, epochs", [(["sqa", "aokvqa"], 300), ([name for name in READERS if name not in ("sqa", "aokvqa")], 20)]
+)
+def test_preview_writes_the_official_texts(datasets, epochs, tmp_path):
+    config, file = tmp_path / "recipe.yaml", tmp_path / "samples.jsonl"
+    settings = {"data_root": str(DATA / "raw" / "data"), "datasets": datasets, "balancing": "per-dataset"}
+    config.write_text(yaml.safe_dump({"mixture": settings}))
+    preview.main(["--config", str(config), "--jsonl", str(file), "--epochs", str(epochs), "--show", "0"])
+    ours = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    texts = {(line["dataset"], line["text"]) for line in ours}
+    compared = 0
+    for name in datasets:
+        for line in lines(f"{FILES[name]}.jsonl"):
+            if (name, line.get("index")) in STATEMENTS | BRACKETS or line.get("repeated_visit") or line.get("option"):
+                continue
+            assert (name, line["text"]) in texts, line["text"]
+            compared += 1
+    assert compared > 30
 
 
 def test_what_differs_on_purpose():
