@@ -32,7 +32,8 @@ _GUARDED_TEXT = (
     "{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
 )
 
-# Every content item of a user turn has its own marker; the answer and its eos are what training supervises.
+# Every content item of a user turn has its own marker, but for a text that `continues` the image before it (official data
+# has some); the answer and its eos are what training supervises.
 CHAT_TEMPLATE = (
     _GUARDED_TEXT + "{{- bos_token -}}"
     "{%- if messages and messages[0].role == 'system' -%}{{ words(messages[0].content) }}"
@@ -41,7 +42,9 @@ CHAT_TEMPLATE = (
     "{%- if message.role == 'user' -%}"
     "{%- if message.content is string -%}{{ '\\nHuman: ' ~ plain(message.content) }}{%- else -%}"
     "{%- for item in message.content -%}"
-    "{%- if item.type == 'text' -%}{{ '\\nHuman: ' ~ plain(item.text) }}"
+    "{%- if item.type == 'text' -%}"
+    "{%- if not (item.continues and loop.previtem is defined and loop.previtem.type in ('image', 'image_url')) -%}"
+    "{{ '\\nHuman: ' }}{%- endif -%}{{ plain(item.text) }}"
     "{%- elif item.type in ('image', 'image_url') -%}{{ '\\nHuman: <image>' }}"
     "{%- else -%}{{ raise_exception('content items are of type text or image, got ' ~ item.type) }}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"

@@ -311,10 +311,13 @@ def prepare(
     # The collator prepares samples on the fly and needs their columns as they are.
     training_args.remove_unused_columns = False
     training_args.dataset_kwargs = {**(training_args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    collator = HoneybeeDataCollator(processor, max_length=training_args.max_length, image_root=image_root)
+    if mixture is not None:
+        mixture.collator = collator  # what does not fit into max_length is skipped and counted
     trainer = (SFTTrainer if mixture is None else MixtureTrainer)(
         model=model,
         args=training_args,
-        data_collator=HoneybeeDataCollator(processor, max_length=training_args.max_length, image_root=image_root),
+        data_collator=collator,
         train_dataset=dataset,
         processing_class=processor,
         peft_config=get_peft_config(model_args),
