@@ -297,6 +297,8 @@ def evaluate(arguments) -> None:
         except Timeout:
             raise ValueError(f"another run writes to {output}; wait for it, or give another --output") from None
     model, processor = load(source, arguments.dtype, state.device, arguments.device_map)
+    if state.is_main_process:
+        print(f"{arguments.model}: {model.dtype}, {state.num_processes} process(es) on {model.device.type}", flush=True)
     prompts = {
         task: {q.id: plain(render(q, processor, arguments.template), processor) for q in questions[task]}
         for task in arguments.tasks
