@@ -90,11 +90,16 @@ def _parquet_rows(root: Path, task: str, only: str = "") -> Iterator[tuple[dict,
     """
     from datasets import Dataset, List
     from datasets import Image as ImageFeature
+    from datasets.exceptions import DatasetGenerationError
 
     folder = root / FOLDERS[task][0]
     files = sorted(folder.rglob("*.parquet"))
     chosen = [path for path in files if re.search(only, path.relative_to(folder).as_posix())] or files
-    table = Dataset.from_parquet([str(path) for path in chosen])
+    try:
+        table = Dataset.from_parquet([str(path) for path in chosen])
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"the parquet files in {folder} cannot be read ({reason}); download them again") from error
     column = "image" if "image" in table.column_names else "image_1"
     if column not in table.column_names:
         raise ValueError(f"{chosen[0]} has no column image; its columns are {', '.join(table.column_names)}")
@@ -188,7 +193,10 @@ def read_mmbench(root: Path) -> list[Question]:
         rows = list(_parquet_rows(root, "mmbench", only=r"(^|en/|data/)dev"))
     else:
         # pandas, like the official code: "N/A", "None" and the like are missing values in it.
-        table = pandas.read_csv(files[0], sep="\t")
+        try:
+            table = pandas.read_csv(files[0], sep="\t")
+        except (pandas.errors.EmptyDataError, pandas.errors.ParserError) as error:
+            raise ValueError(f"{files[0]} cannot be read ({error}); download it again") from error
         rows = [({k: None if pandas.isna(v) else v for k, v in row.items()}, None) for row in table.to_dict("records")]
         pictures = {row["index"]: str(row["image"]) for row, _ in rows}
         # Later releases give a rotation the index of its first question instead of the same picture again.
@@ -425,14 +433,15 @@ def read_task(task: str, root: str | Path) -> list[Question]:
     Raises:
         ValueError: names what is wrong and what to do.
     """
+    folder = Path(root) / FOLDERS[task][0]
     try:
         questions = READERS[task](Path(root))
     except KeyError as error:
-        raise ValueError(
-            f"{task}: a record in {Path(root) / FOLDERS[task][0]} has no field {error}; download it again"
-        ) from error
+        raise ValueError(f"{task}: a record in {folder} has no field {error}; download it again") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{task}: {folder} is not in the benchmark's layout ({error}); download it again") from error
     if not questions:
-        raise ValueError(f"{task}: {Path(root) / FOLDERS[task][0]} has no questions; download the benchmark again")
+        raise ValueError(f"{task}: {folder} has no questions; download the benchmark again")
     seen = set()
     for question in questions:
         if question.id in seen:

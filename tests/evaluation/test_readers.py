@@ -231,6 +231,18 @@ def test_empty_and_broken_files(data, tmp_path):
         read_task("seed", tmp_path)
 
 
+def test_empty_tables(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = copy_of(data, "mmbench", tmp_path)
+    (folder / "mmbench_dev_20230712.tsv").write_text("")
+    with pytest.raises(ValueError, match="mmbench_dev_20230712.tsv cannot be read .*; download it again"):
+        read_task("mmbench", tmp_path)
+    (tmp_path / "mm_vet").mkdir()
+    (tmp_path / "mm_vet" / "test.parquet").write_text("")
+    with pytest.raises(ValueError, match="parquet files in .*mm_vet cannot be read .*; download them again"):
+        read_task("mm_vet", tmp_path)
+
+
 def test_duplicated_ids(data, tmp_path):
     folder = copy_of(data, "mm_vet", tmp_path)
     assert len(read_task("mm_vet", tmp_path)) == 5
