@@ -260,14 +260,17 @@ def score_predictions(arguments) -> None:
 
 
 def evaluate(arguments) -> None:
+    import torch
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
     from filelock import FileLock, Timeout
     from tqdm.auto import tqdm
 
     from evaluation.generate import answer, load, model_folder, share
 
     # The first process waits for the slowest one; the default of ten minutes is too short for that.
-    state = PartialState(timeout=datetime.timedelta(days=7))
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, timeout=datetime.timedelta(days=7))
     if state.num_processes > 1 and arguments.device_map:
         raise ValueError("--device_map spreads one model over all devices; leave it out where several processes run")
     output = Path(arguments.output)
