@@ -11,6 +11,7 @@ INSTRUCTIONS = {
     "short": "Answer the question using a single word or phrase. ",
     "choice": "Answer with the option's letter from the given choices directly. ",
     "free": "",
+    "own": "",  # after the same system line as the others, where the text brings an instruction of its own
 }
 TEMPLATES = ("task", "none")
 

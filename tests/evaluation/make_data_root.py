@@ -2,9 +2,13 @@
 """Writes small benchmarks of made-up questions in the layouts of the real ones.
 
 python tests/evaluation/make_data_root.py FOLDER
+
+The images are the quickstart's test scenes. MME and POPE ask what the quickstart's model was trained to answer, in its words
+("is there a two ?"); the other tasks have words that it has never seen.
 """
 
 import base64
+import functools
 import io
 import json
 import random
@@ -12,6 +16,8 @@ import sys
 from pathlib import Path
 
 from PIL import Image
+
+from training.quickstart.digit_scenes import DIGIT_WORDS, Scene, SceneMaker
 
 MME_FLAT = ("existence", "count", "position", "color", "OCR", "commonsense_reasoning", "code_reasoning")
 MME_NESTED = ("posters", "celebrity", "scene", "landmark", "artwork")
@@ -29,14 +35,25 @@ MMBENCH = (
 )
 
 
+@functools.cache
+def maker() -> SceneMaker:
+    return SceneMaker("test", 0)
+
+
+def scene(seed: int) -> Scene:
+    """Another one for every seed."""
+    maker().random = random.Random(seed)
+    return maker().scene()
+
+
 def picture(seed: int) -> Image.Image:
-    """Small, and another one for every seed."""
-    source = random.Random(seed)
-    image = Image.new("RGB", (source.randint(20, 60), source.randint(20, 60)), (seed * 37 % 256, 90, seed * 91 % 256))
-    for _ in range(4):
-        at = source.randint(0, 14), source.randint(0, 14)
-        image.paste(tuple(source.randint(0, 255) for _ in range(3)), (*at, at[0] + 6, at[1] + 6))
-    return image
+    return scene(seed).image
+
+
+def digit_question(seed: int, present: bool) -> str:
+    """Whether a digit is in the scene of this seed, which it is, or is not."""
+    contents = scene(seed).contents
+    return f"is there a {next(w for i, w in enumerate(DIGIT_WORDS) if (i in contents) == present)} ?"
 
 
 def save(path: Path, seed: int) -> None:
@@ -60,10 +77,10 @@ def make_mme(root: Path) -> None:
         for image in range(2):
             stem = f"{image + 1:04}"
             save(folder / ("images" if nested else "") / f"{stem}{'.jpg' if image else '.png'}", number * 10 + image)
+            seed = number * 10 + image
             write(
                 folder / ("questions_answers_YN" if nested else "") / f"{stem}.txt",
-                f"Is there a {name} here? Please answer yes or no.\tYes\n"
-                "Is this another thing? Please answer yes or no.\tNo\n",
+                f"{digit_question(seed, True)}\tYes\n{digit_question(seed, False)}\tNo\n",
             )
 
 
@@ -75,8 +92,8 @@ def make_pope(root: Path) -> None:
             {
                 "question_id": number + 1,
                 "image": f"COCO_val2014_{number % 3:012}.jpg",
-                "text": f"Is there a {category} thing {number} in the image?",
-                "label": "yes" if number % 2 else "no",
+                "text": digit_question(number % 3, present=number >= 3),
+                "label": "yes" if number >= 3 else "no",
             }
             for number in range(6)
         ]
