@@ -134,28 +134,35 @@ def check_folder(folder: Path, settings: dict) -> None:
             )
 
 
-def collect(folder: Path, asked: dict[str, str]) -> dict[str, dict]:
+def collect(folder: Path, asked: dict[str, str], model: str) -> dict[str, dict]:
     """Answers so far by id, of all processes of an earlier run; joined into one file, in the benchmark's order.
 
     Args:
         asked: id -> prompt, of all questions of the task in order.
+        model: fingerprint that every answer must have.
 
     Raises:
-        ValueError: an answer to a question or a prompt that is not asked now, or two answers to one.
+        ValueError: another model's answer, one to a question or a prompt that is not asked now, or two to one question.
     """
     parts = sorted(folder.glob("predictions*.jsonl"))
-    answers = {}
+    answers, places = {}, {}
     for path in parts:
         for record in read_lines(path, torn=True):
             key = str(record.get("id"))
+            if record.get("model") != model:
+                raise ValueError(
+                    f"{path}: the answer to {key!r} is of model {record.get('model')}, and this run has {model}; "
+                    "give another --output, or move the file away"
+                )
             if asked.get(key) != record.get("prompt"):
                 what = "has another prompt now" if key in asked else "is not asked now"
                 raise ValueError(
                     f"{path}: question {key!r} {what}; the data has changed since: give another --output, or the earlier data"
                 )
-            if key in answers and answers[key] != record:
-                raise ValueError(f"{folder}: question {key!r} has two different answers; remove one of the lines")
-            answers[key] = record
+            # A run killed while it joined the files leaves the same answer in two of them.
+            if key in answers and (places[key] == path or answers[key] != record):
+                raise ValueError(f"{path}: question {key!r} is answered twice; remove one of the lines")
+            answers[key], places[key] = record, path
     answers = {key: answers[key] for key in asked if key in answers}
     if parts:
         write_lines(folder / PREDICTIONS, list(answers.values()))

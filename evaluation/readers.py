@@ -226,7 +226,7 @@ def read_mmbench(root: Path) -> list[Question]:
 
 def _scienceqa_parts(text: str) -> tuple[str, str, list[str]]:
     """(question, context, choices) of LLaVA's form; a letter in brackets opens a choice only when it is the next one."""
-    head, _, tail = text.removesuffix("\n<image>").rpartition("\nOptions: ")
+    head, _, tail = text.removeprefix("<image>\n").removesuffix("\n<image>").rpartition("\nOptions: ")
     choices, at = [], 0
     while (start := tail.find(f"({LETTERS[len(choices)]}) ", at)) >= 0:
         if choices:

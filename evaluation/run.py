@@ -212,12 +212,17 @@ def with_problems(records: list[dict], data_root: str | None) -> list[dict]:
 
 
 def make_judge(arguments, output: Path) -> judging.Judge | None:
-    return judging.Judge.from_environment(
+    judge = judging.Judge.from_environment(
         output / "judge_cache.jsonl",
         workers=arguments.judge_workers,
         timeout=arguments.judge_timeout,
         attempts=arguments.judge_attempts,
     )
+    if judge is None and arguments.judge_mmbench:
+        raise ValueError(
+            f"--judge_mmbench needs a judge; set {judging.ENVIRONMENT['url']} and {judging.ENVIRONMENT['model']}"
+        )
+    return judge
 
 
 def score_predictions(arguments) -> None:
@@ -310,7 +315,7 @@ def evaluate(arguments) -> None:
         folder = output / task
         if state.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            done = collect(folder, prompts[task])
+            done = collect(folder, prompts[task], model_id)
             write_json(folder / "run.json", {**settings[task], "model_name": arguments.model, "task": task})
         state.wait_for_everyone()
         if not state.is_main_process:
@@ -338,7 +343,7 @@ def evaluate(arguments) -> None:
         return
     for task in arguments.tasks:
         folder = output / task
-        records = list(collect(folder, prompts[task]).values())
+        records = list(collect(folder, prompts[task], model_id).values())
         check_records(task, records, str(folder))
         finish(task, records, folder, folder / "predictions.jsonl", arguments, judge, model_id, arguments.model)
     report = reporting.write(output, arguments.model, arguments.paper_row or reporting.paper_model(source))

@@ -209,6 +209,12 @@ def test_environment(monkeypatch, tmp_path):
         Judge.from_environment(tmp_path)
 
 
+def test_judging_mmbench_needs_a_judge(monkeypatch, tmp_path):
+    monkeypatch.delenv(ENVIRONMENT["url"], raising=False)
+    with pytest.raises(SystemExit, match="--judge_mmbench needs a judge; set HONEYBEE_JUDGE_URL"):
+        main(["--tasks", "mmbench", "--judge_mmbench", *predictions(tmp_path, [{"id": 1}])])
+
+
 def test_replies():
     assert read_pair("8 7.5\nBecause ...") == (8, 7.5)
     assert read_pair("8, 7\n") == (8, 7)

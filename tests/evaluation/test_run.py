@@ -30,7 +30,7 @@ ENVIRONMENT = {
 def save_model(folder, seed: int = 0) -> str:
     model = tiny_model(seed=seed)
     # Such a model hardly ever ends by itself; with this its answers have lengths from none to the limit.
-    model.lm_head.weight.data[2] *= 1.5
+    model.lm_head.weight.data[2] *= 2.5
     model.save_pretrained(folder)
     tiny_processor(model.config.num_image_tokens).save_pretrained(folder)
     return str(folder)
@@ -163,21 +163,31 @@ def test_two_processes(place):
 
 def test_files_of_other_processes_are_joined(place, tmp_path):
     records = read_lines(place / "whole" / "seed" / "predictions.jsonl")
-    asked = {record["id"]: record["prompt"] for record in records}
+    asked, model = {record["id"]: record["prompt"] for record in records}, records[0]["model"]
     for rank in range(3):
         name = "predictions.jsonl" if rank == 0 else f"predictions.rank{rank}.jsonl"
         lines = [json.dumps(record) for record in records[rank:-2:3]]
         (tmp_path / name).write_text("\n".join(reversed(lines)) + ("\n" if rank else '\n{"id": "10'))
-    found = collect(tmp_path, asked)
+    found = collect(tmp_path, asked, model)
     assert list(found.values()) == records[:-2]
     assert read_lines(tmp_path / "predictions.jsonl") == records[:-2]
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
+    with pytest.raises(ValueError, match="is of model .* and this run has other; give another --output"):
+        collect(tmp_path, asked, "other")
+    file = tmp_path / "predictions.jsonl"
+    shutil.copy(file, tmp_path / "predictions.rank1.jsonl")  # killed while joining
+    assert list(collect(tmp_path, asked, model).values()) == records[:-2]
+    with file.open("a") as more:
+        more.write(json.dumps(records[3]) + "\n")
+    with pytest.raises(ValueError, match=f"question '{records[3]['id']}' is answered twice; remove one of the lines"):
+        collect(tmp_path, asked, model)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
     changed = {**asked, records[0]["id"]: "another prompt"}
     with pytest.raises(ValueError, match="has another prompt now; the data has changed since"):
-        collect(tmp_path, changed)
+        collect(tmp_path, changed, model)
     del asked[records[0]["id"]]
     with pytest.raises(ValueError, match="is not asked now"):
-        collect(tmp_path, asked)
+        collect(tmp_path, asked, model)
 
 
 def test_saved_predictions_score_the_same(place):
@@ -216,7 +226,7 @@ def test_fingerprint_sees_every_tensor(place, tmp_path):
     shutil.copytree(place / "model", tmp_path / "copy")
     assert fingerprint(tmp_path / "copy") == original
     model = tiny_model()
-    model.lm_head.weight.data[2] *= 1.5
+    model.lm_head.weight.data[2] *= 2.5
     seen = {original}
     names = [name for name, _ in model.named_parameters() if "norm" in name or "projector" in name][:6]
     for name in names:
@@ -239,6 +249,9 @@ def test_wrong_inputs_are_named_before_the_model_loads(place, tmp_path):
     assert "mmee is no task; they are mme, pope" in error(tasks="mme,mmee")
     assert "does not exist; give a folder with a saved Honeybee" in error(model=tmp_path / "nothing")
     assert "has no config.json" in error(model=tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "is of type 'llama', not 'honeybee'; give a saved Honeybee" in error(model=tmp_path)
+    assert "nobody/nothing is no folder, and cannot be downloaded" in error(model="nobody/nothing")
     assert "--data_root" in error(data=tmp_path / "nothing")
     assert "MME/existence does not exist" in error(data=tmp_path)
     assert "batch_size 0" in error("--batch_size", "0")
