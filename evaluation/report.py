@@ -2,6 +2,7 @@
 """A report of all scores in an output folder: JSON, Markdown and a picture, beside the paper's numbers."""
 
 import json
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 from evaluation.predictions import write_json
@@ -142,9 +143,11 @@ FRACTIONS = ("pope", "mmmu")  # their scores are out of 1; all others are percen
 
 
 def number(value: float | int | str | None, digits: int = 1) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    """As people round: a half goes up. 53.45 is 53.5, as in the paper."""
+    if isinstance(value, float):
+        exact = Decimal(str(round(value, 8)))  # without the error that binary fractions leave in a sum
+        return str(exact.quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+    return "-" if value is None else str(value).replace("|", "\\|")
 
 
 def _table(head: tuple, rows: list[tuple], digits: int = 1) -> list[str]:
