@@ -11,9 +11,9 @@ from evaluation.scorers import QUIRKS
 SPATIAL = ("POS", "SR", "OL", "PR", "SEED SR", "SEED IL")  # POS is out of 200, the others are percentages
 # Table of the paper: projector, number of visual tokens -> the six spatial tasks
 PAPER_SPATIAL = {
-    "resampler, 144 tokens": (75, 22.2, 43.2, 62.5, 47.5, 50.6),
-    "C-Abs, 144 tokens": (135, 24.4, 54.3, 66.7, 49.0, 58.8),
-    "linear, 256 tokens": (140, 24.4, 40.7, 70.8, 48.9, 60.9),
+    "resampler, 144 tokens": (75.0, 22.2, 43.2, 62.5, 47.5, 50.6),
+    "C-Abs, 144 tokens": (135.0, 24.4, 54.3, 66.7, 49.0, 58.8),
+    "linear, 256 tokens": (140.0, 24.4, 40.7, 70.8, 48.9, 60.9),
     "C-Abs, 256 tokens": (136.7, 26.7, 55.6, 75.0, 52.7, 59.3),
 }
 MAIN = ("MMBench", "MME", "SEED-I", "LLaVA-W")

@@ -76,14 +76,11 @@ def test_every_task_ends_in_a_report(place):
         assert report["tasks"][task]["summary"] == {}
         assert any("not judged" in note for note in report["tasks"][task]["notes"])
     text = (place / "whole" / "report.md").read_text()
-    assert (
-        "paper, C-Abs, 256 tokens" in text
-        and "56.3" in text
-        and "mme: 56 questions, and the benchmark has 2374" in text
-    )
+    assert "| paper, C-Abs, 256 tokens | 136.7 | 26.7 | 55.6 | 75.0 | 52.7 | 59.3 | 56.3 |" in text
+    assert "mme: 56 questions, and the benchmark has 2374" in text
     assert (place / "whole" / "spatial.png").read_bytes().startswith(b"\x89PNG")
     texts = [text for task in READERS for text in answers(place, "whole", task).values()]
-    assert len(set(texts)) > len(texts) / 4  # the model looks at what it is asked
+    assert len(set(texts)) > len(texts) / 8  # the model looks at what it is asked
     assert not list((place / "whole").glob("*/predictions.rank*"))
 
 
