@@ -413,6 +413,14 @@ def convert(
             pad_token_id=special.pad_token_id,
             suppress_tokens=[config.image_token_id],
         ).save_pretrained(partial)
+        # For the model card, of this model and of those trained from it.
+        origin = {
+            "checkpoint": "/".join(checkpoint.resolve().parts[-2:]),
+            "license": "cc-by-nc-4.0",
+            "vision_tower": official["vision_config"].get("pretrained_vision_name_or_path"),
+            "language_model": (official.get("lm_config") or {}).get("pretrained_lm_name_or_path"),
+        }
+        (partial / "honeybee_conversion.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         partial.chmod(0o755)
         if output.is_dir():
             output.rmdir()

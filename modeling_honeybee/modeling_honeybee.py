@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.quantizers import AutoQuantizationConfig
 
 from .configuration_honeybee import HoneybeeConfig, HoneybeeProjectorConfig
 from .deformable_attention_honeybee import HoneybeeDeformableAttention  # noqa: F401  transformers 4 copies code from a local folder only where this file itself imports it
@@ -93,6 +94,22 @@ def _is_packed(position_ids: torch.LongTensor | None) -> bool:
     return bool((position_ids.diff() != 1).any())
 
 
+# What quantized loading leaves as it is, unless its config names modules itself: little of a model's memory, and all of
+# what it sees. With and without the prefix, for both model classes.
+UNQUANTIZED = ("lm_head", "projector", "model.projector", "vision_tower", "model.vision_tower")
+
+
+def _keep_unquantized(quantization_config):
+    """A quantization config (or its dict) with [`UNQUANTIZED`] in the place where its kind has such a list, and none."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if getattr(quantization_config, name, ()) is None:
+            quantization_config = copy.deepcopy(quantization_config)
+            setattr(quantization_config, name, list(UNQUANTIZED))
+    return quantization_config
+
+
 class HoneybeePreTrainedModel(PreTrainedModel):
     config_class = HoneybeeConfig
     base_model_prefix = "model"
@@ -149,6 +166,8 @@ class HoneybeePreTrainedModel(PreTrainedModel):
                     f"{pretrained_model_name_or_path} is not a Honeybee model but has model_type={found!r}; join a "
                     "vision tower and a language model with from_vision_text_pretrained first"
                 )
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _keep_unquantized(kwargs["quantization_config"])
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         if missing:

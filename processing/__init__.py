@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images and messages in, model inputs out."""
 
-from .prepare_tokenizer import prepare_tokenizer, processor_from_vision_text_pretrained
+from .prepare_tokenizer import check_processor, prepare_tokenizer, processor_from_vision_text_pretrained
 from .processing_honeybee import HoneybeeProcessor
 
-__all__ = ["HoneybeeProcessor", "prepare_tokenizer", "processor_from_vision_text_pretrained"]
+__all__ = ["HoneybeeProcessor", "check_processor", "prepare_tokenizer", "processor_from_vision_text_pretrained"]

@@ -117,3 +117,20 @@ def processor_from_vision_text_pretrained(
     )
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(text))
     return HoneybeeProcessor(image_processor, tokenizer, num_image_tokens=num_image_tokens)
+
+
+def check_processor(config, processor: HoneybeeProcessor) -> None:
+    """Raises a ValueError with both numbers where the processor prepares something else than a model of `config` (a
+    `HoneybeeConfig`) takes."""
+    size = config.vision_config.image_size
+    pairs = {
+        "visual tokens an image": (processor.num_image_tokens, config.num_image_tokens),
+        "the id of <image>": (processor.image_token_id, config.image_token_id),
+        "the image height": (processor.image_processor.size["height"], size if isinstance(size, int) else size[0]),
+    }
+    for what, (of_processor, of_model) in pairs.items():
+        if of_processor != of_model:
+            raise ValueError(
+                f"processor and model disagree on {what}: {of_processor} and {of_model}; use the processor that was "
+                "saved with the model, or build it anew with processor_from_vision_text_pretrained"
+            )

@@ -32,7 +32,8 @@ _GUARDED_TEXT = (
     "{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
 )
 
-# Every content item of a user turn has its own marker; the answer and its eos are what training supervises.
+# Every content item of a user turn has its own marker, but for a text that `continues` the image before it (official data
+# has some); the answer and its eos are what training supervises.
 CHAT_TEMPLATE = (
     _GUARDED_TEXT + "{{- bos_token -}}"
     "{%- if messages and messages[0].role == 'system' -%}{{ words(messages[0].content) }}"
@@ -41,7 +42,9 @@ CHAT_TEMPLATE = (
     "{%- if message.role == 'user' -%}"
     "{%- if message.content is string -%}{{ '\\nHuman: ' ~ plain(message.content) }}{%- else -%}"
     "{%- for item in message.content -%}"
-    "{%- if item.type == 'text' -%}{{ '\\nHuman: ' ~ plain(item.text) }}"
+    "{%- if item.type == 'text' -%}"
+    "{%- if not (item.continues and loop.previtem is defined and loop.previtem.type in ('image', 'image_url')) -%}"
+    "{{ '\\nHuman: ' }}{%- endif -%}{{ plain(item.text) }}"
     "{%- elif item.type in ('image', 'image_url') -%}{{ '\\nHuman: <image>' }}"
     "{%- else -%}{{ raise_exception('content items are of type text or image, got ' ~ item.type) }}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"
@@ -131,7 +134,8 @@ class HoneybeeProcessor(ProcessorMixin):
         tokenizer: a fast tokenizer that has `image_token` as one token (see `processing.prepare_tokenizer`).
         num_image_tokens: placeholders that one `<image>` becomes; equals `model.config.num_image_tokens`.
         image_token: the placeholder.
-        chat_template: templates by name; default: `default` (conversation) and `caption` (stage 1).
+        chat_template: templates by name, or the `default` one; those of `default` (conversation) and `caption` (stage 1)
+            that are not given are the ones above.
 
     Raises:
         ValueError: `num_image_tokens` is not positive, or the tokenizer lacks `image_token`.
@@ -164,8 +168,11 @@ class HoneybeeProcessor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        if chat_template is None:
-            chat_template = {"default": CHAT_TEMPLATE, "caption": CAPTION_TEMPLATE}
+        # A repository on the Hub has `default` alone: transformers 4 cannot load named templates from there (it looks for
+        # caption.jinja.jinja), so what is not there comes from here.
+        if not isinstance(chat_template, dict):
+            chat_template = {"default": chat_template or CHAT_TEMPLATE}
+        chat_template = {"caption": CAPTION_TEMPLATE, **chat_template}
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     def _check_image_count(self, text: list[str], images: list | None, rows: list | None):
@@ -216,8 +223,12 @@ class HoneybeeProcessor(ProcessorMixin):
             data = {}
             if text is not None:
                 expanded = [row.replace(self.image_token, self.image_token * self.num_image_tokens) for row in text]
-                merged["text_kwargs"].pop("return_mm_token_type_ids", None)
+                mark_images = merged["text_kwargs"].pop("return_mm_token_type_ids", False)
                 data.update(self.tokenizer(expanded, **merged["text_kwargs"]))
+                if mark_images:  # 1 at the placeholders; read by serving runtimes
+                    data["mm_token_type_ids"] = [
+                        [int(token == self.image_token_id) for token in row] for row in data["input_ids"]
+                    ]
                 self._check_special_mm_tokens(expanded, data, modalities=["image"])
             if images is not None:
                 # Guessed from the shape otherwise, where an image of 1 or 3 rows looks channels-first.

@@ -3,13 +3,18 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from processing import HoneybeeProcessor
 
 from .conversations import normalize_conversation, open_image
+from .pixels import Pixels
+from .rendering import render
+
+
+class TooLongError(ValueError):
+    """A sample of which `max_length` leaves nothing to learn, or an image in part."""
 
 
 @dataclass
@@ -32,13 +37,16 @@ class HoneybeeDataCollator:
     samples, and so do its loss and gradient.
 
     Raises:
-        ValueError: a sample that cannot be trained on, or one whose images do not fit into `max_length`.
+        ValueError: a sample that cannot be trained on, or one whose images do not fit into `max_length` (a TooLongError).
     """
 
     processor: HoneybeeProcessor
     max_length: int | None = None
     image_root: str = ""
     pack: bool = False
+
+    def __post_init__(self):
+        self._pixels = Pixels(self.processor.image_processor)
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         conversations, images = [], []
@@ -50,17 +58,14 @@ class HoneybeeDataCollator:
 
         batch = self._packed(rows) if self.pack else self._padded(rows)
         if images:
-            batch["pixel_values"] = self.processor(images=images, return_tensors="pt")["pixel_values"]
+            batch["pixel_values"] = self._pixels(images)
         return batch
 
     def _padded(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        def padded(values, padding):
-            return pad_sequence([torch.tensor(v) for v in values], batch_first=True, padding_value=padding)
-
         return {
-            "input_ids": padded([row["input_ids"] for row in rows], self.processor.tokenizer.pad_token_id),
-            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
-            "labels": padded([row["labels"] for row in rows], -100),
+            "input_ids": _padded([row["input_ids"] for row in rows], self.processor.tokenizer.pad_token_id),
+            "attention_mask": _padded([[1] * len(row["input_ids"]) for row in rows], 0),
+            "labels": _padded([row["labels"] for row in rows], -100),
         }
 
     def _packed(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | int]:
@@ -91,53 +96,81 @@ class HoneybeeDataCollator:
         return [length if self.max_length is None else min(length, self.max_length) for length in whole]
 
     def _tokenize_whole(self, conversations: list[tuple[list[dict], str]]) -> list[dict[str, list[int]]]:
-        pieces, learned, rows = [], [], []
-        for row, (messages, template) in enumerate(conversations):
-            for piece, is_answer in self._render(messages, template):
-                pieces.append(piece)
-                learned.append(is_answer)
-                rows.append(row)
-
+        pieces = [
+            (row, piece, is_answer)
+            for row, (messages, template) in enumerate(conversations)
+            for piece, is_answer in self._render(messages, template)
+        ]
         # An answer starts where a role marker or a placeholder ends, and there the tokenizer starts a new piece anyway:
         # tokenized apart, the pieces of a row give the ids of the whole row. (Character offsets would not tell whose
         # the "▁" in front of a piece is.)
-        ids = self.processor.tokenizer(pieces, add_special_tokens=False)["input_ids"]
+        texts = list(dict.fromkeys(piece for _, piece, _ in pieces))
+        ids = self.processor.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        ids = dict(zip(texts, map(self._expanded, ids)))
         features = [{"input_ids": [], "labels": []} for _ in conversations]
-        for row, piece_ids, is_answer in zip(rows, ids, learned):
-            features[row]["input_ids"] += piece_ids
-            features[row]["labels"] += piece_ids if is_answer else [-100] * len(piece_ids)
+        for row, piece, is_answer in pieces:
+            features[row]["input_ids"] += ids[piece]
+            features[row]["labels"] += ids[piece] if is_answer else [-100] * len(ids[piece])
         for feature in features:
             # transformers 4 counts the first label in the loss's denominator although nothing predicts it; and in a
             # packed row the end of another sample stands before it.
             feature["labels"][0] = -100
         return features
 
+    def check_length(self, messages: list[dict], template: str) -> None:
+        """Whether a sample is worth collating.
+
+        Raises:
+            TooLongError: its images, or the beginning of its first answer, do not fit into `max_length`.
+        """
+        if self.max_length is None:
+            return
+        # A token is a byte at least, and a piece costs its marker and a blank: that tells for most samples without a tokenizer.
+        size, needed, answered = 128, 0, False
+        for message in messages:
+            for item in message["content"]:
+                size += 16
+                if item["type"] == "image":
+                    needed = size = size + self.processor.num_image_tokens
+                elif message["role"] == "assistant" and not answered:
+                    needed, answered = size + 1, True
+                size += len(item.get("text", "").encode())
+        if needed <= self.max_length:
+            return
+        (row,) = self.tokenize([(messages, template)])
+        if all(label == -100 for label in row["labels"]):
+            raise TooLongError(
+                f"the sample's question fills max_length={self.max_length}, so nothing of the answer is left to learn; "
+                "raise max_length or shorten the question"
+            )
+
+    def _expanded(self, ids: list[int]) -> list[int]:
+        image, count = self.processor.image_token_id, self.processor.num_image_tokens
+        # By hand: to tokenize hundreds of placeholders costs more than all the words around them.
+        return [i for token in ids for i in ([image] * count if token == image else (token,))] if image in ids else ids
+
     def _render(self, messages: list[dict], template: str) -> list[tuple[str, bool]]:
-        """The text of a conversation, placeholders expanded, cut where an answer starts or ends."""
-        templates = self.processor.chat_template
+        templates, tokenizer = self.processor.chat_template, self.processor.tokenizer
         if template not in templates:
             raise ValueError(f"chat_template={template!r} is not one of the processor's: {', '.join(templates)}")
-        (text,), (answers,) = render_jinja_template(
-            conversations=[messages],
-            chat_template=templates[template],
-            return_assistant_tokens_mask=True,
-            **self.processor.tokenizer.special_tokens_map,
-        )
-        image_token, expanded = self.processor.image_token, self.processor.replace_image_token()
-        pieces, position = [], 0
-        for start, end in [*answers, (len(text), len(text))]:
-            pieces += [(text[position:start].replace(image_token, expanded), False), (text[start:end], True)]
-            position = end
-        return [(piece, is_answer) for piece, is_answer in pieces if piece]
+        return render(messages, templates[template], tokenizer.bos_token or "", tokenizer.eos_token or "")
 
     def _truncate(self, row: int, feature: dict[str, list[int]]):
         length = len(feature["input_ids"])
         if self.max_length is None or length <= self.max_length:
             return
         if self.processor.image_token_id in feature["input_ids"][self.max_length :]:
-            raise ValueError(
+            raise TooLongError(
                 f"sample {row} of the batch has {length} tokens and max_length={self.max_length} would cut an image; "
                 f"raise max_length to {length} or more, or give the sample fewer images"
             )
         for name in feature:
             feature[name] = feature[name][: self.max_length]
+
+
+def _padded(rows: list[list[int]], padding: int) -> torch.Tensor:
+    """(rows, tokens), int64, padded on the right."""
+    table = np.full((len(rows), max(map(len, rows))), padding, dtype=np.int64)
+    for place, row in enumerate(rows):
+        table[place, : len(row)] = row
+    return torch.from_numpy(table)

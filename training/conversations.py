@@ -23,7 +23,9 @@ class EmptyAnswerError(ValueError):
 def normalize_conversation(example: dict) -> tuple[list[dict], list]:
     """The messages with their content as lists of items, and the images in the order of the placeholders.
 
-    Images without an `{"type": "image"}` item go in front of the first user turn, as in TRL.
+    Images without an `{"type": "image"}` item go in front of the first user turn, as in TRL. A last message of the user
+    is taken for a mistake unless it says `"unanswered": True`; a text item with `"continues": True` shares the role marker
+    of the image in front of it.
 
     Raises:
         ValueError: no messages, a role, content item or template that cannot be rendered, a last turn that is not the
@@ -57,12 +59,16 @@ def normalize_conversation(example: dict) -> tuple[list[dict], list]:
                     f"message {turn} ({role}) has the content item {item}; here it can be of type {' or '.join(types)}"
                 )
         normalized.append({"role": role, "content": content})
+        if role == "user" and message.get("unanswered"):
+            normalized[-1]["unanswered"] = True
 
-    if normalized[-1]["role"] != "assistant":
+    if normalized[-1]["role"] != "assistant" and not normalized[-1].get("unanswered"):
         raise ValueError(
             f"the conversation ends with the {normalized[-1]['role']}, so it has nothing to learn at its end; "
             "the last message must be the assistant's"
         )
+    if not any(message["role"] == "assistant" for message in normalized):
+        raise ValueError("the conversation has no answer, so there is nothing to learn; leave the sample out")
     is_caption = template == "caption"  # an empty one still teaches to end
     for turn, message in enumerate(normalized):
         if (
@@ -88,7 +94,7 @@ def normalize_conversation(example: dict) -> tuple[list[dict], list]:
 
 
 def open_image(image, root: str = ""):
-    """An image of a sample as PIL: a PIL image, a path (relative ones under `root`), or `datasets`' undecoded dict.
+    """An image of a sample as PIL in RGB, transparency dropped: a PIL image, a path (relative ones under `root`), or `datasets`' undecoded dict.
 
     Raises:
         FileNotFoundError, ValueError: naming the file and what is wrong with it.
@@ -107,12 +113,12 @@ def open_image(image, root: str = ""):
             ) from error
     try:
         image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         path = getattr(image, "filename", "") or "in memory"
         raise ValueError(
             f"image {path!r} cannot be read ({error}); replace the file or leave the sample out"
         ) from error
-    return image
 
 
 def _exists(image, root: str) -> bool:

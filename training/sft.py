@@ -10,26 +10,32 @@
     python training/sft.py --config training/configs/instruct.yaml \
         --model_name_or_path outputs/align --dataset data.jsonl --output_dir outputs/instruct    # stage 2
 
-Every field of `SFTConfig` is a flag and a YAML key; so are TRL's model and LoRA settings (`--use_peft`).
+`--mixture training/configs/recipes/recipe.yaml` in place of `--dataset` trains on a recipe of several datasets. Every field of `SFTConfig` is a flag and a YAML key; so are TRL's model and LoRA settings (`--use_peft`).
 """
 
+import glob
 import json
 import logging
 import os
 import sys
+import zipfile
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerState, set_seed
 from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_honeybee import HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
-from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
+from processing import HoneybeeProcessor, check_processor, processor_from_vision_text_pretrained
 from training.collator import HoneybeeDataCollator
 from training.conversations import check_dataset, load_conversations
-from training.length_grouping import GroupedTrainer, dataset_lengths
+from training.length_grouping import WINDOW, GroupedTrainer, dataset_lengths, mixture_lengths
 from training.packed_attention import use_packed_attention
+from training.recipe.config import Recipe, load_recipe
+from training.recipe.mixture import TooManyBadSamplesError
+from training.recipe.sources import open_mixture
+from training.recipe.trainer import MixtureCallback, MixtureTrainer
 from training.stages import TRAINED, freeze_for_stage, lora_modules
 from training.trainer import HoneybeeTrainer
 
@@ -37,6 +43,12 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "honeybee_run.json"
 BATCHINGS = ("packed", "grouped", "padded")
+# What of `SFTConfig` is recorded in it for the model card.
+RECORDED = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "world_size", "max_length", "bf16", "fp16", "seed"),
+)
 
 
 @dataclass
@@ -58,6 +70,14 @@ class HoneybeeArguments:
                   "samples of about one length; `padded`: batches in random order, padded to their longest sample.",
                   "choices": list(BATCHINGS)},
     )  # fmt: skip
+    mixture: dict | str | None = field(
+        default=None,
+        metadata={"help": "Instead of --dataset: a YAML file with a `mixture:` section, or that section in --config."},
+    )
+    mixture_settings: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Settings of the mixture to change, as setting=value.", "aliases": ["--set"]},
+    )
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
     vision_model: str | None = field(
         default=None, metadata={"help": "Vision tower of a new model, instead of --model_name_or_path."}
@@ -113,8 +133,23 @@ def check_arguments(args: HoneybeeArguments, training_args: SFTConfig, model_arg
     """
     if args.stage not in TRAINED:
         raise ValueError(f"stage={args.stage!r} is unknown; use one of {', '.join(TRAINED)}")
-    if args.dataset is None:
-        raise ValueError("no dataset: give --dataset a Hub name or a path (or no arguments at all for the quickstart)")
+    if args.dataset is None and args.mixture is None:
+        raise ValueError(
+            "no data: give --dataset a Hub name or a path, or --mixture a recipe (or no arguments at all for the quickstart)"
+        )
+    if args.mixture is None and args.mixture_settings:
+        raise ValueError(
+            f"--set {' '.join(args.mixture_settings)} changes a mixture, and there is none; give --mixture"
+        )
+    if args.mixture is not None:
+        if args.dataset is not None:
+            raise ValueError(f"--dataset {args.dataset} and --mixture: give one; a mixture takes datasets under `own`")
+        if training_args.max_steps <= 0:
+            raise ValueError(
+                f"max_steps={training_args.max_steps}: a mixture has no end; give --max_steps the length of the run"
+            )
+        if training_args.ignore_data_skip:
+            raise ValueError("ignore_data_skip would read the mixture from its start after resuming; leave it out")
     parts = (args.vision_model, args.text_model)
     if model_args.model_name_or_path:
         path = model_args.model_name_or_path
@@ -142,9 +177,40 @@ def check_arguments(args: HoneybeeArguments, training_args: SFTConfig, model_arg
         HoneybeeProjectorConfig.from_settings(args.projector)
 
 
-def describe_run(args: HoneybeeArguments, model_args: ModelConfig) -> dict:
+def global_batch_size(training_args: SFTConfig) -> int:
+    """Samples in one step of all processes."""
+    return training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+
+
+def describe_run(
+    args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig, recipe: Recipe | None
+) -> dict:
     """What makes a run this run and not another; kept in its output folder."""
-    return {**asdict(args), "model_name_or_path": model_args.model_name_or_path, "use_peft": model_args.use_peft}
+    return {
+        **asdict(args),
+        "mixture": asdict(recipe) if recipe else None,
+        "model_name_or_path": model_args.model_name_or_path,
+        "use_peft": model_args.use_peft,
+        "global_batch_size": global_batch_size(training_args),
+    }
+
+
+def is_whole(checkpoint: str) -> bool:
+    """Whether the trainer came to the end of saving: it writes its own state last."""
+    try:
+        TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    except (OSError, ValueError):
+        return False
+    # Other processes may have been stopped while they wrote theirs.
+    random_states = glob.glob(os.path.join(glob.escape(checkpoint), "rng_state*.pth"))
+    return bool(random_states) and all(map(zipfile.is_zipfile, random_states))
+
+
+def last_whole_checkpoint(folder: str) -> str | None:
+    """The newest checkpoint that a run can go on from; one that was being written when the run was killed is not."""
+    checkpoints = glob.glob(os.path.join(glob.escape(folder), "checkpoint-*"))
+    steps = {int(name): path for path in checkpoints if (name := path.rpartition("-")[2]).isdecimal()}
+    return next((steps[step] for step in sorted(steps, reverse=True) if is_whole(steps[step])), None)
 
 
 def find_checkpoint(run: dict, training_args: SFTConfig) -> str | None:
@@ -163,12 +229,12 @@ def find_checkpoint(run: dict, training_args: SFTConfig) -> str | None:
             )
         return None
     if str(resume).lower() in ("true", "last"):
-        checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        checkpoint = last_whole_checkpoint(folder)
     else:
-        checkpoint = resume if os.path.isdir(resume) else None
+        checkpoint = resume if is_whole(resume) else None
     if checkpoint is None:
         raise ValueError(
-            f"--resume_from_checkpoint {resume}: no checkpoint found (output_dir {folder!r}); "
+            f"--resume_from_checkpoint {resume}: no whole checkpoint found (output_dir {folder!r}); "
             "leave it out to start, and set --save_strategy steps --save_steps N to have some"
         )
     if os.path.isfile(mark):
@@ -188,6 +254,7 @@ def load_model_and_processor(args: HoneybeeArguments, training_args: SFTConfig, 
     """The model that the arguments name, new or trained, and the processor that goes with it."""
     dtype = {None: None, "auto": "auto"}.get(model_args.dtype, getattr(torch, model_args.dtype or "", None))
     if model_args.model_name_or_path is None:
+        set_seed(training_args.seed)  # of the projector's first weights
         model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(
             args.vision_model,
             args.text_model,
@@ -213,23 +280,6 @@ def load_model_and_processor(args: HoneybeeArguments, training_args: SFTConfig, 
     return model, processor
 
 
-def check_processor(model: HoneybeeForConditionalGeneration, processor: HoneybeeProcessor) -> None:
-    """Raises a ValueError with both numbers where the processor prepares something else than the model takes."""
-    config = model.config
-    size = config.vision_config.image_size
-    pairs = {
-        "visual tokens an image": (processor.num_image_tokens, config.num_image_tokens),
-        "the id of <image>": (processor.image_token_id, config.image_token_id),
-        "the image height": (processor.image_processor.size["height"], size if isinstance(size, int) else size[0]),
-    }
-    for what, (of_processor, of_model) in pairs.items():
-        if of_processor != of_model:
-            raise ValueError(
-                f"processor and model disagree on {what}: {of_processor} and {of_model}; use the processor that was "
-                "saved with the model, or build it anew with processor_from_vision_text_pretrained"
-            )
-
-
 def prepare(
     args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig
 ) -> tuple[HoneybeeTrainer, str | None]:
@@ -239,14 +289,27 @@ def prepare(
         ValueError, FileNotFoundError: with the value, the limit and the remedy.
     """
     check_arguments(args, training_args, model_args)
-    dataset = load_conversations(args.dataset, args.dataset_split)
-    image_root = os.path.dirname(os.path.abspath(args.dataset)) if os.path.isfile(args.dataset) else ""
-    most_images = check_dataset(dataset, image_root, needs_images=args.stage == "align")
-    run = describe_run(args, model_args)
+    recipe = load_recipe(args.mixture, args.mixture_settings) if args.mixture is not None else None
+    run = describe_run(args, training_args, model_args, recipe)
     checkpoint = find_checkpoint(run, training_args)
+    # The first process fills the caches, the others read them.
+    with training_args.main_process_first(desc="opening the data"):
+        if recipe is None:
+            dataset, mixture = load_conversations(args.dataset, args.dataset_split), None
+            image_root = os.path.dirname(os.path.abspath(args.dataset)) if os.path.isfile(args.dataset) else ""
+            most_images = check_dataset(dataset, image_root, needs_images=args.stage == "align")
+        else:
+            mixture = open_mixture(recipe, training_args.max_steps * global_batch_size(training_args))
+            if args.stage == "align" and {source.task for source in mixture.sources} == {"text-instruction"}:
+                raise ValueError(
+                    "the mixture has no dataset with images, and alignment trains the projector alone, which reads "
+                    "nothing else; add a captioning dataset, or use --stage instruct"
+                )
+            # A sample with more images than max_length has room for is the mixture's to skip.
+            dataset, image_root, most_images = mixture.as_dataset(), "", 1
 
     model, processor = load_model_and_processor(args, training_args, model_args)
-    check_processor(model, processor)
+    check_processor(model.config, processor)
     visual_tokens = most_images * processor.num_image_tokens
     if training_args.max_length is not None and visual_tokens >= training_args.max_length:
         raise ValueError(
@@ -268,8 +331,16 @@ def prepare(
     collator = HoneybeeDataCollator(processor, training_args.max_length, image_root, pack=packed)
     if packed:
         use_packed_attention(model.model.language_model)
-    grouped = args.batching == "grouped"
-    trainer_class = partial(GroupedTrainer, lengths=dataset_lengths(dataset, collator)) if grouped else HoneybeeTrainer
+    if mixture is not None:
+        mixture.collator = collator  # what does not fit into max_length is skipped and counted
+    trainer_class = HoneybeeTrainer if mixture is None else MixtureTrainer
+    if args.batching == "grouped":
+        lengths = (
+            dataset_lengths(dataset, collator)
+            if mixture is None
+            else mixture_lengths(mixture, collator, WINDOW * global_batch_size(training_args))
+        )
+        trainer_class = partial(GroupedTrainer, lengths=lengths, shuffle=mixture is None)
     trainer = trainer_class(
         model=model,
         args=training_args,
@@ -277,13 +348,14 @@ def prepare(
         train_dataset=dataset,
         processing_class=processor,
         peft_config=get_peft_config(model_args),
+        callbacks=None if mixture is None else [MixtureCallback(mixture, checkpoint)],
     )
     # Marked only now: a start that failed leaves the folder as it was, and every rank has seen it without the mark.
     trainer.accelerator.wait_for_everyone()
     if checkpoint is None and trainer.is_world_process_zero():
         os.makedirs(training_args.output_dir, exist_ok=True)
         with open(os.path.join(training_args.output_dir, RUN_FILE), "w", encoding="utf-8") as file:
-            json.dump(run, file, indent=2)
+            json.dump({**run, "training": {name: getattr(training_args, name) for name in RECORDED}}, file, indent=2)
     return trainer, checkpoint
 
 
@@ -309,7 +381,10 @@ def main():
         trainer, checkpoint = prepare(*parser.parse_args_and_config(fail_with_unknown_args=True))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    run(trainer, checkpoint)
+    try:
+        run(trainer, checkpoint)
+    except TooManyBadSamplesError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

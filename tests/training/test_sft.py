@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
-from processing import HoneybeeProcessor
+from processing import HoneybeeProcessor, check_processor
 from tests.tiny import REPOSITORY, picture, run_script, save_clip, save_llama, tiny_inputs, tiny_model, tiny_processor
 from training import sft
-from training.sft import HoneybeeArguments, check_processor
+from training.sft import HoneybeeArguments
 
 SFT = REPOSITORY / "training" / "sft.py"
 PROJECTOR = '{"projector_type": "c-abs", "num_query_tokens": 4, "hidden_size": 32, "depth": 1}'
@@ -105,7 +105,7 @@ def test_alignment_moves_every_projector_tensor(world, tmp_path):
 def test_output_is_a_whole_model(world):
     model, info = HoneybeeForConditionalGeneration.from_pretrained(world / "instruct", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    check_processor(model, HoneybeeProcessor.from_pretrained(world / "instruct"))
+    check_processor(model.config, HoneybeeProcessor.from_pretrained(world / "instruct"))
     assert model.generation_config.suppress_tokens == [model.config.image_token_id]
     assert (world / "instruct" / "modeling_honeybee.py").is_file()
 

@@ -11,7 +11,7 @@ CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(R
 
 
 @pytest.mark.parametrize(
-    ("stage", "projector_type", "checkpointing"),
+    ("stage", "projector_type", "checkpointing"), [("align", "c-abs", False), ("instruct", "d-abs", True)]
 )
 def test_one_rank_with_images_and_one_without(stage, projector_type, checkpointing, tmp_path):
     settings = [stage, projector_type, checkpointing]

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from .files import FILES, annotation_files
 from .mixture import BALANCINGS
 
 # Name -> task. The order is the one in which the tables list them, and one_dataset_per_task takes the first.
@@ -48,11 +49,15 @@ TUNED_WEIGHTS = {
     "sharegpt": 0.026,
 }
 
+# How an option of a multiple-choice question is marked; the first character of the alphabet in it is counted on.
+OPTION_MARKS = ("A.", "A)", "(A)", "a.", "a)", "(a)", "1.", "1)", "(1)")
+
 CHOICES = {
     "balancing": BALANCINGS,
     "granularity": ("fine", "coarse"),
     "diversity": ("single", "multi", "multi+flip"),
     "identifiers": ("none", "dataset-name", "task-name"),
+    "marks": (*OPTION_MARKS, "random"),
     "keep": ("draw", "first"),
     "deduplicate": ("answer", "bbox"),
 }
@@ -89,6 +94,21 @@ class Turns:
 
 
 @dataclass
+class Options:
+    """How the options of multiple-choice questions are put.
+
+    Args:
+        shuffle: draws their order each time the sample is read; the answer's letter follows.
+        marks: one of `OPTION_MARKS`, or `random` to draw one for each question.
+        answer_with_text: answers "B. knife" instead of "B".
+    """
+
+    shuffle: bool = True
+    marks: str = "A."
+    answer_with_text: bool = False
+
+
+@dataclass
 class OwnDataset:
     """A dataset in TRL's conversational format that joins the mixture.
 
@@ -122,6 +142,8 @@ class Recipe:
         granularity: templates by dataset (`fine`) or by task (`coarse`).
         diversity: one wording (`single`), several (`multi`), or several and question and answer in swapped roles.
         identifiers: `none` for instructions, or the name that stands in their place.
+        templates: file to read in the place of templates.yaml, with the same keys.
+        options: see [`Options`].
         turns: see [`Turns`].
         seed: of everything that is drawn.
         max_bad_fraction: training stops when more of the records than this are of no use.
@@ -140,6 +162,8 @@ class Recipe:
     granularity: str = "fine"
     diversity: str = "single"
     identifiers: str = "none"
+    templates: str = ""
+    options: Options = field(default_factory=Options)
     turns: Turns = field(default_factory=Turns)
     seed: int = 0
     max_bad_fraction: float = 0.1
@@ -171,6 +195,8 @@ def _problems(recipe: Recipe):
             yield unknown(setting, getattr(recipe, setting), CHOICES[setting])
     if recipe.turns.keep not in CHOICES["keep"]:
         yield unknown("turns.keep", recipe.turns.keep, CHOICES["keep"])
+    if recipe.options.marks not in CHOICES["marks"]:
+        yield unknown("options.marks", recipe.options.marks, CHOICES["marks"])
 
     own_names = [own.name for own in recipe.own]
     names = [*recipe.datasets, *own_names]
@@ -226,33 +252,60 @@ def _problems(recipe: Recipe):
 # From YAML
 
 
-def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
+class _Loader(yaml.SafeLoader):
+    """YAML itself takes the last of two settings with the same name, and says nothing."""
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.twice: list[str] = []
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen and name != "<<":
+                self.twice.append(f"{name!r} is there twice (line {key.start_mark.line + 1}); keep one of them")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def load_recipe(source: str | dict, overrides: list[str] = ()) -> Recipe:
     """The recipe in the `mixture:` section of a YAML file, whose other sections are the trainer's.
 
     Args:
+        source: path of the file, or the section itself.
         overrides: `setting=value` with the value as YAML, e.g. `balancing=per-task` or `turns.max_turns={}`.
 
     Raises:
         RecipeError: all that is wrong with it, missing files among it, with the path.
     """
+    if isinstance(source, dict):
+        settings, twice, path = source, [], "mixture"
+    else:
+        (settings, twice), path = _read_section(source), source
+    given = _overridden(settings, overrides, [])
+    try:
+        recipe = parse_recipe(settings, overrides)
+    except RecipeError as error:
+        raise RecipeError([*twice, *error.problems, *missing_files(given, _named(given))], path) from None
+    if problems := [*twice, *missing_files(given, recipe.chosen())]:
+        raise RecipeError(problems, path)
+    return recipe
+
+
+def _read_section(path: str) -> tuple[dict, list[str]]:
     if not os.path.isfile(path):
         raise RecipeError(["the file does not exist; give the path of a YAML file with a mixture: section"], path)
     try:
         with open(path, encoding="utf-8") as file:
-            settings = yaml.safe_load(file)
+            loader = _Loader(file)
+            settings = loader.get_single_data()
     except yaml.YAMLError as error:
         raise RecipeError([f"not a YAML file: {error}"], path) from error
     settings = settings.get("mixture") if isinstance(settings, dict) else None
     if not isinstance(settings, dict):
         raise RecipeError(["there is no mixture: section with settings"], path)
-    missing = missing_files(_overridden(settings, overrides, []))
-    try:
-        recipe = parse_recipe(settings, overrides)
-    except RecipeError as error:
-        raise RecipeError([*error.problems, *missing], path) from None
-    if missing:
-        raise RecipeError(missing, path)
-    return recipe
+    return settings, loader.twice
 
 
 def parse_recipe(settings: dict, overrides: list[str] = ()) -> Recipe:
@@ -292,11 +345,33 @@ def _overridden(settings: dict, overrides: list[str], problems: list[str]) -> di
     return settings
 
 
-def missing_files(settings: dict) -> list[str]:
-    """What the settings name and the disk does not have. The files of a dataset are its reader's to check."""
+def _named(settings: dict) -> list[str]:
+    """The datasets that settings with mistakes in them mean to read, as far as can be told."""
+    names, exclude = settings.get("datasets", list(TUNED_WEIGHTS)), settings.get("exclude")
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    exclude = exclude if isinstance(exclude, list) else []
+    return [name for name in dict.fromkeys(names) if name not in exclude and DATASETS.get(name) not in exclude]
+
+
+def missing_files(settings: dict, datasets: list[str]) -> list[str]:
+    """What the settings name and the disk does not have.
+
+    Args:
+        datasets: names of the datasets that are to be read.
+    """
     problems, root = [], settings.get("data_root")
-    if isinstance(root, str) and not os.path.isdir(root):
-        problems.append(f"data_root {root!r} is not a folder; give the one that holds the datasets' folders")
+    if isinstance(root, str) and any(name in FILES for name in datasets):
+        if not os.path.isdir(root):
+            problems.append(f"data_root {root!r} is not a folder; give the one that holds the datasets' folders")
+        else:
+            for name in filter(FILES.__contains__, datasets):
+                try:
+                    annotation_files(name, root)
+                except FileNotFoundError as error:
+                    problems.append(str(error))
+    templates = settings.get("templates")
+    if isinstance(templates, str) and templates and not os.path.isfile(templates):
+        problems.append(f"templates {templates!r} do not exist; correct the path or leave it out")
     own_datasets = settings.get("own")
     for own in own_datasets if isinstance(own_datasets, list) else ():
         path = own.get("path") if isinstance(own, dict) else None

@@ -8,14 +8,10 @@ from pathlib import Path
 
 import yaml
 
+from .config import CHOICES, OPTION_MARKS
 from .readers import LETTERS, TASKS, TURN
 
 TEMPLATES = Path(__file__).with_name("templates.yaml")
-GRANULARITIES = ("fine", "coarse")
-DIVERSITIES = ("single", "multi", "multi+flip")
-IDENTIFIERS = ("none", "dataset-name", "task-name")
-# How an option is marked; the first character of the alphabet in it is counted on.
-OPTION_MARKS = ("A.", "A)", "(A)", "a.", "a)", "(a)", "1.", "1)", "(1)")
 DIALOGUE_TASKS = ("visual-instruction", "text-instruction")
 
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -64,10 +60,10 @@ class Instructions:
         faults = [
             f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
             for name, allowed in (
-                ("granularity", GRANULARITIES),
-                ("diversity", DIVERSITIES),
-                ("identifiers", IDENTIFIERS),
-                ("option_marks", (*OPTION_MARKS, "random")),
+                ("granularity", CHOICES["granularity"]),
+                ("diversity", CHOICES["diversity"]),
+                ("identifiers", CHOICES["identifiers"]),
+                ("option_marks", CHOICES["marks"]),
             )
             if getattr(self, name) not in allowed
         ]
@@ -196,6 +192,8 @@ def instructize(record: dict, instructions: Instructions, rng: random.Random) ->
         caption = turns[0]["answer"]
         if image is None or caption is None:
             raise BadSample("malformed record", f"a record of {record['dataset']} lacks its image or its caption")
+        if not caption.strip():
+            raise BadSample("empty answer", f"a caption of {record['dataset']}")
         messages = [_message("user", {"type": "image"}), _message("assistant", _words(caption))]
         return {**sample, "messages": messages, "chat_template": "caption"}
 
@@ -286,30 +284,32 @@ def _fill(template: str, values: dict[str, str | None]) -> str:
 def _dialogue(record: dict, instructions: Instructions, rng: random.Random) -> tuple[list[dict], list[str]]:
     turns, skipped = [], []
     for turn in record["turns"]:
-        # None is a turn that the user goes on from; an answer of nothing would teach to say nothing.
+        # None is a turn that the user goes on from or ends with; an answer of nothing would teach to say nothing.
         if turn["answer"] is not None and not turn["answer"].strip():
             skipped.append("empty answer")
         else:
             turns.append(turn)
-    while turns and turns[-1]["answer"] is None:
-        turns.pop()
+    if all(turn["answer"] is None for turn in turns):
+        return [], skipped
     messages = []
     for turn in turns:
         if turn["question"] is not None:
-            content = _place_image(turn["question"]) if record["task"] == "visual-instruction" else None
-            content = content or [_words(turn["question"])]
+            has_image = record["task"] == "visual-instruction" and "<image>" in turn["question"]
+            content = _place_image(turn["question"]) if has_image else [_words(turn["question"])]
             if messages and messages[-1]["role"] == "user":
                 messages[-1]["content"] += content
             else:
                 messages.append(_message("user", *content))
         if turn["answer"] is not None:
             messages.append(_message("assistant", _words(turn["answer"])))
+    if messages[-1]["role"] == "user":
+        messages[-1]["unanswered"] = True  # nothing is learned from it; the official code leaves it in
     placed = sum(item["type"] == "image" for message in messages for item in message["content"])
     images = int(record["image"] is not None)
     if placed > images:
         raise BadSample("malformed record", f"{placed} image placeholders for {images} images")
     # No placeholder, or it went with a question whose answer is empty: the other questions still need the image.
-    if messages and placed < images:
+    if placed < images:
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
             raise BadSample("malformed record", "nobody asks about the image")
@@ -318,13 +318,17 @@ def _dialogue(record: dict, instructions: Instructions, rng: random.Random) -> t
 
 
 def _place_image(question: str) -> list[dict]:
-    """The items of a question with "<image>" in it; one line break on either side belongs to the placeholder."""
-    content = []
-    for place, text in enumerate(question.split("<image>")):
-        if place:
-            content.append({"type": "image"})
-            text = text.removeprefix("\n")
-        text = text.removesuffix("\n") if question.count("<image>") > place else text
-        if text:
-            content.append(_words(text))
+    """The items of a question with "<image>" in it, as the official code reads it.
+
+    One line break between image and text goes. Only where the image opens the question does the text behind it have a
+    role marker of its own; otherwise it continues the image's, its line break included.
+    """
+    before, *others = question.split("<image>")
+    content = [_words(before.removesuffix("\n"))] if before.removesuffix("\n") else []
+    for text in others:
+        content.append({"type": "image"})
+        if before:
+            content += [{**_words(text), "continues": True}] if text else []
+        else:
+            content += [_words(text.removeprefix("\n"))] if text.removeprefix("\n") else []
     return content

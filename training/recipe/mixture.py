@@ -24,6 +24,7 @@ import torch
 from PIL.Image import DecompressionBombError
 from torch.utils.data import get_worker_info
 
+from training.collator import HoneybeeDataCollator, TooLongError
 from training.conversations import EmptyAnswerError, normalize_conversation, open_image
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,10 @@ REASONS = (
     "empty answer",
     "malformed record",
     "malformed conversation",
+    "too long",
 )
+# Columns of the counts: records used, answers in them, records not used; then what was not used by reason, turns included.
+_USED, _ANSWERS, _UNUSABLE, _REASONS = 0, 1, 2, 3
 
 _BLOCK = 1 << 16  # draws whose sources are drawn in one go
 _COUNTER_ROWS = 257  # the main process and up to 256 workers, so that no two processes write to the same row
@@ -198,16 +202,24 @@ def sample_random(seed: int, name: str, index: int, epoch: int) -> random.Random
     return random.Random(f"{seed}/{name}/{index}/{epoch}")
 
 
-def read_sample(source: Source, index: int, rng: random.Random) -> dict:
-    """[`make_sample`] of record `index`, its images loaded as PIL images.
+def read_sample(source: Source, index: int, rng: random.Random, collator: HoneybeeDataCollator | None = None) -> dict:
+    """[`make_sample`] of record `index`, its images loaded as PIL images in RGB.
+
+    Args:
+        collator: the one that gets the sample; what does not fit into its `max_length` is of no use.
 
     Raises:
         UnusableRecordError: nothing can be learned from the record.
     """
     sample = make_sample(source, index, read_record(source, index), rng)
+    if collator is not None:
+        try:
+            collator.check_length(sample["messages"], sample["chat_template"])
+        except _DATA_ERRORS as error:
+            raise unusable("malformed conversation", error) from error
     try:
         sample["images"] = [open_image(image, source.image_root) for image in sample["images"]]
-    except _DATA_ERRORS as error:
+    except Exception as error:  # what decoders raise on broken data has no common class
         raise unusable("corrupt image", error) from error
     return sample
 
@@ -260,6 +272,7 @@ def unusable(stage: str, error: Exception) -> UnusableRecordError:
             FileNotFoundError: "missing image",
             DecompressionBombError: "decompression bomb",
             EmptyAnswerError: "empty answer",
+            TooLongError: "too long",
             OSError: "corrupt image",
         }
         reason = next((reason for kind, reason in kinds.items() if isinstance(error, kind)), stage)
@@ -283,8 +296,9 @@ class Mixture(torch.utils.data.Dataset):
         weights: (sources,) shares, see [`sampling_weights`].
         num_samples: draws in the run: steps times global batch.
         seed: of everything.
-        max_bad_fraction: reading stops when more of the records read than this are of no use,
-        min_checked: once this many were read.
+        max_bad_fraction: reading stops when of the records of a source, or of the turns of those that are used, more
+            than this are of no use: 20 or more of them read, and more than two standard deviations above it.
+        collator: see [`read_sample`]; may be set later, before the first sample is read.
 
     Raises:
         ValueError: sources without records, names given twice.
@@ -298,7 +312,7 @@ class Mixture(torch.utils.data.Dataset):
         num_samples: int,
         seed: int = 0,
         max_bad_fraction: float = 0.1,
-        min_checked: int = 200,
+        collator: HoneybeeDataCollator | None = None,
     ):
         names = [source.name for source in sources]
         if len(set(names)) < len(names):
@@ -306,15 +320,16 @@ class Mixture(torch.utils.data.Dataset):
         if empty := [source.name for source in sources if source.size == 0]:
             raise ValueError(f"no records in {', '.join(empty)}; check the files or leave the datasets out")
         self.sources, self.weights, self.num_samples, self.seed = sources, weights, num_samples, seed
-        self.max_bad_fraction, self.min_checked = max_bad_fraction, min_checked
+        self.max_bad_fraction, self.collator = max_bad_fraction, collator
         self._bounds = np.cumsum(weights)
         # What rounding leaves of the sum goes to the last source that has a weight.
         self._bounds[np.flatnonzero(weights)[-1] :] = np.inf
         self._counts_before = [np.zeros(len(sources), dtype=np.int64)]  # draws of each source before each block
         self._block = (-1, None, None)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # source -> (epoch, permutation)
-        # Workers are processes, and the counts have to reach the one that reports: used and, by reason, skipped.
-        self._counts = torch.zeros(_COUNTER_ROWS, len(sources), 1 + len(REASONS), dtype=torch.int64).share_memory_()
+        # Workers are processes, and the counts have to reach the one that reports.
+        columns = _REASONS + len(REASONS)
+        self._counts = torch.zeros(_COUNTER_ROWS, len(sources), columns, dtype=torch.int64).share_memory_()
         self._warned: set[tuple[str, str]] = set()
 
     def __len__(self) -> int:
@@ -326,12 +341,15 @@ class Mixture(torch.utils.data.Dataset):
         source = self.sources[number]
         for position in itertools.count(visit):
             index, epoch = self._record_at(number, position)
+            rng = sample_random(self.seed, source.name, index, epoch)
             try:
-                sample = read_sample(source, index, sample_random(self.seed, source.name, index, epoch))
+                sample = read_sample(source, index, rng, self.collator)
             except UnusableRecordError as error:
+                self._count(number, _UNUSABLE)
                 self._skip(number, index, error.reason, error)
                 continue
-            self._count(number, 0)
+            self._count(number, _USED)
+            self._count(number, _ANSWERS, sum(message["role"] == "assistant" for message in sample["messages"]))
             for reason in sample.pop("skipped"):
                 self._skip(number, index, reason, "a turn is left out")
             return sample
@@ -365,7 +383,7 @@ class Mixture(torch.utils.data.Dataset):
 
     def as_dataset(self) -> datasets.Dataset:
         """The mixture as what TRL's trainer accepts: a `datasets.Dataset` of draw numbers, made samples on access."""
-        draws = datasets.Dataset.from_dict({"draw": np.arange(self.num_samples)})
+        draws = datasets.Dataset.from_dict({"draw": np.arange(self.num_samples, dtype=np.uint32)})
         draws.set_transform(self._columns)
         return draws
 
@@ -417,34 +435,38 @@ class Mixture(torch.utils.data.Dataset):
 
     # Bad records
 
-    def _count(self, number: int, column: int):
+    def _count(self, number: int, column: int, times: int = 1):
         worker = get_worker_info()
         row = 0 if worker is None else 1 + worker.id % (_COUNTER_ROWS - 1)
-        self._counts.numpy()[row, number, column] += 1
+        self._counts.numpy()[row, number, column] += times
 
     def _skip(self, number: int, index: int, reason: str, detail):
         name = self.sources[number].name
-        self._count(number, 1 + REASONS.index(reason))
+        self._count(number, _REASONS + REASONS.index(reason))
         if (name, reason) not in self._warned:
             self._warned.add((name, reason))
             logger.warning("%s, record %d: %s; others like it are counted", name, index, detail)
-        counts = self._counts.numpy().sum(axis=(0, 1))
-        read, bad = int(counts.sum()), int(counts[1:].sum())
-        if read >= self.min_checked and bad > self.max_bad_fraction * read:
-            raise TooManyBadSamplesError(
-                f"{bad} of {read} records could not be used ({bad / read:.1%}), more than "
-                f"max_bad_fraction={self.max_bad_fraction}: {self.report()}. The last one is record {index} of {name}: "
-                f"{detail}. Repair the files, leave the dataset out, or raise max_bad_fraction"
-            )
+        counts = self._counts.numpy()[:, number].sum(axis=0)
+        records = int(counts[_USED] + counts[_UNUSABLE]), int(counts[_UNUSABLE])
+        turns_out = int(counts[_REASONS:].sum() - counts[_UNUSABLE])
+        limit = self.max_bad_fraction
+        for kind, (read, bad) in (("records", records), ("turns", (int(counts[_ANSWERS]) + turns_out, turns_out))):
+            chance = 2 * (limit * (1 - limit) * read) ** 0.5
+            if read >= 20 and bad > limit * read + chance:
+                raise TooManyBadSamplesError(
+                    f"{bad} of {read} {kind} of {name} could not be used ({bad / read:.1%}), more than "
+                    f"max_bad_fraction={limit}: {self.report()}. The last is in record {index} of {name}: {detail}. Repair "
+                    "the files, leave the dataset out, or raise max_bad_fraction"
+                )
 
     def skipped(self) -> dict[str, dict[str, int]]:
         """How many records and turns were skipped, by dataset and reason, in this process and its workers. A record is
         counted each time that it is read."""
         counts = self._counts.numpy().sum(axis=0)
         return {
-            source.name: {reason: int(n) for reason, n in zip(REASONS, row[1:]) if n}
+            source.name: {reason: int(n) for reason, n in zip(REASONS, row[_REASONS:]) if n}
             for source, row in zip(self.sources, counts)
-            if row[1:].any()
+            if row[_REASONS:].any()
         }
 
     def report(self) -> str:

@@ -7,50 +7,36 @@ A record is
 
 and a turn has the fields of `TURN`, None where its task has no use for them:
 
-    question, answer   vqa-open, and the two sides of a conversation (an answer None: the user speaks again; a question
-                       None: the assistant speaks first); a caption is an answer
+    question, answer   vqa-open, and the two sides of a conversation (an answer None: the user speaks again or has the last
+                       word; a question None: the assistant speaks first); a caption is an answer
     options, context   vqa-multiple-choice; there the answer is the letter of the right one in the order of `options`
     phrase, bbox       referring-expression: "[x1,y1,x2,y2]" in parts of the image's width and height; VSR keeps its caption as phrase
 
 A row that cannot be understood is a record without turns, so that whoever reads it can count it. Sources: the files that
-each dataset's authors publish, at the places of `FILES` below the data root.
+each dataset's authors publish, at the places of `files.FILES` below the data root.
 """
 
+import hashlib
 import json
+import logging
 import os
 import re
+import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from glob import escape, glob, has_magic
 from itertools import chain, islice, zip_longest
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 
 from ..conversations import load_conversations
 from .config import DATASETS as TASKS
+from .files import annotation_files
 from .json_stream import stream_json
 
-FILES = {
-    "blip": ("BLIP/blip_cc_sbu/*.tar", "BLIP/blip_laion/*.tar"),
-    "coyo": ("coyo/coyo100m/*.tar",),
-    "vqav2": ("VQAv2/v2_OpenEnded_mscoco_train2014_questions.json", "VQAv2/v2_mscoco_train2014_annotations.json"),
-    "gqa": ("GQA/annotations/train_balanced_questions_minimal.json",),
-    "ocrvqa": ("OCRVQA/dataset.json",),
-    "vsr": ("VSR/random/train.jsonl",),
-    "sqa": ("ScienceQA/llava_train_QCM-LEPA.json",),
-    "aokvqa": ("A-OKVQA/aokvqa_v1p0_train.json",),
-    "refcoco": ("refcoco/annotations/finetune_refcoco_train.json",),
-    "refcoco_plus": ("refcoco/annotations/finetune_refcoco+_train.json",),
-    "refcocog": ("refcoco/annotations/finetune_refcocog_train.json",),
-    "vg": ("VisualGenome/metadata/image_data.json", "VisualGenome/metadata/region_descriptions.json"),
-    "llava150k": (
-        "llava_instruct_150k/complex_reasoning_77k.json",
-        "llava_instruct_150k/conversation_58k.json",
-        "llava_instruct_150k/detail_23k.json",
-    ),
-    "sharegpt": ("Vicuna/llava_v1_5_sharegpt40k.json",),
-}
+logger = logging.getLogger(__name__)
 
 _STRING = Value("string")
 TURN = {
@@ -69,33 +55,6 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError)
 
 Converter = Callable[[object], tuple[str | None, list[dict]]]
-
-
-def annotation_files(name: str, root: str) -> list[str]:
-    """Paths of the files that a dataset is read from, shards expanded, in reading order.
-
-    Raises:
-        ValueError: no such dataset.
-        FileNotFoundError: every path that is missing, at once.
-    """
-    if name not in FILES:
-        raise ValueError(f"dataset {name!r} has no reader; there are {', '.join(FILES)}")
-    paths, missing = [], []
-    for pattern in FILES[name]:
-        path = os.path.join(root, pattern)
-        if has_magic(pattern):
-            found = sorted(glob(os.path.join(escape(root), pattern)))
-        else:
-            found = [path] if os.path.isfile(path) else []
-        paths += found
-        if not found:
-            missing.append(path)
-    if missing:
-        raise FileNotFoundError(
-            f"dataset {name!r} lacks {', '.join(missing)}; put the files there, correct the data root {root!r}, or leave "
-            "the dataset out"
-        )
-    return paths
 
 
 def _text(value) -> str:
@@ -126,11 +85,14 @@ def _records(name: str, rows: Iterable, convert: Converter) -> Iterator[dict]:
 
 def _cached(name: str, root: str, generate: Callable[..., Iterator[dict]]) -> Dataset:
     paths = annotation_files(name, root)
-    # The cache knows the arguments alone: with these two an edited file is read again.
-    stamp = tuple((os.path.getsize(path), os.path.getmtime(path)) for path in paths)
+    # The cache knows the arguments alone: with these an edited file is read again, and so is every file by another reader.
+    stamp = tuple((os.path.getsize(path), os.path.getmtime(path)) for path in paths) + _CODE
     arguments = {"name": name, "root": root, "paths": tuple(paths), "stamp": stamp}
     blocks = Dataset.from_generator(
-        _generate_blocks, features=_BLOCK, gen_kwargs={"generate": generate, "arguments": arguments}
+        _generate_blocks,
+        features=_BLOCK,
+        gen_kwargs={"generate": generate, "arguments": arguments},
+        writer_batch_size=8,  # blocks that are held in memory; 1000 by default
     )
     return (
         blocks.with_format("arrow")
@@ -138,6 +100,7 @@ def _cached(name: str, root: str, generate: Callable[..., Iterator[dict]]) -> Da
             _as_records,
             batched=True,
             batch_size=8,
+            writer_batch_size=8 * _BLOCK_ROWS,
             remove_columns=blocks.column_names,
             features=FEATURES,
             fn_kwargs={"name": name},
@@ -146,6 +109,11 @@ def _cached(name: str, root: str, generate: Callable[..., Iterator[dict]]) -> Da
         .with_format(None)
     )
 
+
+_CODE = tuple(
+    hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()
+    for name in ("readers.py", "json_stream.py", "turns.py")
+)
 
 # `datasets` takes most of a minute to encode a million rows of nested values one by one, and little for columns of them.
 _BLOCK_ROWS = 1000
@@ -227,9 +195,13 @@ def _generate_ocrvqa(name, root, paths, stamp):
 
 
 def as_question(caption: str) -> str:
-    """VSR's statement as a question: "The cat is on the mat." becomes "Is the cat on the mat?"."""
+    """VSR's statement as a question: "The cat is on the mat." becomes "Is the cat on the mat?".
+
+    As in the official code every dot becomes a question mark; one is added where there is none at the end.
+    """
     parts = [part.strip() for part in re.split(r"\bis\b", caption, maxsplit=1)]
-    return "Is " + " ".join(parts).lower().strip().removesuffix(".") + "?"
+    question = "Is " + " ".join(parts).lower().strip().replace(".", "?")
+    return question if question.endswith("?") else question + "?"
 
 
 def _generate_vsr(name, root, paths, stamp):
@@ -327,7 +299,7 @@ def _generate_vg(name, root, paths, stamp):
 
 
 def _dialogue(messages: Iterable[tuple[str, str]]) -> list[dict]:
-    """Turns of (role, text) pairs; what the user says last, unanswered, teaches nothing and is left out."""
+    """Turns of (role, text) pairs."""
     turns = []
     for role, text in messages:
         if role == "human":
@@ -336,8 +308,6 @@ def _dialogue(messages: Iterable[tuple[str, str]]) -> list[dict]:
             turns[-1]["answer"] = text
         else:
             turns.append(_turn(answer=text))
-    while turns and turns[-1]["answer"] is None:
-        turns.pop()
     return turns
 
 
@@ -365,22 +335,54 @@ def _generate_sharegpt(name, root, paths, stamp):
     yield from _records(name, stream_json(paths[0]), convert)
 
 
-def _pair_record(row: dict, name: str) -> dict:
-    turns = [] if row["txt"] is None else [_turn(answer=row["txt"])]
-    return {"dataset": name, "task": TASKS[name], "image": row["jpg"], "turns": turns}
+def _generate_pairs(name: str, paths: list[str]) -> Iterator[dict]:
+    """The samples of webdataset tars: neighbouring members whose names agree up to the first dot.
+
+    `datasets` reads them too, but an undecodable member that nobody needs (img2dataset adds a .json) ends its stream.
+    """
+
+    def pair(files: dict[str, tuple[str, bytes]]) -> dict:
+        path, image = files.get("jpg", (None, None))
+        try:
+            caption = files["txt"][1].decode()
+        except (KeyError, UnicodeDecodeError):
+            caption = None
+        return {
+            "dataset": name,
+            "task": TASKS[name],
+            "image": None if image is None else {"path": path, "bytes": image},
+            "turns": [] if caption is None else [_turn(answer=caption)],
+        }
+
+    for tar_path in paths:
+        key, files = None, {}
+        try:
+            with tarfile.open(tar_path, "r|*") as tar:
+                for member in tar:
+                    if not member.isfile():
+                        continue
+                    folder, base = os.path.split(member.name)
+                    base, _, extension = base.partition(".")
+                    if files and (folder, base) != key:
+                        yield pair(files)
+                        files = {}
+                    key = folder, base
+                    extension = extension.lower()
+                    files[extension] = (
+                        member.name,
+                        tar.extractfile(member).read() if extension in ("jpg", "txt") else b"",
+                    )
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            logger.warning("%s: %s; what is left of it is one malformed record", tar_path, error)
+            files = {"": ("", b"")}
+        if files:
+            yield pair(files)
 
 
 def _stream_tars(name: str, root: str) -> IterableDataset:
-    # Given features keep `datasets` from guessing them from the first five samples, of which one may be broken.
-    features = Features({"jpg": Image(decode=False), "txt": _STRING, "__key__": _STRING, "__url__": _STRING})
-    shards = load_dataset(
-        "webdataset",
-        data_files={"train": annotation_files(name, root)},
-        split="train",
-        streaming=True,
-        features=features,
+    return IterableDataset.from_generator(
+        _generate_pairs, features=STREAMED_FEATURES, gen_kwargs={"name": name, "paths": annotation_files(name, root)}
     )
-    return shards.map(_pair_record, fn_kwargs={"name": name}, remove_columns=list(features), features=STREAMED_FEATURES)
 
 
 def read_blip(root: str) -> IterableDataset:

@@ -6,6 +6,9 @@ import random
 from functools import partial
 
 from datasets import IterableDataset
+from datasets.exceptions import DatasetsError
+
+from training.collator import HoneybeeDataCollator
 
 from .config import DATASETS, OwnDataset, Recipe, RecipeError
 from .instructize import Instructions, instructize
@@ -36,15 +39,23 @@ def open_sources(recipe: Recipe, path: str = "the recipe") -> list[Source]:
     """
     problems, sources = [], []
     try:
-        instructions = Instructions(recipe.granularity, recipe.diversity, recipe.identifiers)
-    except ValueError as error:
+        instructions = Instructions(
+            recipe.granularity,
+            recipe.diversity,
+            recipe.identifiers,
+            recipe.options.shuffle,
+            recipe.options.marks,
+            recipe.options.answer_with_text,
+            recipe.templates or None,
+        )
+    except (ValueError, OSError) as error:
         raise RecipeError([str(error)], path) from error
     own_datasets = {own.name: own for own in recipe.own}
     for name in recipe.chosen():
         try:
             sources.append(_open(name, own_datasets.get(name), recipe, instructions))
-        except (ValueError, OSError) as error:
-            problems.append(f"{name}: {error}")
+        except (ValueError, OSError, DatasetsError) as error:
+            problems.append(f"{name}: {error.__cause__ or error}")  # `datasets` wraps what a reader raises
     if problems:
         raise RecipeError(problems, path)
     return sources
@@ -64,12 +75,17 @@ def _open(name: str, own: OwnDataset | None, recipe: Recipe, instructions: Instr
     return Source(name, DATASETS[name], records, render)
 
 
-def open_mixture(recipe: Recipe, num_samples: int, path: str = "the recipe") -> Mixture:
+def open_mixture(
+    recipe: Recipe, num_samples: int, path: str = "the recipe", collator: HoneybeeDataCollator | None = None
+) -> Mixture:
     """The recipe's mixture for a run of `num_samples` samples: steps times global batch.
+
+    Args:
+        collator: the trainer's; samples that do not fit into its `max_length` are counted and left out.
 
     Raises:
         RecipeError: every dataset that cannot be opened.
     """
     sources = open_sources(recipe, path)
     weights = sampling_weights(sources, recipe.balancing, recipe.weights)
-    return Mixture(sources, weights, num_samples, recipe.seed, recipe.max_bad_fraction)
+    return Mixture(sources, weights, num_samples, recipe.seed, recipe.max_bad_fraction, collator)

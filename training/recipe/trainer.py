@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our trainer on a [`Mixture`]."""
 
-import json
 import logging
 import os
 
 from torch.utils.data import SequentialSampler
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from training.trainer import HoneybeeTrainer
 
 from .mixture import Mixture
 
 logger = logging.getLogger(__name__)
-
-STATE_FILE = "mixture.json"
 
 
 class MixtureTrainer(HoneybeeTrainer):
@@ -25,33 +23,29 @@ class MixtureTrainer(HoneybeeTrainer):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 
-class MixtureCallback(TrainerCallback):
-    """Saves with each checkpoint what was mixed and skipped, checks it on resuming, and reports at the end.
+class MixtureCallback(TrainerCallback, ExportableState):
+    """Keeps in the trainer's state what was mixed and skipped, checks it on resuming, and reports at the end.
 
     Args:
         mixture: the one that is trained on.
         checkpoint: folder that the run resumes from, or None.
 
     Raises:
-        ValueError: the checkpoint is of another mixture.
-        FileNotFoundError: it is of a run without a mixture.
+        ValueError: the checkpoint is of another mixture, or of a run without one.
     """
 
     def __init__(self, mixture: Mixture, checkpoint: str | None = None):
         self.mixture = mixture
         if checkpoint is not None:
-            path = os.path.join(checkpoint, STATE_FILE)
-            if not os.path.isfile(path):
-                raise FileNotFoundError(f"{path!r} does not exist: the checkpoint is of a run without this mixture")
-            with open(path, encoding="utf-8") as file:
-                mixture.load_state_dict(json.load(file))
+            state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+            saved = state.stateful_callbacks.get(type(self).__name__)
+            if saved is None:
+                raise ValueError(f"{checkpoint!r} is the checkpoint of a run without a mixture; start a new run")
+            mixture.load_state_dict(saved["attributes"]["mixture"])
 
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            # The trainer has made the folder and written its state by now.
-            folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-            with open(os.path.join(folder, STATE_FILE), "w", encoding="utf-8") as file:
-                json.dump(self.mixture.state_dict(), file)
+    def state(self) -> dict:
+        """For `trainer_state.json`."""
+        return {"args": {}, "attributes": {"mixture": self.mixture.state_dict()}}
 
     def on_train_end(self, args, state, control, **kwargs):
         logger.info("Records skipped (process %d): %s", args.process_index, self.mixture.report())

@@ -5,12 +5,14 @@ import json
 import random
 
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 from processing import prepare_tokenizer
 from processing.processing_honeybee import GUARD
 from tests.golden import FULL, TOKENIZER
 from tests.tiny import tiny_processor
+from training import preview
 from training.collator import HoneybeeDataCollator
 from training.recipe.instructize import Instructions, instructize
 from training.recipe.readers import READERS
@@ -76,8 +78,6 @@ def settings(line: dict) -> Instructions:
 # Where the official output is wrong and ours is not; each is checked below.
 STATEMENTS = {("vsr", 1), ("vsr", 2), ("vsr", 3), ("vsr", 4)}  # "is" split inside words; no "?" without a dot
 BRACKETS = {("sqa", 3)}  # "vitamin (B)" taken for an option
-# Text behind an image in the middle of a question: in the chat format it has its own marker.
-MIDDLE = {("llava150k", 2)}
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -105,7 +105,7 @@ def test_every_line(name, collator):
             if expected_image is not None:
                 assert record["image"].endswith(expected_image.removeprefix("./data").removeprefix("data"))
         place = (name, line.get("index"))
-        if place in STATEMENTS | BRACKETS | MIDDLE:
+        if place in STATEMENTS | BRACKETS:
             assert line["text"] not in ours
             compared["different on purpose"] += 1
         elif line.get("repeated_visit"):
@@ -125,21 +125,39 @@ def test_every_line(name, collator):
     assert compared["equal"] > 0
 
 
-def test_what_differs_on_purpose(collator):
+@pytest.mark.parametrize(
+    "datasets, epochs", [(["sqa", "aokvqa"], 300), ([name for name in READERS if name not in ("sqa", "aokvqa")], 20)]
+)
+def test_preview_writes_the_official_texts(datasets, epochs, tmp_path):
+    config, file = tmp_path / "recipe.yaml", tmp_path / "samples.jsonl"
+    settings = {"data_root": str(DATA / "raw" / "data"), "datasets": datasets, "balancing": "per-dataset"}
+    config.write_text(yaml.safe_dump({"mixture": settings}))
+    preview.main(["--config", str(config), "--jsonl", str(file), "--epochs", str(epochs), "--show", "0"])
+    ours = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    texts = {(line["dataset"], line["text"]) for line in ours}
+    compared = 0
+    for name in datasets:
+        for line in lines(f"{FILES[name]}.jsonl"):
+            if (name, line.get("index")) in STATEMENTS | BRACKETS or line.get("repeated_visit") or line.get("option"):
+                continue
+            assert (name, line["text"]) in texts, line["text"]
+            compared += 1
+    assert compared > 30
+
+
+def test_what_differs_on_purpose():
     root = str(DATA / "raw" / "data")
     statements = merge_turns(READERS["vsr"](root), 1)
     assert [record["turns"][0]["question"] for record in statements] == [
         "Is the cat behind the laptop?",
         "Is the dishes are near the person?",
         "Is the bus left of this island?",
-        "Is the bowl above the u.s. flag?",
+        "Is the bowl above the u?s? flag?",
         "Is a disc at the right side of the fish?",
     ]
     (turn,) = merge_turns(READERS["sqa"](root), 1)[3]["turns"]
     assert turn["options"] == ["Does vitamin (B) help?", "Does it glow?", "Neither"]
     assert turn["answer"] == "C"
-    sample = instructize(READERS["llava150k"](root)[2], Instructions(), random.Random(0))
-    assert rendered(sample, collator).endswith("\nHuman: Tell me\nHuman: <image>\nHuman: more please\nAI: More.")
 
 
 def simplified(turn: dict) -> dict:

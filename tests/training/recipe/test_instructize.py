@@ -8,7 +8,8 @@ import yaml
 
 from processing.processing_honeybee import SYSTEM_BASE
 from training.conversations import normalize_conversation
-from training.recipe.instructize import OPTION_MARKS, TEMPLATES, BadSample, Instructions, instructize, load_templates
+from training.recipe.config import OPTION_MARKS
+from training.recipe.instructize import TEMPLATES, BadSample, Instructions, instructize, load_templates
 from training.recipe.readers import TASKS, TURN
 
 SHORT = "Answer the question using a single word or phrase. "
@@ -186,7 +187,8 @@ def dialogue(*turns, dataset="llava150k", image="a.jpg"):
         ("What?\n<image>", ["What?", "<image>"]),
         ("What?", ["<image>", "What?"]),
         ("<image>", ["<image>"]),
-        ("See\n\n<image>\n\nthere", ["See\n", "<image>", "\nthere"]),
+        ("See\n\n<image>\n\nthere", ["See\n", "<image>", "\n\nthere"]),
+        ("See <image> there", ["See ", "<image>", " there"]),
     ],
 )
 def test_where_the_image_of_a_dialogue_stands(question, expected):
@@ -201,6 +203,12 @@ def test_dialogues_keep_who_speaks_when():
     sample = instructize(dialogue(*turns, dataset="sharegpt", image=None), Instructions(), random.Random(0))
     assert [message["role"] for message in sample["messages"]] == ["system", "assistant", "user", "assistant"]
     assert worded(sample)[1:] == ["I begin", "a <image>", "b", "c"], "without an image it is but text"
+
+
+def test_the_last_question_may_stay_unanswered():
+    sample = instructize(dialogue(("a", "b"), ("c", None)), Instructions(), random.Random(0))
+    assert sample["messages"][-1] == {"role": "user", "content": [{"type": "text", "text": "c"}], "unanswered": True}
+    assert normalize_conversation(sample)[0] == sample["messages"]
 
 
 def test_bad_turns_are_left_out_and_named():
@@ -225,6 +233,7 @@ def test_bad_turns_are_left_out_and_named():
         (record("aokvqa", question="q", options=["a"], answer=""), "empty answer"),
         (record("coyo", image=None, answer="words"), "malformed record"),
         (record("coyo"  , question="words"), "malformed record"),
+        (record("coyo", answer=" \n"), "empty answer"),
         (dialogue(("<image> <image>", "a")), "malformed record"),
         (dialogue(("<image>", "a"), image=None), "malformed record"),
         (dialogue((None, "a")), "malformed record"),

@@ -12,6 +12,7 @@ from processing.processing_honeybee import SYSTEM_BASE
 from tests.tiny import REPOSITORY, picture, run_script, tiny_processor
 from training import preview
 from training.collator import HoneybeeDataCollator
+from training.quickstart import recipe_data
 from training.recipe.mixture import Source, Stream
 
 
@@ -80,6 +81,33 @@ def test_jsonl(sources, tmp_path, capsys):
     assert "Wrote 2 samples" in capsys.readouterr().out
 
 
+def test_captions_are_written_as_the_official_code_does(sources, tmp_path):
+    show(sources, "--jsonl", tmp_path / "out.jsonl", "--epochs", 2)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == [0, 2, 0, 2, 0, 0]
+    assert lines[-1]["text"] == "[NO_PROMPT] <image> the old bridge"
+
+
+def test_without_arguments_it_makes_a_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    preview.main([])
+    out = capsys.readouterr().out
+    assert "in a run of 1,600 samples" in out and "Skipped" not in out
+    assert all(f"--- {name} 1 " in out for name in recipe_data.DATASETS)
+    page = (tmp_path / "outputs" / "recipe" / "preview.html").read_text()
+    assert page.count('<img src="data:image/jpeg;base64,') == 14 and 'class="no"' not in page
+    assert page.count("no image") == 2, "of ShareGPT"
+
+
+def test_the_length_of_the_run(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("{max_steps: 10, per_device_train_batch_size: 4, gradient_accumulation_steps: 2}")
+    assert preview.run_length(str(path), processes=3) == 240
+    path.write_text("mixture: {}")
+    assert preview.run_length(str(path), processes=3) == 4000 * 128
+
+
 def test_page(sources, tmp_path):
     show(sources, "--html", tmp_path / "out.html")
     page = (tmp_path / "out.html").read_text()
@@ -99,7 +127,7 @@ def test_mean_tokens_are_the_collators(sources, tmp_path, capsys):
     )
     mean = np.mean([len(row["input_ids"]) for row in batch])
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("vqav2"))
-    assert row.split()[-2:] == ["300.00", f"{mean:.1f}"]
+    assert row.split()[-2:] == ["300.00", f"{mean:.0f}"]
 
 
 def test_errors_end_the_script_with_all_problems(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 from datasets import Dataset, IterableDataset, load_from_disk
 
 from tests.tiny import picture
-from training.recipe.readers import FEATURES, FILES, READERS, TASKS, annotation_files, read_messages, split_options
+from training.recipe.files import FILES, annotation_files
+from training.recipe.readers import FEATURES, READERS, TASKS, read_messages, split_options
 from training.recipe.readers import as_question as question
 from training.recipe.turns import merge_turns
 
@@ -38,7 +39,7 @@ def test_every_dataset_has_a_reader_a_task_and_files():
     [
         ("The cat is behind the laptop.", "Is the cat behind the laptop?"),
         ("This dish is near an island that is small.", "Is this dish near an island that is small?"),
-        ("The dog is in the U.S. van", "Is the dog in the u.s. van?"),
+        ("The dog is in the U.S. van", "Is the dog in the u?s? van?"),
     ],
 )
 def test_statements_become_questions(caption, expected):
@@ -161,7 +162,12 @@ def test_dialogues_as_turns(tmp_path):
     rows = [{"conversations": [{"from": role, "value": text} for role, text in said]}]
     write(tmp_path, FILES["sharegpt"][0], rows)
     (record,) = READERS["sharegpt"](str(tmp_path))
-    assert turns(record) == [{"question": "a"}, {"question": "b", "answer": "c"}, {"answer": "d"}]
+    assert turns(record) == [
+        {"question": "a"},
+        {"question": "b", "answer": "c"},
+        {"answer": "d"},
+        {"question": "unanswered"},
+    ]
 
 
 def test_the_second_start_reads_the_cache_and_an_edited_file_is_read_again(tmp_path):
@@ -180,7 +186,7 @@ def test_tars_stream(tmp_path):
             for sample in range(3):
                 jpeg = BytesIO()
                 picture(sample).save(jpeg, "JPEG")
-                members = {"jpg": jpeg.getvalue() if sample else b"no image", "json": b"{}", "txt": b" words\n"}
+                members = {"jpg": jpeg.getvalue() if sample else b"no image", "json": b"no json", "txt": b" words\n"}
                 if sample == 2:
                     del members["txt"]
                 for extension, content in members.items():
@@ -191,7 +197,14 @@ def test_tars_stream(tmp_path):
     assert isinstance(dataset, IterableDataset) and dataset.num_shards == 2
     records = list(dataset)
     assert [turns(record) for record in records] == [[{"answer": " words\n"}], [{"answer": " words\n"}], []] * 2
-    assert records[0]["image"]["bytes"] == b"no image", "an image is decoded by whoever counts the broken ones"
+    assert records[0]["image"] == {"path": "0.jpg", "bytes": b"no image"}, "it is decoded by whoever counts"
+
+    whole = (folder / "00000.tar").read_bytes()
+    (folder / "00000.tar").write_bytes(whole.replace(b" words\n", b" w\xffrds\n", 1))
+    (folder / "00001.tar").write_bytes(whole[: whole.index(b"1.txt") + 600])
+    records = list(READERS["coyo"](str(tmp_path)))
+    assert [len(record["turns"]) for record in records] == [0, 1, 0, 1, 0], "text that is none, and a tar cut short"
+    assert records[-1]["image"] is None
 
 
 def test_conversational_datasets_by_their_columns(tmp_path):

@@ -47,6 +47,13 @@ def test_the_rows_cover_every_axis_and_value():
     assert scores["balancing=per-task"] == 67.4 and scores["turns.deduplicate={}"] == 69.6 and scores[None] == 70.6
 
 
+def test_the_readme_lists_every_row():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for row in ROWS:
+        override = f"`{row['override']}`" if row["override"] else "none"
+        assert f"| {row['axis']} | {row['row']} | {override} | {row.get('average', '')} |" in text
+
+
 def test_combination():
     def chosen(*overrides):
         return parse_recipe(SETTINGS, list(overrides)).chosen()
@@ -68,6 +75,8 @@ mixture:
   balanceing: per-task
   balancing: by-size
   weights: {vqav2: -1, gqa: many, nobody: 1}
+  seed: 1
+  seed: 2
   granularity: 3
   exclude: [everything]
   turns: {max_turns: {vqav2: 0}, keep: last, key: answer}
@@ -99,6 +108,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
         ["own mine: columns='chat'", "completion"],
         ["own[1].path is missing"],
         ["max_bad_fraction=3.0", "less than 1"],
+        ["'seed' is there twice (line 10)"],
         ["data_root 'no/such/folder' is not a folder"],
         ["path './no_such.jsonl' does not exist"],
     ):
@@ -143,9 +153,16 @@ def test_files_without_a_recipe(tmp_path):
 
 def test_a_file_is_read_with_its_overrides(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({"learning_rate": 1e-4, "mixture": {**SETTINGS, "data_root": str(tmp_path)}}))
+    (tmp_path / "VSR" / "random").mkdir(parents=True)
+    (tmp_path / "VSR" / "random" / "train.jsonl").touch()
+    settings = {**SETTINGS, "data_root": str(tmp_path), "datasets": ["vsr"]}
+    path.write_text(yaml.safe_dump({"learning_rate": 1e-4, "mixture": settings}))
     assert load_recipe(str(path), ["diversity=multi"]).diversity == "multi"
     with pytest.raises(RecipeError, match="'gone' is not a folder"):
         load_recipe(str(path), ["data_root=gone"])
-    path.write_text(yaml.safe_dump({"mixture": {"data_root": "gone"}}))
+    with pytest.raises(RecipeError, match="2 problems\n  - .*'sqa' lacks .*LEPA.json.*\n.*'gqa' lacks"):
+        load_recipe(str(path), ["datasets=[vsr, sqa, gqa, vg]", "exclude=[vg]"])
+    with pytest.raises(RecipeError, match="3 problems\n(.*\n)+  - .*'sqa' lacks"):
+        load_recipe(str(path), ["datasets=[vsr, sqa, gqa]", "exclude=[gqa]", "templates=none.yaml", "balancing=fair"])
+    path.write_text(yaml.safe_dump({"mixture": {"data_root": "gone", "datasets": ["vsr"]}}))
     assert load_recipe(str(path), [f"data_root={tmp_path}"]).data_root == str(tmp_path)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from tests.tiny import picture, tiny_processor
 from training import preview
-from training.collator import HoneybeeDataCollator
+from training.collator import HoneybeeDataCollator, TooLongError
 from training.recipe.config import RecipeError, load_recipe
 from training.recipe.sources import open_mixture, open_sources
 
@@ -98,14 +98,82 @@ def test_the_preview_of_a_file(config, tmp_path, capsys):
     assert "Is the cat on mat 0? Please answer yes or no.\nAI: «no»" in capsys.readouterr().out
 
 
-def test_all_missing_files_are_said_at_once(config):
-    recipe = load_recipe(config, ["datasets=[vsr, gqa, sqa]"])
+def test_all_broken_files_are_said_at_once(config, tmp_path):
+    for path in ("GQA/annotations/train_balanced_questions_minimal.json", "ScienceQA/llava_train_QCM-LEPA.json"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text("[3, ")
+    recipe = load_recipe(config, ["datasets=[gqa, sqa]", f"data_root={tmp_path}"])
     with pytest.raises(RecipeError) as error:
         open_sources(recipe, config)
     assert len(error.value.problems) == 2 and str(error.value).startswith(f"{config}: 2 problems")
-    assert "gqa: " in str(error.value) and "llava_train_QCM-LEPA.json" in str(error.value)
+    assert "gqa: " in str(error.value) and "llava_train_QCM-LEPA.json' is not valid JSON" in str(error.value)
 
 
 def test_weights_follow_the_recipe(config):
     recipe = load_recipe(config, ["balancing=per-dataset-tuned", "weights={vsr: 1, coyo: 3, mine: 0}"])
     np.testing.assert_allclose(open_mixture(recipe, 10).weights, [0.25, 0.75, 0])
+
+
+def test_bad_files_are_counted_by_dataset_and_reason(tmp_path, monkeypatch):
+    """From annotation files and images on disk: everything that can be wrong with a sample, once."""
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10_000)
+    images = tmp_path / "VSR" / "images" / "train2017"
+    images.mkdir(parents=True)
+    for i in range(40):
+        picture(i).save(images / f"{i}.jpg")
+    (images / "1.jpg").write_bytes((images / "1.jpg").read_bytes()[:-200])
+    (images / "2.jpg").write_text("<html>not found</html>")
+    (images / "3.jpg").write_bytes(b"")
+    picture(4, (200, 150)).save(images / "4.jpg")
+    (images / "5.jpg").unlink()
+    rows = [{"image_link": f"http://x/train2017/{i}.jpg", "caption": f"The cat is {i}.", "label": 1} for i in range(40)]
+    rows[6]["label"] = None
+    rows[7] = {"caption": "The cat is black."}
+    rows[8]["caption"] = "The cat is " + "very " * 400 + "long."
+    write_jsonl(tmp_path / "VSR" / "random" / "train.jsonl", [*rows, "no row"])
+    said = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": " "}]
+    (tmp_path / "Vicuna").mkdir()
+    (tmp_path / "Vicuna" / "llava_v1_5_sharegpt40k.json").write_text(
+        json.dumps([{"conversations": said}] + [{"conversations": [said[0], {"from": "gpt", "value": "I."}]}] * 20)
+    )
+    settings = {
+        "data_root": str(tmp_path),
+        "datasets": ["vsr", "sharegpt"],
+        "balancing": "per-dataset",
+        "max_bad_fraction": 0.4,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"mixture": settings}))
+    collator = HoneybeeDataCollator(tiny_processor(), max_length=512)
+    mixture = open_mixture(load_recipe(str(path)), 160, str(path), collator)
+    samples = list(map(mixture.__getitem__, range(160)))
+    good = {f"Is the cat {i}?" for i in [0, *range(9, 40)]}
+    asked = [s["messages"][1]["content"][-1]["text"] for s in samples if s["dataset"] == "vsr"]
+    assert {text.split(". ")[1].partition("?")[0] + "?" for text in asked} == good
+    skipped = mixture.skipped()
+    assert skipped["vsr"].keys() == {
+        "corrupt image",
+        "decompression bomb",
+        "missing image",
+        "malformed record",
+        "too long",
+    }
+    assert skipped["vsr"]["corrupt image"] >= 3 and skipped["vsr"]["malformed record"] >= 3
+    assert skipped["sharegpt"].keys() == {"empty answer"}
+    collator(samples[:8])
+
+
+def test_what_does_not_fit_is_named():
+    processor = tiny_processor(num_image_tokens=16)
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it? " * 3}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a dog"}]},
+    ]
+    (row,) = HoneybeeDataCollator(processor).tokenize([(messages, "default")])
+    answer = [label != -100 for label in row["labels"]].index(True)
+    image = row["input_ids"].index(processor.image_token_id) + processor.num_image_tokens
+    HoneybeeDataCollator(processor, max_length=answer + 1).check_length(messages, "default")
+    with pytest.raises(TooLongError, match="nothing of the answer is left"):
+        HoneybeeDataCollator(processor, max_length=answer).check_length(messages, "default")
+    with pytest.raises(TooLongError, match="cut an image"):
+        HoneybeeDataCollator(processor, max_length=image - 1).check_length(messages, "default")

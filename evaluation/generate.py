@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy answers of a Honeybee to the questions of a benchmark, in batches, over one or several processes."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from evaluation.prompts import Question, render
+from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
+from processing import HoneybeeProcessor
+
+
+def model_folder(name: str) -> Path:
+    """A local folder as it is, or the snapshot of a Hub name.
+
+    Raises:
+        ValueError: it is not there, or holds no Honeybee.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise ValueError(f"--model {name} does not exist; give a folder with a saved Honeybee, or a Hub name")
+        try:
+            folder = Path(snapshot_download(name))
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise ValueError(f"--model {name} is no folder, and cannot be downloaded as a Hub name: {error}") from error
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(
+            f"--model {name} has no config.json; give a folder that save_pretrained wrote "
+            "(an adapter is merged first: README, Train your own)"
+        )
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    if kind != HoneybeeConfig.model_type:
+        raise ValueError(
+            f"--model {name} is of type {kind!r}, not {HoneybeeConfig.model_type!r}; give a saved Honeybee "
+            "(an official checkpoint is converted first: README, Use an official checkpoint)"
+        )
+    return folder
+
+
+def load(folder: Path, dtype: str, device: torch.device, device_map: str | None):
+    """Model in eval mode, and processor.
+
+    Raises:
+        ValueError: the two do not belong together.
+    """
+    processor = HoneybeeProcessor.from_pretrained(folder)
+    dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = HoneybeeForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map=device_map)
+    if device_map is None:
+        model.to(device)
+    if processor.num_image_tokens != model.config.num_image_tokens:
+        raise ValueError(
+            f"{folder}: the processor makes {processor.num_image_tokens} tokens of an image, the model "
+            f"{model.config.num_image_tokens}; save the processor with num_image_tokens={model.config.num_image_tokens}"
+        )
+    return model.eval(), processor
+
+
+def share(questions: list[Question], prompts: dict[str, str], batch_size: int, rank: int, world: int):
+    """The batches of one process: sorted by length, longest first, dealt out in turn."""
+    ordered = sorted(questions, key=lambda q: (-len(prompts[q.id]), q.image is None))
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    return batches[rank::world]
+
+
+@torch.inference_mode()
+def answer(
+    model, processor, batches: list[list[Question]], max_new_tokens: int, template: str = "task"
+) -> Iterator[list[tuple[Question, str]]]:
+    """For each batch its questions with the model's answers.
+
+    Raises:
+        ValueError: an image that cannot be read, by question.
+    """
+    device = next(model.parameters()).device
+    for batch in batches:
+        try:
+            images = [q.image() if callable(q.image) else q.image for q in batch if q.image is not None]
+            inputs = processor(
+                images=images or None,
+                text=[render(q, processor, template) for q in batch],
+                add_special_tokens=False,
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"one of the questions {', '.join(repr(q.id) for q in batch)}: {error}") from error
+        inputs = inputs.to(device, model.dtype)
+        # The checkpoint's own generation settings may sample; a benchmark does not.
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=processor.tokenizer.pad_token_id,
+        )
+        new = output[:, inputs["input_ids"].shape[1] :]
+        yield list(zip(batch, processor.tokenizer.batch_decode(new, skip_special_tokens=True)))

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predictions on disk: appended while a run goes on, found again by the next one, never mixed with another run's.
+
+A task's folder has `run.json` (what was asked of which model) and `predictions.jsonl`. Processes after the first write
+`predictions.rank1.jsonl` and so on; these are joined when all are done, or when a run continues.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+PREDICTIONS = "predictions.jsonl"
+
+
+def write_json(path: Path, data) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def fingerprint(folder: str | Path) -> str:
+    """12 hexadecimal digits that tell models apart: every small file, and a sample of every tensor.
+
+    Files are read in part only: a few rows of each tensor, so that a 13B model takes seconds.
+    """
+    from safetensors import safe_open
+
+    digest = hashlib.sha256()
+    folder = Path(folder)
+    for name in ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json"):
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    weights = sorted(folder.glob("*.safetensors"))
+    for path in weights:
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                part = file.get_slice(name)
+                shape = part.get_shape()
+                digest.update(f"{name} {shape} {part.get_dtype()}".encode())
+                if not shape:
+                    digest.update(str(file.get_tensor(name).item()).encode())
+                for row in sorted({0, shape[0] // 2, shape[0] - 1}) if shape and shape[0] else ():
+                    digest.update(repr(part[row : row + 1].flatten()[:256].tolist()).encode())
+    if not weights:
+        for path in sorted(folder.glob("*.bin")):
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                for at in range(0, path.stat().st_size, max(1, path.stat().st_size // 256)):
+                    file.seek(at)
+                    digest.update(file.read(1024))
+    return digest.hexdigest()[:12]
+
+
+def read_lines(path: Path, torn: bool = False) -> list[dict]:
+    """The objects of a JSONL file.
+
+    Args:
+        torn: the last line may be incomplete, left by a killed run, and is then cut off the file.
+
+    Raises:
+        ValueError: a line is no JSON object.
+    """
+    data = path.read_bytes()
+    if torn and data and not data.endswith(b"\n"):
+        last = data.rfind(b"\n") + 1
+        try:
+            json.loads(data[last:])
+            data += b"\n"  # complete but for the line end
+        except ValueError:
+            data = data[:last]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    records = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number} is not a JSON object ({error}); repair or remove the line"
+            ) from error
+        records.append(record)
+    return records
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    os.replace(temporary, path)
+
+
+def append_lines(path: Path, records: list[dict]) -> None:
+    """In one write, and on the disk when this returns."""
+    with path.open("ab") as file:
+        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def part_of_rank(folder: Path, rank: int) -> Path:
+    return folder / (PREDICTIONS if rank == 0 else f"predictions.rank{rank}.jsonl")
+
+
+def check_folder(folder: Path, settings: dict) -> None:
+    """Refuses to continue what another run began.
+
+    Args:
+        settings: what decides the answers; `run.json` of an earlier run must say the same.
+
+    Raises:
+        ValueError: names the first setting that differs, with both values.
+    """
+    described = folder / "run.json"
+    if not described.exists():
+        if next(folder.glob("predictions*.jsonl"), None) is not None:
+            raise ValueError(
+                f"{folder} has predictions but no run.json that says of which model; give another --output, or move them away"
+            )
+        return
+    earlier = json.loads(described.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if earlier.get(name) != value:
+            other = f" ({earlier.get('model_name')})" if name == "model" else ""
+            raise ValueError(
+                f"{folder} holds predictions with {name} {earlier.get(name)!r}{other}, and this run has {name} {value!r}; "
+                "give another --output, or the earlier setting"
+            )
+
+
+def collect(folder: Path, asked: dict[str, str], model: str) -> dict[str, dict]:
+    """Answers so far by id, of all processes of an earlier run; joined into one file, in the benchmark's order.
+
+    Args:
+        asked: id -> prompt, of all questions of the task in order.
+        model: fingerprint that every answer must have.
+
+    Raises:
+        ValueError: another model's answer, one to a question or a prompt that is not asked now, or two to one question.
+    """
+    parts = sorted(folder.glob("predictions*.jsonl"))
+    answers, places = {}, {}
+    for path in parts:
+        for record in read_lines(path, torn=True):
+            key = str(record.get("id"))
+            if record.get("model") != model:
+                raise ValueError(
+                    f"{path}: the answer to {key!r} is of model {record.get('model')}, and this run has {model}; "
+                    "give another --output, or move the file away"
+                )
+            if asked.get(key) != record.get("prompt"):
+                what = "has another prompt now" if key in asked else "is not asked now"
+                raise ValueError(
+                    f"{path}: question {key!r} {what}; the data has changed since: give another --output, or the earlier data"
+                )
+            # A run killed while it joined the files leaves the same answer in two of them.
+            if key in answers and (places[key] == path or answers[key] != record):
+                raise ValueError(f"{path}: question {key!r} is answered twice; remove one of the lines")
+            answers[key], places[key] = record, path
+    answers = {key: answers[key] for key in asked if key in answers}
+    if parts:
+        write_lines(folder / PREDICTIONS, list(answers.values()))
+        for path in parts:
+            if path.name != PREDICTIONS:
+                path.unlink()
+    return answers

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a folder must hold before it may be published: the model or adapter, its code, its processor, and no pickle."""
+
+import ast
+import fnmatch
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+import modeling_honeybee
+import processing
+from modeling_honeybee import HoneybeeConfig
+from modeling_honeybee.configuration_honeybee import AUTO_MAP
+from processing import HoneybeeProcessor, check_processor
+
+# The code that travels with a checkpoint, by file name.
+CODE = {
+    path.name: path
+    for package in (modeling_honeybee, processing)
+    for path in Path(package.__path__[0]).glob("*_honeybee.py")
+}
+PROCESSOR_CODE = "processing_honeybee.py"
+PUBLISHED = (
+    *("config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("processor_config.json", "preprocessor_config.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("LICENSE*", "NOTICE*"),
+    *CODE,
+)
+# What training leaves behind and `push.py` leaves out without a question, pickles included.
+BY_PRODUCTS = (
+    *("training_args.bin", "trainer_state.json", "mixture.json", "honeybee_run.json", "honeybee_conversion.json"),
+    # transformers 4 cannot load a repository that has it; `load_in_fresh_process` sees to it that no template is lost.
+    "additional_chat_templates",
+    *("checkpoint-*", "runs", "README.md", ".git", ".gitattributes", ".cache"),
+)
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill"}
+
+
+class ExportError(ValueError):
+    """A folder that must not be published; the message says why and what to do."""
+
+
+@dataclass
+class Export:
+    """A folder that passed [`check_folder`].
+
+    `files` maps names in the repository to files; `left_out` are the other names. `adapter` is the content of
+    adapter_config.json, None for a whole model, whose `config` is then set.
+    """
+
+    folder: Path
+    files: dict[str, Path]
+    left_out: list[str]
+    processor: HoneybeeProcessor
+    config: HoneybeeConfig | None = None
+    adapter: dict | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle by its name or its content: a stream of protocol 2 or later, or torch's archive."""
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        return True
+    with path.open("rb") as file:
+        head = file.read(2)
+    if head[:1] == b"\x80" and len(head) == 2 and 2 <= head[1] <= 5:
+        return True
+    if head == b"PK" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".pkl") for name in archive.namelist())
+    return False
+
+
+def is_published(name: str) -> bool:
+    """Whether a file of this name in a model repository is one that `push.py` puts there."""
+    return _matches(name, PUBLISHED)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def sort_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """What of a folder is published, and what is left out.
+
+    Raises:
+        ExportError: a pickle.
+    """
+    files, left_out = {}, []
+    for root, folders, names in os.walk(folder):
+        inside = Path(root).relative_to(folder)
+        if root == str(folder):
+            left_out += [f"{name}/" for name in sorted(folders) if _matches(name, BY_PRODUCTS)]
+            folders[:] = [name for name in folders if not _matches(name, BY_PRODUCTS)]
+        for name in sorted(names):
+            path, relative = Path(root, name), (inside / name).as_posix()
+            if inside == Path() and _matches(name, BY_PRODUCTS):
+                left_out.append(relative)
+            elif is_pickle(path):
+                raise ExportError(
+                    f"{path} is a pickle, which can run code on the machine of whoever loads it; save the weights as "
+                    "safetensors (model.save_pretrained) and remove this file"
+                )
+            elif is_published(relative):
+                files[relative] = path
+            else:
+                left_out.append(relative)
+    return files, left_out
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExportError(f"{path} is not valid JSON ({error}); save the model again") from error
+    if not isinstance(content, dict):
+        raise ExportError(f"{path} holds a {type(content).__name__} and no mapping; save the model again")
+    return content
+
+
+def _check_config(folder: Path, files: dict[str, Path]) -> HoneybeeConfig:
+    if "config.json" not in files:
+        raise ExportError(f"{folder} has no config.json; give a folder that save_pretrained or training/sft.py wrote")
+    saved = read_json(files["config.json"])
+    if saved.get("model_type") != HoneybeeConfig.model_type:
+        raise ExportError(
+            f"{folder} is not a Honeybee model: its config.json has model_type={saved.get('model_type')!r}"
+        )
+    if saved.get("auto_map") != AUTO_MAP:
+        raise ExportError(
+            f"{folder}/config.json: auto_map is {saved.get('auto_map')}, so transformers would not find the code in the "
+            f"folder; it must be {AUTO_MAP}. Load the model and save it again with save_pretrained"
+        )
+    return HoneybeeConfig.from_dict(saved)
+
+
+def _check_code(folder: Path, files: dict[str, Path], needed: set[str]) -> list[str]:
+    """Returns the names of files that are not this version's."""
+    if missing := sorted(needed - set(files)):
+        raise ExportError(
+            f"{folder} lacks code that its readers need: {', '.join(missing)}; save model and processor again with "
+            "save_pretrained, which copies it"
+        )
+    for name in sorted(set(files) & set(CODE)):
+        for node in ast.walk(ast.parse(files[name].read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                modules = [] if f"{node.module}.py" in files else [f".{node.module or ''}"]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module]
+            else:
+                modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                top = module.split(".")[0]
+                if top not in {"torch", "transformers"} and top not in sys.stdlib_module_names:
+                    raise ExportError(
+                        f"{files[name]} imports {module}; code in a model repository may import torch, transformers and "
+                        "the other code files in the folder. Save the model again with this version of Honeybee"
+                    )
+    return [name for name in sorted(needed) if files[name].read_bytes() != CODE[name].read_bytes()]
+
+
+def _check_weights(folder: Path, files: dict[str, Path], name: str) -> None:
+    """Every file of weights can be read, and an index names what is there."""
+    index = f"{name}.index.json"
+    if index in files:
+        expected: dict[str, set] = {}
+        for tensor, file in read_json(files[index]).get("weight_map", {}).items():
+            expected.setdefault(file, set()).add(tensor)
+        if name in files:
+            raise ExportError(f"{folder} has both {name} and {index}; remove the one that is not the model's")
+    elif name in files:
+        expected = {name: set()}
+    else:
+        raise ExportError(f"{folder} has no {name}; save the model with save_pretrained, which writes safetensors")
+    for file, tensors in expected.items():
+        if file not in files:
+            raise ExportError(f"{folder} lacks {file}, which {index} names; copy it there or save the model again")
+        try:
+            with safe_open(files[file], "pt") as weights:
+                found = set(weights.keys())
+        except (SafetensorError, OSError) as error:
+            raise ExportError(
+                f"{files[file]} is not a whole safetensors file ({error}); save the model again"
+            ) from error
+        if missing := sorted(tensors - found):
+            raise ExportError(f"{files[file]} lacks {len(missing)} tensors that {index} names, such as {missing[0]}")
+    shards = {file for file in files if file.endswith(".safetensors")}
+    if surplus := sorted(shards - set(expected)):
+        raise ExportError(f"{folder} has weights that belong to no index: {', '.join(surplus)}; remove them")
+
+
+def _check_processor(folder: Path, files: dict[str, Path]) -> HoneybeeProcessor:
+    missing = [
+        name
+        for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+        if name not in files
+    ]
+    if missing:
+        raise ExportError(
+            f"{folder} has no complete processor: {', '.join(missing)} missing. Save it into the folder: "
+            f'HoneybeeProcessor.from_pretrained(BASE).save_pretrained("{folder}")'
+        )
+    try:
+        processor = HoneybeeProcessor.from_pretrained(folder)
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    except Exception as error:  # jinja, tokenizers and PIL each raise their own
+        raise ExportError(f"the processor in {folder} does not work: {error}") from error
+    if prompt.count(processor.image_token) != 1 or "What is it?" not in prompt:
+        raise ExportError(
+            f"the chat template in {folder} does not render an image and a question but {prompt!r}; save the processor "
+            "again"
+        )
+    return processor
+
+
+def check_folder(folder: Path) -> Export:
+    """Checks everything about a folder that can be seen without running its model.
+
+    Raises:
+        ExportError: with what is wrong and the remedy.
+    """
+    if not folder.is_dir():
+        raise ExportError(f"{folder} is not a folder; give the output folder of a run, or of save_pretrained")
+    files, left_out = sort_files(folder)
+    export = Export(folder, files, left_out, processor=None)
+    if "adapter_config.json" in files:
+        export.adapter = read_json(files["adapter_config.json"])
+        _check_weights(folder, files, "adapter_model.safetensors")
+        changed = _check_code(folder, files, {PROCESSOR_CODE})
+    else:
+        export.config = _check_config(folder, files)
+        _check_weights(folder, files, "model.safetensors")
+        changed = _check_code(folder, files, set(CODE))
+    export.processor = _check_processor(folder, files)
+    if export.config is not None:
+        try:
+            check_processor(export.config, export.processor)
+        except ValueError as error:
+            raise ExportError(f"{folder}: {error}") from error
+    if changed:
+        export.notes.append(f"code of another version of Honeybee, published as it is: {', '.join(changed)}")
+    return export
+
+
+def stage(export: Export, target: Path, texts: dict[str, str]) -> None:
+    """Lays the repository out in `target`: links to the files, and `texts` by name in place of or beside them."""
+    for name, path in export.files.items():
+        if name not in texts:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).symlink_to(path.resolve())
+    for name, text in texts.items():
+        (target / name).write_text(text, encoding="utf-8")
+
+
+def load_in_fresh_process(export: Export, staged: Path, base: str | None = None) -> dict:
+    """Runs `load_check.py` on the staged folder of `export`; `base` is an adapter's base model. Returns what it found.
+
+    Raises:
+        ExportError: with the last line of what the process said, or a chat template that did not arrive.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        result = Path(work, "result.json")
+        process = subprocess.run(
+            [sys.executable, Path(__file__).with_name("load_check.py"), result, staged, *([base] if base else [])],
+            cwd=work,
+            env={**os.environ, "HF_MODULES_CACHE": str(Path(work, "modules")), "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if process.returncode:
+            said = [line for line in process.stdout.splitlines() if line.strip()] or ["it said nothing"]
+            raise ExportError(f"the folder does not work in a process without this project: {said[-1]}")
+        found = json.loads(result.read_text(encoding="utf-8"))
+    lost = sorted(set(export.processor.chat_template.items()) - set(found["chat_template"].items()))
+    if lost:
+        raise ExportError(
+            f"the chat template {lost[0][0]!r} would not reach those who load it by name: on the Hub only `default` is kept, "
+            "and `caption` comes with the code. Save the processor again with this version of Honeybee, or remove it"
+        )
+    return found

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A chat page about images, with streaming answers.
+
+    python serving/chat_demo.py --model outputs/quickstart/model        # http://127.0.0.1:7860
+
+Several images a message and several turns; an image of an earlier turn stays in the conversation. Needs
+`pip install -e ".[serve]"`.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Thread
+
+import torch
+from transformers import TextIteratorStreamer
+
+from modeling_honeybee import HoneybeeForConditionalGeneration
+from processing import HoneybeeProcessor
+from serving.limits import LimitError, Limits, add_limit_arguments, limits_from
+
+
+def as_messages(message: dict, history: list[dict]) -> tuple[list[dict], list[str]]:
+    """Gradio's chat as messages for the processor, and the paths of its images in order.
+
+    Args:
+        message: `{"text": str, "files": [path, ...]}`, the new turn.
+        history: turns of `{"role": ..., "content": ...}`, content a string or a list of text and file items. A turn that
+            was refused stands there without an answer, and is left out.
+    """
+    messages, paths, unanswered = [], [], []
+    for turn in history:
+        content = turn["content"] if isinstance(turn["content"], list) else [{"type": "text", "text": turn["content"]}]
+        files = [item["file"]["path"] for item in content if item["type"] == "file"]
+        texts = [item["text"] for item in content if item["type"] == "text" and item["text"]]
+        if turn["role"] == "user":
+            unanswered += [("image", path) for path in files] + [("text", text) for text in texts]
+        elif unanswered and texts:
+            messages += [_user(unanswered), {"role": "assistant", "content": "".join(texts)}]
+            paths += [value for kind, value in unanswered if kind == "image"]
+            unanswered = []
+    new = [("image", path) for path in message.get("files") or []]
+    new += [("text", message["text"])] if message.get("text") else []
+    return [*messages, _user(new)], paths + [value for kind, value in new if kind == "image"]
+
+
+def _user(items: list[tuple[str, str]]) -> dict:
+    content = [{"type": "image"} if kind == "image" else {"type": "text", "text": value} for kind, value in items]
+    return {"role": "user", "content": content}
+
+
+class Chat:
+    """A model that answers Gradio's chats within limits."""
+
+    def __init__(self, model: HoneybeeForConditionalGeneration, processor: HoneybeeProcessor, limits: Limits):
+        self.model, self.processor, self.limits = model, processor, limits
+
+    def answer(self, message: dict, history: list[dict]) -> Iterator[str]:
+        """The answer so far, again and again until it is complete.
+
+        Raises:
+            LimitError: the chat is empty or over a limit; nothing was computed.
+        """
+        messages, paths = as_messages(message, history)
+        if not messages[-1]["content"]:
+            raise LimitError("the message is empty; write something or add an image")
+        contents = [item for turn in messages for item in turn["content"] if not isinstance(turn["content"], str)]
+        characters = sum(len(item.get("text", "")) for item in contents)
+        characters += sum(len(turn["content"]) for turn in messages if isinstance(turn["content"], str))
+        self.limits.check_counts(len(paths), characters)
+        for path in paths:
+            if os.path.getsize(path) > self.limits.max_image_bytes:
+                raise LimitError(
+                    f"an image has {os.path.getsize(path):,} bytes; the limit is {self.limits.max_image_bytes:,}"
+                )
+            self.limits.check_image(Path(path).read_bytes())
+        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = self.processor(images=paths or None, text=prompt, add_special_tokens=False, return_tensors="pt")
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failure = []
+
+        def generate():
+            try:
+                with torch.inference_mode():
+                    self.model.generate(
+                        **inputs.to(self.model.device), streamer=streamer, max_new_tokens=self.limits.max_new_tokens
+                    )
+            except Exception as error:  # raised where the answer is read
+                failure.append(error)
+                streamer.end()
+
+        thread = Thread(target=generate)
+        thread.start()
+        answer = ""
+        for text in streamer:
+            answer += text
+            yield answer
+        thread.join()
+        if failure:
+            raise failure[0]
+
+
+def build_page(chat: Chat, title: str):
+    """The Gradio page of a [`Chat`]."""
+    import gradio
+
+    def answer(message, history):
+        try:
+            yield from chat.answer(message, history)
+        except LimitError as error:
+            raise gradio.Error(str(error), title="Not taken", print_exception=False) from error
+
+    limits = chat.limits
+    return gradio.ChatInterface(
+        answer,
+        multimodal=True,
+        textbox=gradio.MultimodalTextbox(
+            file_types=["image"], file_count="multiple", placeholder="Add images and ask about them", label="Message"
+        ),
+        title=title,
+        description=f"Up to {limits.max_images} images of {limits.max_image_bytes / 1e6:g} MB and "
+        f"{limits.max_image_pixels / 1e6:g} megapixels, and {limits.max_prompt_chars:,} characters a chat.",
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="folder or Hub name of a Honeybee model")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
+    add_limit_arguments(parser)
+    args = parser.parse_args()
+    if find_spec("gradio") is None:
+        sys.exit('error: the chat page needs gradio; install with: pip install -e ".[serve]"')
+    try:
+        limits = limits_from(args)
+        model = HoneybeeForConditionalGeneration.from_pretrained(args.model, dtype="auto").eval().to(args.device)
+        processor = HoneybeeProcessor.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    page = build_page(Chat(model, processor, limits), f"Honeybee: {Path(args.model).name}")
+    page.launch(
+        server_name=args.host, server_port=args.port, share=False, max_file_size=limits.max_image_bytes, footer_links=[]
+    )
+
+
+if __name__ == "__main__":
+    main()

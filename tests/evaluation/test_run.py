@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs of a tiny model on made-up benchmarks: answers, interruption, several processes, what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import evaluation.generate
+from evaluation.predictions import collect, fingerprint, read_lines
+from evaluation.readers import READERS
+from evaluation.run import main
+from tests.evaluation.make_data_root import make_data_root
+from tests.tiny import REPOSITORY, run_script, tiny_model, tiny_processor
+
+RULED = ("mme", "pope", "mmbench", "scienceqa", "seed", "mmmu")
+ENVIRONMENT = {
+    "ACCELERATE_USE_CPU": "true",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
+}
+
+
+def save_model(folder, seed: int = 0) -> str:
+    model = tiny_model(seed=seed)
+    # Such a model hardly ever ends by itself; with this its answers have lengths from none to the limit.
+    model.lm_head.weight.data[2] *= 1.5
+    model.save_pretrained(folder)
+    tiny_processor(model.config.num_image_tokens).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with `model`, `data`, and `whole`: the output of an undisturbed run with batches of 8."""
+    place = tmp_path_factory.mktemp("evaluation")
+    save_model(place / "model")
+    make_data_root(place / "data")
+    run_script(*arguments(place, "whole", "all", "--batch_size", "8"), env=ENVIRONMENT, cwd=place)
+    return place
+
+
+def arguments(place, output, tasks, *more, model="model"):
+    script = REPOSITORY / "evaluation" / "run.py"
+    options = ["--model", place / model, "--tasks", tasks, "--data_root", place / "data", "--output", place / output]
+    return [script, *options, "--dtype", "float32", *more]
+
+
+def run_here(place, output, tasks, *more, model="model"):
+    main([str(a) for a in arguments(place, output, tasks, *more, model=model)[1:]])
+
+
+def answers(place, output, task) -> dict[str, str]:
+    return {record["id"]: record["pred"] for record in read_lines(place / output / task / "predictions.jsonl")}
+
+
+def summaries(place, output) -> dict:
+    report = json.loads((place / output / "report.json").read_text())
+    return {task: scores["summary"] for task, scores in report["tasks"].items()}
+
+
+def test_every_task_ends_in_a_report(place):
+    report = json.loads((place / "whole" / "report.json").read_text())
+    assert set(report["tasks"]) == set(READERS)
+    for task in RULED:
+        assert report["tasks"][task]["summary"]
+        assert report["tasks"][task]["questions"] == len(answers(place, "whole", task))
+    assert report["averages"]["AvgN"] is not None and report["averages"]["main"] is not None
+    for task in ("llava_w", "mm_vet"):
+        assert report["tasks"][task]["summary"] == {}
+        assert any("not judged" in note for note in report["tasks"][task]["notes"])
+    text = (place / "whole" / "report.md").read_text()
+    assert "| paper, C-Abs, 256 tokens | 136.7 | 26.7 | 55.6 | 75.0 | 52.7 | 59.3 | 56.3 |" in text
+    assert "mme: 56 questions, and the benchmark has 2374" in text
+    assert (place / "whole" / "spatial.png").read_bytes().startswith(b"\x89PNG")
+    texts = [text for task in READERS for text in answers(place, "whole", task).values()]
+    assert len(set(texts)) > len(texts) / 8  # the model looks at what it is asked
+    assert not list((place / "whole").glob("*/predictions.rank*"))
+
+
+def test_submissions(place):
+    openpyxl = pytest.importorskip("openpyxl", reason="writes and reads MMBench's submission; in the extra `test`")
+    rows = list(openpyxl.load_workbook(place / "whole" / "mmbench" / "submission.xlsx").active.values)
+    preds = answers(place, "whole", "mmbench")
+    table = [dict(zip(rows[0], row)) for row in rows[1:]]
+    assert {str(row["index"]): row["prediction"] or "" for row in table} == preds
+    assert table[0]["A"] == "left" and table[0]["l2-category"] == "finegrained_perception (cross-instance)"
+    seed = read_lines(place / "whole" / "seed" / "submission.jsonl")
+    assert {row["question_id"]: row["prediction"] for row in seed} == answers(place, "whole", "seed")
+    mm_vet = json.loads((place / "whole" / "mm_vet" / "submission.json").read_text())
+    assert mm_vet == answers(place, "whole", "mm_vet")
+    llava = read_lines(place / "whole" / "llava_w" / "submission.jsonl")
+    assert {str(row["question_id"]): row["text"] for row in llava} == answers(place, "whole", "llava_w")
+
+
+def test_batches_do_not_change_answers(place):
+    run_here(place, "one", ",".join(RULED), "--batch_size", "1")
+    for task in RULED:
+        assert answers(place, "one", task) == answers(place, "whole", task)
+    assert summaries(place, "one") == {k: v for k, v in summaries(place, "whole").items() if k in RULED}
+
+
+def test_killed_and_run_again(place, monkeypatch):
+    output = "killed"
+    tasks = "pope,mme"
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments(place, output, tasks, "--batch_size", "1"))],
+        env={**os.environ, **ENVIRONMENT},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    file = place / output / "mme" / "predictions.jsonl"
+    deadline = time.monotonic() + 120
+    while not (file.exists() and file.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {record["id"] for record in read_lines(file, torn=True)}
+    assert 5 <= len(done) < 56
+    assert not (place / output / "report.json").exists()
+    with file.open("ab") as broken:  # as if it had died in the middle of a line
+        broken.write(b'{"id": "existence/0001.png/0", "pr')
+
+    asked = []
+    real = evaluation.generate.answer
+
+    def watched(model, processor, batches, *rest):
+        asked.extend(question.id for batch in batches for question in batch)
+        return real(model, processor, batches, *rest)
+
+    monkeypatch.setattr(evaluation.generate, "answer", watched)
+    run_here(place, output, tasks)
+    assert len(asked) == len(set(asked)) == 56 - len(done)
+    assert not set(asked) & done
+    for task in ("pope", "mme"):
+        whole = read_lines(place / "whole" / task / "predictions.jsonl")
+        assert read_lines(place / output / task / "predictions.jsonl") == whole
+    assert summaries(place, output) == {k: v for k, v in summaries(place, "whole").items() if k in ("pope", "mme")}
+    asked.clear()
+    run_here(place, output, tasks)
+    assert asked == []
+
+
+def test_two_processes(place):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = run_script(*torchrun, *arguments(place, "two", "mme,seed", "--batch_size", "4"), env=ENVIRONMENT)
+    assert "2 process(es) on cpu" in result.stdout
+    for task in ("mme", "seed"):
+        assert read_lines(place / "two" / task / "predictions.jsonl") == read_lines(
+            place / "whole" / task / "predictions.jsonl"
+        )
+
+
+def test_files_of_other_processes_are_joined(place, tmp_path):
+    records = read_lines(place / "whole" / "seed" / "predictions.jsonl")
+    asked, model = {record["id"]: record["prompt"] for record in records}, records[0]["model"]
+    for rank in range(3):
+        name = "predictions.jsonl" if rank == 0 else f"predictions.rank{rank}.jsonl"
+        lines = [json.dumps(record) for record in records[rank:-2:3]]
+        (tmp_path / name).write_text("\n".join(reversed(lines)) + ("\n" if rank else '\n{"id": "10'))
+    found = collect(tmp_path, asked, model)
+    assert list(found.values()) == records[:-2]
+    assert read_lines(tmp_path / "predictions.jsonl") == records[:-2]
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
+    with pytest.raises(ValueError, match="is of model .* and this run has other; give another --output"):
+        collect(tmp_path, asked, "other")
+    file = tmp_path / "predictions.jsonl"
+    shutil.copy(file, tmp_path / "predictions.rank1.jsonl")  # killed while joining
+    assert list(collect(tmp_path, asked, model).values()) == records[:-2]
+    with file.open("a") as more:
+        more.write(json.dumps(records[3]) + "\n")
+    with pytest.raises(ValueError, match=f"question '{records[3]['id']}' is answered twice; remove one of the lines"):
+        collect(tmp_path, asked, model)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    changed = {**asked, records[0]["id"]: "another prompt"}
+    with pytest.raises(ValueError, match="has another prompt now; the data has changed since"):
+        collect(tmp_path, changed, model)
+    del asked[records[0]["id"]]
+    with pytest.raises(ValueError, match="is not asked now"):
+        collect(tmp_path, asked, model)
+
+
+def test_saved_predictions_score_the_same(place):
+    for task in RULED:
+        file = place / "whole" / task / "predictions.jsonl"
+        main(["--tasks", task, "--predictions", str(file), "--output", str(place / "again")])
+    assert summaries(place, "again") == {k: v for k, v in summaries(place, "whole").items() if k in RULED}
+    report = json.loads((place / "again" / "report.json").read_text())
+    assert report["tasks"]["mme"]["model_name"] == str(place / "model")
+
+
+def test_another_model_is_refused(place):
+    save_model(place / "other", seed=1)
+    before = (place / "whole" / "mme" / "predictions.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="scores of model .* give another --output"):
+        run_here(place, "whole", "mme", model="other")
+    shutil.copytree(place / "whole" / "mme", place / "unscored" / "mme")
+    (place / "unscored" / "mme" / "scores.json").unlink()
+    with pytest.raises(SystemExit, match="holds predictions with model .*, and this run has model"):
+        run_here(place, "unscored", "mme", model="other")
+    with pytest.raises(SystemExit, match="with template 'task', and this run has template 'none'"):
+        run_here(place, "unscored", "mme", "--template", "none")
+    (place / "unscored" / "mme" / "run.json").unlink()
+    with pytest.raises(SystemExit, match="predictions but no run.json"):
+        run_here(place, "unscored", "mme")
+    file = place / "whole" / "mme" / "predictions.jsonl"
+    options = ["--tasks", "mme", "--predictions", str(file), "--output", str(place / "third")]
+    with pytest.raises(SystemExit, match="has predictions of model"):
+        main([*options, "--model", str(place / "other")])
+    main([*options, "--model", str(place / "model")])
+    assert file.read_bytes() == before
+
+
+def test_fingerprint_sees_every_tensor(place, tmp_path):
+    original = fingerprint(place / "model")
+    shutil.copytree(place / "model", tmp_path / "copy")
+    assert fingerprint(tmp_path / "copy") == original
+    model = tiny_model()
+    model.lm_head.weight.data[2] *= 1.5
+    seen = {original}
+    names = [name for name, _ in model.named_parameters() if "norm" in name or "projector" in name][:6]
+    for name in names:
+        parameter = model.get_parameter(name)
+        with torch.no_grad():
+            parameter[...] = parameter + 0.5
+        model.save_pretrained(tmp_path / "copy")
+        seen.add(fingerprint(tmp_path / "copy"))
+    assert len(seen) == 1 + len(names) > 4
+
+
+def test_wrong_inputs_are_named_before_the_model_loads(place, tmp_path):
+    def error(*more, tasks="mme", model=None, data=None):
+        options = ["--model", str(model or place / "model"), "--data_root", str(data or place / "data")]
+        with pytest.raises(SystemExit) as stop:
+            main([*options, "--tasks", tasks, "--output", str(tmp_path / "out"), *more])
+        assert not (tmp_path / "out").exists()
+        return str(stop.value)
+
+    assert "mmee is no task; they are mme, pope" in error(tasks="mme,mmee")
+    assert "does not exist; give a folder with a saved Honeybee" in error(model=tmp_path / "nothing")
+    assert "has no config.json" in error(model=tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "is of type 'llama', not 'honeybee'; give a saved Honeybee" in error(model=tmp_path)
+    assert "nobody/nothing is no folder, and cannot be downloaded" in error(model="nobody/nothing")
+    assert "--data_root" in error(data=tmp_path / "nothing")
+    assert "MME/existence does not exist" in error(data=tmp_path)
+    assert "batch_size 0" in error("--batch_size", "0")
+    shutil.copytree(place / "data" / "MME", tmp_path / "MME")
+    (tmp_path / "MME" / "landmark" / "images" / "0002.jpg").unlink()
+    assert "0002.jpg of question 'landmark/0002.jpg/0' does not exist (2 images of 56" in error(data=tmp_path)
+
+
+def test_a_broken_image_stops_the_run_by_name(place, tmp_path):
+    shutil.copytree(place / "data" / "mm_vet", tmp_path / "mm_vet")
+    (tmp_path / "mm_vet" / "images" / "v1_3.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit, match="v1_3.png' cannot be read"):
+        main(
+            ["--model", str(place / "model"), "--tasks", "mm_vet", "--data_root", str(tmp_path), "--batch_size", "1"]
+            + ["--output", str(tmp_path / "out")]
+        )
+
+
+def test_two_runs_do_not_write_into_one_folder(place, tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(SystemExit, match="another run writes to"):
+        main(
+            ["--model", str(place / "model"), "--tasks", "owl", "--data_root", str(place / "data")]
+            + ["--output", str(tmp_path / "out")]
+        )

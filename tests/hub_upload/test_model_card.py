@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model card takes from the records beside the weights."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hub_upload.convert_official import convert
+from hub_upload.export_check import ExportError, check_folder
+from hub_upload.model_card import MARK, Part, choose_license, own_card, read_provenance, read_results, write_card
+from tests.golden import checkpoints
+from tests.tiny import tiny_model, tiny_processor
+
+
+def run_file(folder, **settings):
+    folder.mkdir(exist_ok=True)
+    (folder / "honeybee_run.json").write_text(json.dumps(settings))
+
+
+def save_tiny(folder):
+    processor = tiny_processor()
+    tiny_model(config={"image_token_id": processor.image_token_id}).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def test_stages_are_followed_to_the_parts(tmp_path):
+    """By the path that the run was given, or by the neighbour of that name where it was moved."""
+    run_file(tmp_path / "align", stage="align", dataset="org/captions", vision_model="openai/clip-vit-large-patch14",
+             text_model="lmsys/vicuna-7b-v1.5", model_name_or_path=None)  # fmt: skip
+    run_file(tmp_path / "instruct", stage="instruct", dataset="/data/private/chats.jsonl",
+             model_name_or_path="/elsewhere/align")  # fmt: skip
+    provenance = read_provenance(tmp_path / "instruct")
+    assert [run["stage"] for run in provenance.runs] == ["align", "instruct"]
+    assert [part.name for part in provenance.parts] == ["openai/clip-vit-large-patch14", "lmsys/vicuna-7b-v1.5"]
+    assert provenance.datasets == ["org/captions"]
+    assert choose_license(provenance.parts, None) == "llama2"
+
+
+def test_a_run_from_a_hub_model_names_it(tmp_path):
+    run_file(tmp_path / "run", stage="instruct", dataset="org/chats", model_name_or_path="bee/base")
+    (part,) = read_provenance(tmp_path / "run").parts
+    assert (part.name, part.hub) == ("bee/base", True)
+
+
+def test_runs_that_name_each_other_end(tmp_path):
+    run_file(tmp_path / "a", stage="instruct", dataset="d", model_name_or_path=str(tmp_path / "b"))
+    run_file(tmp_path / "b", stage="instruct", dataset="d", model_name_or_path=str(tmp_path / "a"))
+    assert len(read_provenance(tmp_path / "a").runs) == 2
+
+
+@pytest.mark.parametrize(
+    ("licenses", "declared", "chosen"),
+    [
+        (["mit", "apache-2.0"], None, "apache-2.0"),
+        (["mit", "llama2"], None, "llama2"),
+        (["llama2", "cc-by-nc-4.0"], None, "other"),
+        (["mit", None], None, "other"),
+        ([], None, "other"),
+        (["mit", None], "apache-2.0", "apache-2.0"),
+        (["llama2"], "llama2", "llama2"),
+    ],
+)
+def test_the_licence_follows_from_the_parts(licenses, declared, chosen):
+    assert choose_license([Part("part", f"p{i}", True, name) for i, name in enumerate(licenses)], declared) == chosen
+
+
+def test_a_licence_that_gives_more_than_a_part_is_refused():
+    with pytest.raises(ExportError, match=r"--license mit does not follow from the parts: tower \(cc-by-nc-4.0\)"):
+        choose_license([Part("vision tower", "tower", True, "cc-by-nc-4.0")], "mit")
+
+
+def test_an_official_checkpoint_stays_non_commercial_also_when_trained_further(tmp_path):
+    checkpoint = checkpoints()[0][0]
+    from tests.golden import TOKENIZER
+
+    convert(checkpoint, tmp_path / "converted", str(TOKENIZER))
+    run_file(tmp_path / "tuned", stage="instruct", dataset="d", model_name_or_path=str(tmp_path / "converted"))
+    for folder in ("converted", "tuned"):
+        provenance = read_provenance(tmp_path / folder)
+        assert choose_license(provenance.parts, None) == "cc-by-nc-4.0"
+        with pytest.raises(ExportError, match="does not follow"):
+            choose_license(provenance.parts, "apache-2.0")
+    card = write_card(check_folder(tmp_path / "converted"), read_provenance(tmp_path / "converted"), "bee/official")
+    assert (
+        ModelCard(card).data.license == "cc-by-nc-4.0"
+        and "No commercial use" in card
+        and "trained by its authors" in card
+    )
+
+
+def test_a_mixture_is_told_without_where_it_lies(tmp_path):
+    save_tiny(tmp_path / "model")
+    mixture = {"root": "/home/me/secret", "datasets": {"vqav2": {"weight": 0.1, "files": ["/home/me/secret/v.json"]}}}
+    run_file(tmp_path / "model", stage="instruct", dataset=None, mixture=mixture, model_name_or_path=r"C:\secret\align")
+    card = write_card(check_folder(tmp_path / "model"), read_provenance(tmp_path / "model"), "bee/tiny")
+    assert '{"vqav2": {"weight": 0.1, "files": ["v.json"]}}' in card and "/home/me" not in card and "C:" not in card
+
+
+def test_card_without_any_record(tmp_path):
+    save_tiny(tmp_path / "model")
+    card = write_card(check_folder(tmp_path / "model"), read_provenance(tmp_path / "model"), "bee/tiny")
+    data = ModelCard(card).data
+    assert (data.license, data.get("license_name")) == ("other", "see-licence-section")
+    assert data.base_model is None and data.datasets is None and data.eval_results is None
+    assert "Not on record" in card and "not evaluated" in card
+
+
+def test_results_of_the_quickstart(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"model": {"overall": 0.96, "what": 0.94}, "blind control": {"overall": 0.2}}))
+    found = read_results(path, "model")
+    assert [(r.metric_type, r.metric_name, r.metric_value) for r in found] == [
+        ("accuracy", "accuracy (overall)", 0.96),
+        ("accuracy", "accuracy (what)", 0.94),
+    ]
+    with pytest.raises(ExportError, match="holds no results"):
+        read_results(path, "another")
+
+
+def test_a_card_that_somebody_wrote_is_kept(tmp_path):
+    assert own_card(tmp_path) is None
+    for text, kept in (
+        ("---\nlicense: mit\n---\nMine.", True),
+        (f"---\nlicense: mit\n---\n{MARK}\n", False),
+        ("# Model Card\n[More Information Needed]", False),
+        ("---\ntags: [trl, generated_from_trainer]\n---\n", False),
+    ):
+        (tmp_path / "README.md").write_text(text)
+        assert (own_card(tmp_path) is not None) == kept

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server refuses, without a server."""
+
+import base64
+import io
+import json
+import zlib
+
+import pytest
+from PIL import Image
+
+from serving.limits import LimitError, Limits
+from serving.serve import check_chat
+from tests.tiny import picture
+
+LIMITS = Limits(max_image_bytes=20_000, max_image_pixels=5_000, max_images=2, max_prompt_chars=50, max_new_tokens=16)
+
+
+def png(size=(40, 24)) -> bytes:
+    file = io.BytesIO()
+    picture(size=size).save(file, "PNG")
+    return file.getvalue()
+
+
+def data_url(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def chat(*items, **fields) -> dict:
+    return {"messages": [{"role": "user", "content": list(items)}], **fields}
+
+
+def image(url) -> dict:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+TEXT = {"type": "text", "text": "What is it?"}
+
+
+def test_what_keeps_the_limits_passes():
+    body = check_chat(chat(image(data_url(png())), image(data_url(png())), TEXT, max_tokens=16), "m", LIMITS)
+    assert body["model"] == "m" and body["max_tokens"] == 16
+    assert check_chat(chat(TEXT), "m", LIMITS)["max_tokens"] == 16
+    assert check_chat({"messages": [{"role": "user", "content": "x" * 50}]}, "m", LIMITS)
+
+
+def bomb() -> bytes:
+    """A PNG of 40,000 x 40,000 pixels in some bytes: to decode it would take gigabytes."""
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = (40_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (chat(image(data_url(png((80, 80)))), TEXT), "80 x 80 = 6,400 pixels; the limit is 5,000"),
+        (chat(image(data_url(bomb())), TEXT), "pixels"),
+        (chat(image(data_url(b"x" * 20_003)), TEXT), "bytes; the limit is 20,000"),
+        (chat(image(data_url(b"no image")), TEXT), "cannot be read"),
+        (chat(image("data:image/png;base64,???"), TEXT), "not valid base64"),
+        (chat(image("http://127.0.0.1/secret.png"), TEXT), "not an address"),
+        (chat(image("file:///etc/passwd"), TEXT), "not an address"),
+        (chat(image("/etc/passwd"), TEXT), "not an address"),
+        (chat(image(None), TEXT), "not an address"),
+        (chat(*[image(data_url(png()))] * 3, TEXT), "3 images; the limit is 2"),
+        (chat({"type": "text", "text": "x" * 51}), "51 characters; the limit is 50"),
+        (chat({"type": "image", "url": "/etc/passwd"}), "type text"),
+        (chat({"type": "video_url", "video_url": {"url": "x"}}), "type text"),
+        (chat(TEXT, max_tokens=17), "max_tokens=17 must be a whole number from 1 to 16"),
+        (chat(TEXT, max_completion_tokens=17), "max_tokens=17"),
+        (chat(TEXT, max_tokens=True), "max_tokens=True"),
+        (chat(TEXT, generation_config=json.dumps({"max_new_tokens": 10**6})), "generation_config"),
+        (chat(TEXT, chat_template_kwargs={"chat_template": "x"}), "chat_template_kwargs"),
+        (chat(TEXT, model="other/model"), "'other/model'"),
+        ({"messages": []}, "at least one message"),
+        ([], "JSON object"),
+        ({"messages": ["hello"]}, "role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(body, words):
+    with pytest.raises(LimitError, match=words.replace("(", r"\(")):
+        check_chat(body, "m", LIMITS)
+
+
+def test_limits_are_checked_themselves():
+    with pytest.raises(ValueError, match="max_images=0 must be"):
+        Limits(max_images=0)
+
+
+def test_a_request_of_the_largest_allowed_parts_fits_the_body_limit():
+    image_bytes = base64.b64encode(bytes(LIMITS.max_image_bytes)).decode()
+    body = chat(
+        *[image("data:image/jpeg;base64," + image_bytes)] * LIMITS.max_images, {"type": "text", "text": "蜂" * 50}
+    )
+    assert len(json.dumps(body)) <= LIMITS.max_body_bytes
+
+
+def test_a_palette_or_webp_image_is_fine():
+    for kind in ("GIF", "WEBP", "BMP"):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(file, kind)
+        LIMITS.check_image(file.getvalue())

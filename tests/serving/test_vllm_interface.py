@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM's Transformers backend does with a model and its processor, done here without vLLM.
+
+From its documentation ("Writing custom models") and its `model_executor/models/transformers/` (base.py, multimodal.py).
+vLLM itself was not run: it needs a GPU build. These tests show that what it asks for is there and means what it expects.
+"""
+
+import inspect
+
+import pytest
+import torch
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from modeling_honeybee import HoneybeeModel
+from tests.tiny import PROJECTORS, picture, tiny_inputs, tiny_model, tiny_processor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vllm")
+    processor = tiny_processor()
+    tiny_model(config={"image_token_id": processor.image_token_id}).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_config_and_weight_names(folder):
+    config = AutoConfig.from_pretrained(folder)
+    assert config.auto_map["AutoModel"].endswith(".HoneybeeModel")
+    text_config = config.get_text_config()
+    assert text_config.model_type == "llama" and text_config.vocab_size and text_config.hidden_size
+    assert HoneybeeModel._supports_attention_backend and HoneybeeModel.base_model_prefix == "model"
+    model = tiny_model()
+    names = {name.split(".")[0] + "." + name.split(".")[1] for name in model.state_dict()}
+    assert names == {"model.vision_tower", "model.projector", "model.language_model", "lm_head.weight"}
+    assert {name for name, _ in model.model.named_children()} == {"vision_tower", "projector", "language_model"}
+    assert model.model.get_decoder() is model.model.language_model
+
+
+@pytest.mark.parametrize("projector_type", PROJECTORS)
+def test_visual_tokens_of_each_image_alone_and_together(projector_type):
+    """vLLM computes them apart from the text, and splits them by image."""
+    model = tiny_model(projector_type)
+    pixels = tiny_inputs(model, rows=[("image", "image", 5)])["pixel_values"]
+    with torch.no_grad():
+        features = model.model.get_image_features(pixels)
+        assert isinstance(features, torch.Tensor)
+        assert features.shape == (2, model.config.num_image_tokens, model.config.text_config.hidden_size)
+        for image, alone in zip(features, (model.model.get_image_features(p[None])[0] for p in pixels)):
+            torch.testing.assert_close(image, alone, atol=1e-5, rtol=0)
+
+
+def test_a_given_attention_function_serves_the_language_model(folder):
+    """The model is made by AutoModel.from_config on the meta device with the text's attention replaced, and called with
+    embeddings, positions and what the attention needs."""
+    called = []
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        called.append((module.layer_idx, kwargs["attention_instances"][module.layer_idx], query.shape[1]))
+        return sdpa_attention_forward(module, query, key, value, None, is_causal=True)
+
+    AttentionInterface.register("probe", attention)
+    config = AutoConfig.from_pretrained(folder)
+    config.get_text_config()._attn_implementation = "probe"
+    with torch.device("meta"):
+        shape = AutoModel.from_config(config)
+    assert isinstance(shape, HoneybeeModel)
+    model = AutoModel.from_config(config).eval()
+    reference = tiny_model(config={"image_token_id": config.image_token_id})
+    model.load_state_dict(reference.model.state_dict())
+    inputs = tiny_inputs(reference)
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(inputs["input_ids"])
+        visual = model.get_image_features(inputs["pixel_values"])
+        embeddings[inputs["input_ids"] == config.image_token_id] = visual.flatten(0, 1)
+        positions = torch.arange(embeddings.shape[1])[None]
+        hidden = model(
+            input_ids=None, inputs_embeds=embeddings, position_ids=positions, use_cache=False, return_dict=False,
+            attention_instances={0: "first", 1: "second"},
+        )[0]  # fmt: skip
+        expected = reference.model(**inputs).last_hidden_state
+    heads = config.text_config.num_attention_heads
+    assert called == [(0, "first", heads), (1, "second", heads)]  # and no layer of the vision tower
+    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=0)
+
+
+def test_processor_counts_and_places_images(processor):
+    counts = processor._get_num_multimodal_tokens(image_sizes=[[10_000, 10_000], (24, 40)])
+    assert counts["num_image_tokens"] == [4, 4] and counts["num_image_patches"] == [1, 1]
+    assert processor.image_token == "<image>" and "image_processor" in vars(processor)
+    assert processor.tokenizer.encode(processor.image_token, add_special_tokens=False) == [processor.image_token_id]
+    # Its dummy text is placeholders side by side.
+    text, images = processor.image_token * 2, [picture(0), picture(1)]
+    marked = processor(
+        images=images, text=text, return_mm_token_type_ids=True, truncation=False, add_special_tokens=False,
+        return_tensors="pt",
+    )  # fmt: skip
+    assert marked["mm_token_type_ids"].tolist() == [[1] * 8] and marked["pixel_values"].shape[0] == 2
+    text = "What is <image> and <image>?"
+    marked = processor(images=images, text=text, return_mm_token_type_ids=True, return_tensors="pt")
+    assert torch.equal(marked["mm_token_type_ids"] == 1, marked["input_ids"] == processor.image_token_id)
+    # Its prompt comes as tokens with one placeholder an image, which it replaces itself; the result must be ours.
+    replaced = []
+    for token in processor.tokenizer.encode(text, add_special_tokens=False):
+        replaced += [token] * (4 if token == processor.image_token_id else 1)
+    assert replaced == processor(images=images, text=text, add_special_tokens=False)["input_ids"][0]
+
+
+def test_processor_tells_where_it_put_them(processor):
+    if not hasattr(ProcessorMixin, "get_text_with_replacements"):
+        pytest.skip("this transformers has no replacement offsets; vLLM reads mm_token_type_ids there")
+    text = "What is <image> and <image>?"
+    found = processor(images=[picture(0), picture(1)], text=text, return_text_replacement_offsets=True)
+    (offsets,) = found["text_replacement_offsets"]
+    assert [text[slice(*entry["span"])] for entry in offsets] == ["<image>", "<image>"]
+    assert [entry["replacement"] for entry in offsets] == ["<image>" * 4] * 2
+    assert [entry["type"] for entry in offsets] == ["image", "image"]
+    assert "image_inputs" in inspect.signature(type(processor).replace_image_token).parameters

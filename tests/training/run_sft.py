@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`training/sft.py` with its batches recorded, or killed at given steps.
+
+    torchrun --nproc_per_node 2 run_sft.py record FOLDER ARGUMENTS...      # each process writes FOLDER/RANK.json
+    python run_sft.py kill PROCESSES STEP,STEP,... ARGUMENTS...            # dies at each step, resuming in between
+
+The second starts its processes by forking, since loading the libraries takes longer than the training.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from training import sft
+
+run = sft.run
+
+
+def record(folder: Path):
+    def recorded(trainer, checkpoint):
+        collate, batches = trainer.data_collator, []
+
+        def recording(samples):
+            batches.append([[s["dataset"], s["index"], str(s["messages"])] for s in samples])
+            return collate(samples)
+
+        trainer.data_collator = recording
+        run(trainer, checkpoint)
+        folder.mkdir(exist_ok=True)
+        rank, world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        (folder / f"{rank}.json").write_text(json.dumps({"world_size": world_size, "batches": batches}))
+
+    sft.run = recorded
+    sft.main()
+
+
+class Death(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fork(rank: int, processes: int, port: int, die_at: int | None) -> int:
+    child = os.fork()
+    if child:
+        return child
+    if processes > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+
+    def mortal(trainer, checkpoint):
+        assert trainer.accelerator.num_processes == processes
+        if die_at is not None and rank == processes - 1:
+            trainer.add_callback(Death(die_at))
+        run(trainer, checkpoint)
+
+    sft.run = mortal
+    status = 1
+    try:
+        sft.main()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def kill(processes: int, steps: list[int]):
+    for number, die_at in enumerate([*steps, None]):
+        if number == 1:
+            sys.argv += ["--resume_from_checkpoint", "true"]
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = server.getsockname()[1]
+        children = {fork(rank, processes, port, die_at) for rank in range(processes)}
+        killed = False
+        while children:
+            child, status = os.wait()
+            children.remove(child)
+            killed |= os.WIFSIGNALED(status)
+            if status:  # as torchrun does: one gone, all gone; who hears of it first ends with an error of its own
+                for other in children:
+                    os.kill(other, signal.SIGKILL)
+                if die_at is None:
+                    sys.exit(f"a process failed with status {status}")
+        assert killed == (die_at is not None)
+
+
+if __name__ == "__main__":
+    what = sys.argv.pop(1)
+    first = sys.argv.pop(1)
+    if what == "record":
+        record(Path(first))
+    else:
+        kill(int(first), [int(step) for step in sys.argv.pop(1).split(",")])
