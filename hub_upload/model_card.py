@@ -167,7 +167,7 @@ def read_results(path: Path, model: str) -> list[EvalResult]:
     if path.is_dir():
         for file in sorted(path.glob("*/scores.json")):
             task, name = file.parent.name, BENCHMARKS.get(file.parent.name, file.parent.name)
-            found += [(task, name, metric, value) for metric, value in read_json(file).get("summary", {}).items()]
+            found += [(task, name, metric, value) for metric, value in (read_json(file).get("summary") or {}).items()]
     elif path.is_file():
         row = read_json(path).get(model)
         found = [("digit-scenes", "Held-out digit scenes", f"accuracy ({kind})", v) for kind, v in (row or {}).items()]
