@@ -61,6 +61,11 @@ def _is_hub_name(name: str) -> bool:
     return not Path(name).exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
 
 
+def _last_part(path: str) -> str:
+    """Of a path of any system."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
 def _card_license(folder: Path) -> str | None:
     """The licence in the metadata of a local part's own card."""
     card = folder / "README.md"
@@ -72,7 +77,7 @@ def _add_part(provenance: Provenance, role: str, name: str) -> None:
     if _is_hub_name(name):
         provenance.parts.append(Part(role, name, True, KNOWN_LICENSES.get(name)))
     else:
-        provenance.parts.append(Part(role, Path(name).name, False, _card_license(Path(name))))
+        provenance.parts.append(Part(role, _last_part(name), False, _card_license(Path(name))))
 
 
 def read_provenance(folder: Path) -> Provenance:
@@ -90,6 +95,8 @@ def read_provenance(folder: Path) -> Provenance:
                     _add_part(provenance, role, name)
             break
         if not (folder / RUN_FILE).is_file():
+            if provenance.runs:
+                _add_part(provenance, "Honeybee model it was trained from", str(folder))
             break
         run = read_json(folder / RUN_FILE)
         if (folder / STATE_FILE).is_file():
@@ -318,11 +325,27 @@ def _describe_model(export: Export) -> str:
     )
 
 
-def _short(value) -> str:
-    """A setting without the place on somebody's disk."""
-    if isinstance(value, str) and not _is_hub_name(value) and ("/" in value or "\\" in value):
-        return f"`{Path(value).name}` (local)"
-    return f"`{json.dumps(value)}`" if isinstance(value, (dict, list)) else f"`{value}`"
+def _public(value, hub_names: set[str]):
+    """A setting without places on somebody's disk: of a path the last part, unless it is a name of the Hub."""
+    if isinstance(value, dict):
+        return {_public(key, hub_names): _public(inner, hub_names) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_public(inner, hub_names) for inner in value]
+    if isinstance(value, str) and value not in hub_names and ("/" in value or "\\" in value):
+        return _last_part(value)
+    return value
+
+
+def _setting_rows(settings: dict, hub_names: set[str]) -> list[tuple[str, str]]:
+    rows = []
+    for name, value in settings.items():
+        value = _public(value, hub_names)
+        if isinstance(value, dict) and name == "mixture":
+            rows += _setting_rows({f"mixture: {key}": inner for key, inner in value.items()}, hub_names)
+        elif value not in (None, False, {}, []):
+            shown = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+            rows.append((name, "`" + shown.replace("|", "\\|").replace("\n", " ") + "`"))
+    return rows
 
 
 def _describe_training(provenance: Provenance) -> str:
@@ -332,10 +355,11 @@ def _describe_training(provenance: Provenance) -> str:
             f"The weights are those of the official release (`{provenance.conversion['checkpoint']}`), converted to "
             "this format; they were trained by its authors."
         )
+    hub_names = {part.name for part in provenance.parts if part.hub} | set(provenance.datasets)
     for number, run in enumerate(provenance.runs, 1):
         rows = [("setting", "value"), ("---", "---")]
         settings = {**{k: v for k, v in run.items() if k not in ("state", "training")}, **run.get("training", {})}
-        rows += [(name, _short(value)) for name, value in settings.items() if value not in (None, False, {})]
+        rows += _setting_rows(settings, hub_names)
         state = run.get("state", {})
         rows += [(name, f"`{state[name]}`") for name in ("global_step", "epoch") if name in state]
         losses = [entry["loss"] for entry in state.get("log_history", []) if "loss" in entry]

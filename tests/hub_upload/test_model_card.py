@@ -89,6 +89,14 @@ def test_an_official_checkpoint_stays_non_commercial_also_when_trained_further(t
     )
 
 
+def test_a_mixture_is_told_without_where_it_lies(tmp_path):
+    save_tiny(tmp_path / "model")
+    mixture = {"root": "/home/me/secret", "datasets": {"vqav2": {"weight": 0.1, "files": ["/home/me/secret/v.json"]}}}
+    run_file(tmp_path / "model", stage="instruct", dataset=None, mixture=mixture, model_name_or_path=r"C:\secret\align")
+    card = write_card(check_folder(tmp_path / "model"), read_provenance(tmp_path / "model"), "bee/tiny")
+    assert '{"vqav2": {"weight": 0.1, "files": ["v.json"]}}' in card and "/home/me" not in card and "C:" not in card
+
+
 def test_card_without_any_record(tmp_path):
     save_tiny(tmp_path / "model")
     card = write_card(check_folder(tmp_path / "model"), read_provenance(tmp_path / "model"), "bee/tiny")
