@@ -61,6 +61,8 @@ def check_target(
         PushError: the name cannot be used.
     """
     user = api.whoami()
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise PushError("the token may only read; make one with write access (huggingface.co/settings/tokens)")
     writable = {user["name"], *(org["name"] for org in user.get("orgs", []))}
     namespace = repo_id.split("/")[0]
     if namespace not in writable:
@@ -187,7 +189,12 @@ def push(
     else:
         print(f"note: {model / 'README.md'} is published as the card; remove it to have one written")
     # The library reads back what it will send: YAML, and results that fit the Hub's format.
-    ModelCard(card)
+    if ModelCard(card).data.license == "other":
+        print(
+            "note: the licence of a part is not known, or several apply; the card says `other` (--license states one)"
+        )
+    if not dry_run:
+        api._validate_yaml(card)  # by the Hub's own rules; create_commit does this too, but after the weights went up
     texts["README.md"] = card
 
     print("Loading it in a process with torch, transformers and pillow only ...", flush=True)

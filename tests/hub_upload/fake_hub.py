@@ -16,7 +16,9 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
-TOKENS = {"hf_bee": "bee", "hf_wasp": "wasp"}  # token -> user, who may write in a namespace of that name
+# token -> user, who may write in a namespace of that name
+TOKENS = {"hf_bee": "bee", "hf_wasp": "wasp", "hf_reader": "bee"}
+READ_ONLY = {"hf_reader"}
 LICENSES = {"apache-2.0", "mit", "llama2", "cc-by-nc-4.0", "cc-by-4.0", "other", "bsd-3-clause"}
 
 
@@ -159,8 +161,12 @@ class FakeHub:
 
     # What each address answers
 
+    @staticmethod
+    def token(headers) -> str:
+        return headers.get("authorization", headers.get("Authorization", "")).removeprefix("Bearer ").strip()
+
     def user(self, headers) -> str | None:
-        token = headers.get("authorization", headers.get("Authorization", "")).removeprefix("Bearer ").strip()
+        token = self.token(headers)
         if not token:
             return None
         if token not in TOKENS:
@@ -187,7 +193,8 @@ class FakeHub:
         if path == "/api/whoami-v2":
             if user is None:
                 raise HttpError(401, "Invalid username or password.")
-            return {"type": "user", "name": user, "orgs": [], "auth": {"accessToken": {"role": "write"}}}
+            role = "read" if self.token(headers) in READ_ONLY else "write"
+            return {"type": "user", "name": user, "orgs": [], "auth": {"accessToken": {"role": role}}}
         if path == "/api/validate-yaml":
             return self.validate_card(json.loads(body))
         if path == "/api/repos/create" and method == "POST":
@@ -354,7 +361,7 @@ class FakeHub:
         for name, kind in kinds.items():
             if name in data and not isinstance(data[name], kind):
                 errors.append(f'"{name}" must be a string')
-        if data.get("license") not in LICENSES:
+        if "license" in data and data["license"] not in LICENSES:
             errors.append(f'"license" must be one of {sorted(LICENSES)}')
         if data.get("pipeline_tag") not in (None, "image-text-to-text"):
             errors.append(f'"pipeline_tag" {data["pipeline_tag"]!r} is not a task of the Hub')

@@ -229,6 +229,33 @@ def _hub_version():
     return huggingface_hub.__version__.split(".")[:2]
 
 
+def test_an_update_leaves_nothing_of_the_model_before(hub, world):
+    """Other shards, in one commit, of a private repository; what somebody else put there stays."""
+    root = world["root"]
+    world["model"].save_pretrained(root / "one_file")
+    tiny_processor(world["model"].config.num_image_tokens).save_pretrained(root / "one_file")
+    script = (
+        "import sys; from pathlib import Path; from huggingface_hub import HfApi\n"
+        "from hub_upload.export_check import check_folder; from hub_upload.push import PushError, upload\n"
+        "def publish(folder, update=False, revision='main'):\n"
+        "    upload(HfApi(), check_folder(Path(folder)), {'README.md': '# a card'}, 'bee/updated', True, revision, update)\n"
+        "publish('model')\n"
+        "HfApi().upload_file(path_or_fileobj=b'theirs', path_in_repo='figure.txt', repo_id='bee/updated')\n"
+        "publish('one_file', revision='v2')\n"
+        "try: publish('one_file')\n"
+        "except PushError as error: print('refused:', error)\n"
+        "publish('one_file', update=True)\n"
+    )
+    output = run_script("-c", script, cwd=root, env=environment(hub, root)).stdout
+    assert "refused: bee/updated is taken" in output
+    repo = hub.repos["bee/updated"]
+    assert repo.private and len(repo.commits) == 5  # made, pushed, theirs, branch, updated
+    for branch in ("main", "v2"):
+        files = set(hub.files("bee/updated", branch))
+        assert {name for name in files if "safetensors" in name} == {"model.safetensors"}
+        assert "figure.txt" in files
+
+
 def test_an_adapter_is_pushed_and_loads_by_name(hub, world, pushed):
     root, folder = world["root"], world["root"] / "adapter"
     base = HoneybeeForConditionalGeneration.from_pretrained(world["folder"])
@@ -313,11 +340,16 @@ def test_refusals_say_what_to_do_and_publish_nothing(hub, world, pushed):
             ],
         )
     }
+    own_card = variant("p12", lambda f: (f / "README.md").write_text("---\nlicense: free for all\n---\nMine.\n"))
     model = ["--model", str(world["folder"])]
     cases |= {
         "bad token": (
             {"token": "hf_wrong", "arguments": [*model, "--repo_id", "bee/refused"]},
             ["rejected the token", "hf auth login"],
+        ),
+        "read-only token": (
+            {"token": "hf_reader", "arguments": [*model, "--repo_id", "bee/refused"]},
+            ["may only read"],
         ),
         "no token": ({"token": "", "arguments": [*model, "--repo_id", "bee/refused"]}, ["no token", "HF_TOKEN"]),
         "taken": (
@@ -339,6 +371,10 @@ def test_refusals_say_what_to_do_and_publish_nothing(hub, world, pushed):
         "license": (
             {"token": "hf_bee", "arguments": [*model, "--repo_id", "bee/refused", "--license", "mit"]},
             ["does not follow", "lmsys/vicuna-7b-v1.5 (llama2)"],
+        ),
+        "own card": (
+            {"token": "hf_bee", "arguments": ["--model", str(own_card), "--repo_id", "bee/refused"]},
+            ["Invalid metadata in README.md", '"license" must be one of'],
         ),
         "results": (
             {"token": "hf_bee", "arguments": [*model, "--repo_id", "bee/refused", "--results", str(root)]},
