@@ -173,8 +173,11 @@ def read_results(path: Path, model: str) -> list[EvalResult]:
     found = []
     if path.is_dir():
         for file in sorted(path.glob("*/scores.json")):
-            task, name = file.parent.name, BENCHMARKS.get(file.parent.name, file.parent.name)
-            found += [(task, name, metric, value) for metric, value in read_json(file).get("summary", {}).items()]
+            task, scores = file.parent.name, read_json(file)
+            name = BENCHMARKS.get(task, task)
+            if "questions" in scores:  # not always all of a benchmark's
+                name += f", {scores['questions']} questions"
+            found += [(task, name, metric, value) for metric, value in (scores.get("summary") or {}).items()]
     elif path.is_file():
         row = read_json(path).get(model)
         found = [("digit-scenes", "Held-out digit scenes", f"accuracy ({kind})", v) for kind, v in (row or {}).items()]

@@ -64,7 +64,7 @@ def world(tmp_path_factory):
     (folder / "notes.txt").write_text("mine")
     scores = root / "scores" / "pope"
     scores.mkdir(parents=True)
-    (scores / "scores.json").write_text(json.dumps({"summary": {"accuracy": 0.875, "f1": 0.9}}))
+    (scores / "scores.json").write_text(json.dumps({"questions": 12, "summary": {"accuracy": 0.875, "f1": 0.9}}))
     picture().save(root / "photo.jpg")
     torch.save({"inputs": tiny_inputs(model), "image": str(root / "photo.jpg")}, root / "inputs.pt")
     return {"root": root, "folder": folder, "model": model}
@@ -201,8 +201,8 @@ def test_card(hub, world, pushed):
     assert data.base_model == ["openai/clip-vit-large-patch14", "lmsys/vicuna-7b-v1.5"]
     assert data.license == "llama2"  # of the parts, CLIP's MIT allows it
     assert {(r.dataset_name, r.metric_name, r.metric_value) for r in data.eval_results} == {
-        ("POPE", "accuracy", 0.875),
-        ("POPE", "f1", 0.9),
+        ("POPE, 12 questions", "accuracy", 0.875),
+        ("POPE, 12 questions", "f1", 0.9),
     }
     assert "`0.0003`" in text and "`captions.jsonl`" in text and "1.2500" in text
     script = "import sys; from huggingface_hub import ModelCard; ModelCard(open(sys.argv[1]).read()).validate()\n"
