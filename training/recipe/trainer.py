@@ -9,12 +9,14 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
+from training.throughput import ThroughputMixin
+
 from .mixture import Mixture
 
 logger = logging.getLogger(__name__)
 
 
-class MixtureTrainer(SFTTrainer):
+class MixtureTrainer(ThroughputMixin, SFTTrainer):
     """An SFTTrainer whose `train_dataset` is `Mixture.as_dataset()`: read in order, since it is shuffled already."""
 
     def _get_train_sampler(self, train_dataset=None) -> SequentialSampler:
