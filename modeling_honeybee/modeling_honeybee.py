@@ -182,20 +182,19 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         vision_config.num_hidden_layers = config.num_vision_blocks
         vision_tower = AutoModel.from_config(vision_config)
         language_model = AutoModel.from_config(config.text_config)
-        # `device_map="auto"` keeps the blocks of both parts whole.
-        self._no_split_modules = sorted(
-            {
-                *self._no_split_modules,
-                *(vision_tower._no_split_modules or ()),
-                *(language_model._no_split_modules or ()),
-            }
-        )
         # transformers 4 wraps the CLIP tower in a module that 5 has dropped; holding the inner one gives the weights
         # the same names on both.
         self.vision_tower = getattr(vision_tower, "vision_model", vision_tower)
         self.projector = build_projector(config)
         self.language_model = language_model
         self.post_init()
+        self._no_split_modules = self._blocks_of(vision_tower, language_model)  # post_init of 5 collects all names
+
+    def _blocks_of(self, *parts: PreTrainedModel) -> list[str]:
+        """Classes that `device_map="auto"` keeps whole and FSDP shards one by one, those alone that there are: FSDP
+        refuses others."""
+        names = {name for part in (self, *parts) for name in part._no_split_modules or ()}
+        return sorted(names & {type(module).__name__ for module in self.modules()})
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
@@ -361,6 +360,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         # A placeholder stands for an image that was given; it is nothing to answer with.
         self.generation_config.suppress_tokens = [config.image_token_id]
         self.post_init()
+        self._no_split_modules = self.model._no_split_modules
 
     # Read by tools that look for the parts on the outermost module (peft, vLLM, quantization).
     @property

@@ -72,7 +72,7 @@ def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Mod
 
     config, processor = load_config_and_processor(args, training_args, model_args)
     check_processor(config, processor)
-    check_length(training_args, processor, most_images=1)
+    check_length(training_args, processor)
     if model_args.use_peft and model_args.lora_target_modules is None:
         modules = lora_modules(args.stage)
         model_args.lora_target_modules = modules["target_modules"]
@@ -98,8 +98,7 @@ def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Mod
             dataset, mixture = load_conversations(args.dataset, args.dataset_split), None
             if os.path.isfile(args.dataset):
                 collator.image_root = os.path.dirname(os.path.abspath(args.dataset))
-            most_images = check_dataset(dataset, collator.image_root, args.stage == "align", collator.check_length)
-            check_length(training_args, processor, most_images)
+            check_dataset(dataset, collator.image_root, args.stage == "align", collator.check_length)
         else:
             # What does not fit into max_length is the mixture's to skip and count.
             mixture = open_mixture(
@@ -297,13 +296,12 @@ def new_model(args: HoneybeeArguments) -> dict:
     return {"image_size": args.image_size, "vision_feature_layer": layer, **(args.projector or {})}
 
 
-def check_length(training_args: SFTConfig, processor: HoneybeeProcessor, most_images: int) -> None:
-    """Raises a ValueError where `max_length` has no room for text behind the images of a sample."""
-    visual_tokens = most_images * processor.num_image_tokens
-    if training_args.max_length is not None and visual_tokens >= training_args.max_length:
+def check_length(training_args: SFTConfig, processor: HoneybeeProcessor) -> None:
+    """Raises a ValueError where `max_length` has no room for text behind one image."""
+    if training_args.max_length is not None and processor.num_image_tokens >= training_args.max_length:
         raise ValueError(
-            f"max_length={training_args.max_length} leaves no room for text: {most_images} images of "
-            f"{processor.num_image_tokens} visual tokens are {visual_tokens} tokens; raise it"
+            f"max_length={training_args.max_length} leaves no room for text: an image is {processor.num_image_tokens} "
+            "visual tokens; raise it"
         )
 
 

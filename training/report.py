@@ -105,11 +105,8 @@ def _losses(rows: list[dict]) -> str:
         return "Nothing was logged; lower `logging_steps`."
     losses = [row["loss"] for row in rows]
     last = losses[-max(1, len(losses) // 10) :]
-    without = sum(row.get("samples_without_answer", 0) for row in rows)
     text = f"{losses[0]:.4f} at step {rows[0]['step']}, {losses[-1]:.4f} at step {rows[-1]['step']}, "
     text += f"{sum(last) / len(last):.4f} on average over the last tenth.\n\n![Loss]({PLOT})"
-    if without:
-        text += f"\n\n{without} samples lost their whole answer to `max_length`, and nothing was learned from them."
     return text
 
 

@@ -8,8 +8,7 @@ import torch
 
 class ThroughputMixin:
     """To be put in front of a trainer: adds to each line of its log, for all processes together since the line before,
-    `samples_per_second`, `tokens_per_second` (without padding), `padding_share`, `visual_tokens_per_step`, and
-    `samples_without_answer`, those of which nothing is learned because `max_length` cut the whole answer off.
+    `samples_per_second`, `tokens_per_second` (without padding), `padding_share` and `visual_tokens_per_step`.
     """
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -24,35 +23,25 @@ class ThroughputMixin:
         # Every process writes a line at the same time, as the trainer itself relies on.
         if "loss" in logs and getattr(self, "_counts", None) is not None:
             start, first_step = self._counted_since
-            counts = self.accelerator.reduce(self._counts.to(self.args.device), "sum").tolist()
-            samples, tokens, padded, visual, without_answer = counts
+            samples, tokens, padded, visual = self.accelerator.reduce(self._counts.to(self.args.device), "sum").tolist()
             seconds = time.perf_counter() - start
             logs |= {
                 "samples_per_second": round(samples / seconds, 3),
                 "tokens_per_second": round(tokens / seconds, 1),
                 "padding_share": round(1 - tokens / padded, 4),
                 "visual_tokens_per_step": round(visual / max(1, self.state.global_step - first_step), 1),
-                "samples_without_answer": without_answer,
             }
             self._counts = self._counted_since = None
         super().log(logs, *args, **kwargs)
 
 
 def count_batch(inputs: dict[str, torch.Tensor], image_token_id: int) -> torch.Tensor:
-    """Of a batch, (5,) int64: samples, tokens without and with padding, visual tokens, samples without a label.
+    """Of a batch, (4,) int64: samples, tokens without and with padding, and visual tokens.
 
     Samples are rows, or in a packed row what `position_ids` start anew.
     """
-    input_ids, labels = inputs["input_ids"], inputs["labels"]
-    if inputs.get("attention_mask") is None and inputs.get("position_ids") is not None:
-        sample = (inputs["position_ids"] == 0).flatten().cumsum(0) - 1
-    else:
-        sample = torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(input_ids.shape[1])
-    samples = sample[-1] + 1
-    # (tokens,): enough room for the samples, whose number would have to be read from the device
-    learned = torch.zeros_like(sample).scatter_add_(0, sample, (labels != -100).flatten().long())
-    silent = ((learned == 0) & (torch.arange(len(learned), device=learned.device) < samples)).sum()
-    mask = inputs.get("attention_mask")
+    input_ids, mask, positions = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
     padded = torch.tensor(input_ids.numel(), device=input_ids.device)
+    samples = torch.tensor(len(input_ids), device=input_ids.device) if positions is None else (positions == 0).sum()
     tokens = padded if mask is None else mask.sum()
-    return torch.stack([samples, tokens, padded, (input_ids == image_token_id).sum(), silent])
+    return torch.stack([samples, tokens, padded, (input_ids == image_token_id).sum()])

@@ -119,8 +119,9 @@ def new(**projector):
         (["--dataset", "{counts}"], ["sample 1", "1 image placeholders", "2 images"]),
         (["--dataset", "{text_only}", "--stage", "align"], ["none of the 3 samples has an image", "--stage instruct"]),
         (["--set", "balancing=per-task"], ["--set balancing=per-task", "--mixture"]),
-        (["--max_length", "3"], ["max_length=3", "1 images of 4 visual tokens", "raise it"]),
-        (["--dataset", "{many_images}", "--max_length", "70"], ["max_length=70", "20 images", "80 tokens", "raise it"]),
+        (["--max_length", "3"], ["max_length=3", "an image is 4 visual tokens", "raise it"]),
+        (["--dataset", "{many_images}", "--max_length", "70"], ["sample 1", "max_length=70 would cut an image", "raise max_length to 266"]),
+        (["--max_length", "30"], ["sample 0", "question fills max_length=30", "raise max_length"]),
         (["--packing"], ["packing", "leave them out"]),
         (["--eval_strategy", "steps"], ["eval", "evaluation/run.py"]),
         # Model
