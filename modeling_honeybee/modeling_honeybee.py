@@ -282,11 +282,19 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         that wait for its gradients (DDP) or gather its shards (FSDP, ZeRO-3) would hang."""
         vision_config, levels = self.config.vision_config, len(self.config.vision_feature_layers)
         parameter = next(self.projector.parameters())
-        shape = (1, self.config.num_patches, vision_config.hidden_size)
-        if levels > 1:
-            shape = (1, levels, *shape[1:])
-        blank = torch.zeros(shape, dtype=parameter.dtype, device=inputs_embeds.device)
-        return inputs_embeds + 0 * self.projector(blank).sum().to(inputs_embeds.dtype)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # The tower may be sharded as well, and the other ranks run it.
+            size = vision_config.image_size
+            height, width = (size, size) if isinstance(size, int) else size
+            channels = getattr(vision_config, "num_channels", 3)
+            blank = torch.zeros(1, channels, height, width, device=inputs_embeds.device)
+            touched = self.get_image_features(blank)
+        else:
+            shape = (1, self.config.num_patches, vision_config.hidden_size)
+            if levels > 1:
+                shape = (1, levels, *shape[1:])
+            touched = self.projector(torch.zeros(shape, dtype=parameter.dtype, device=inputs_embeds.device))
+        return inputs_embeds + 0 * touched.sum().to(inputs_embeds.dtype)
 
     def forward(
         self,

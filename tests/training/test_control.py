@@ -14,6 +14,7 @@ from processing import HoneybeeProcessor, check_processor, processor_from_vision
 from tests.tiny import REPOSITORY, run_script, save_clip, save_llama, tiny_inputs
 from tests.training.test_sft_mixture import write_mixture
 from tests.training.test_wrong_inputs import PROJECTOR, sample, write_dataset
+from training.checkpoints import is_whole
 from training.throughput import count_batch
 
 SFT = REPOSITORY / "training" / "sft.py"
@@ -74,26 +75,32 @@ def test_the_log_has_the_throughput_and_the_end_a_plot_and_a_page(world):
         assert plot.size[0] > 500
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_saves_and_the_run_goes_on_from_there(processes, world, tmp_path):
-    root, _ = world
-    arguments = [
-        "--model_name_or_path", root / "model", "--mixture", root / "mixture" / "recipe.yaml", *SHORT, "--max_steps", 30,
-        "--save_strategy", "no",
-    ]  # fmt: skip
-    launcher, env = (TWO, TWO_ON_CPU) if processes == 2 else ([], {"OMP_NUM_THREADS": "1"})
-    run_script(*launcher, SFT, *arguments, "--output_dir", tmp_path / "whole", env=env)
-    result = run_script(*launcher, RUN_SFT, "stop", 5, *arguments, "--output_dir", tmp_path / "out", env=env)
+def with_mixture(root, steps=30):
+    recipe = root / "mixture" / "recipe.yaml"
+    return ["--model_name_or_path", root / "model", "--mixture", recipe, *SHORT, "--max_steps", steps]
+
+
+def test_a_signal_saves_and_the_run_goes_on_from_there(world, tmp_path):
+    arguments = with_mixture(world[0])
+    run_script(SFT, *arguments, "--output_dir", tmp_path / "whole")
+    result = run_script(RUN_SFT, "stop", 5, *arguments, "--output_dir", tmp_path / "out")
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
-    assert checkpoint.name in ("checkpoint-5", "checkpoint-6")
     assert f"saved {checkpoint}" in result.stdout and "--resume goes on" in result.stdout
     assert "Traceback" not in result.stdout
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert "stopped after" in (tmp_path / "out" / "run_summary.md").read_text()
-    run_script(*launcher, SFT, *arguments, "--output_dir", tmp_path / "out", "--resume", env=env)
+    run_script(SFT, *arguments, "--output_dir", tmp_path / "out", "--resume")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
     page = (tmp_path / "out" / "run_summary.md").read_text()
     assert "finished after 30 steps" in page and "| coyo |" in page and "Skipped by the first process" in page
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(world, tmp_path):
+    arguments = [*with_mixture(world[0]), "--output_dir", tmp_path / "out"]
+    result = run_script(*TWO, RUN_SFT, "stop", 5, *arguments, env=TWO_ON_CPU)
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2 and is_whole(str(checkpoint))
+    assert f"saved {checkpoint}" in result.stdout and "Traceback" not in result.stdout
 
 
 def test_lora_is_killed_resumed_and_merged(world, tmp_path):
