@@ -35,7 +35,7 @@ from training.interruption import StopOnSignal
 from training.recipe.mixture import TooManyBadSamplesError
 from training.recipe.trainer import MixtureCallback, MixtureTrainer
 from training.report import ReportCallback
-from training.stages import freeze_for_stage, keep_trained_in_float32
+from training.stages import freeze_for_stage, keep_trained_in_float32, parts_table, set_trained
 from training.throughput import ThroughputMixin
 
 logger = logging.getLogger(__name__)
@@ -78,10 +78,14 @@ def prepare(
     """
     plan = check_run(args, training_args, model_args)
     model = load_model(args, training_args, model_args)
-    # LoRA takes the place of training the LLM; peft makes its own parameters trainable.
-    freeze_for_stage(model, "align" if model_args.use_peft else args.stage)
     if model_args.use_peft:
-        logger.info("  LoRA of rank %s on %s", model_args.lora_r, model_args.lora_target_modules)
+        # LoRA takes the place of training the LLM; peft makes its own parameters trainable.
+        set_trained(model, "align")
+        logger.info("Stage %s with LoRA of rank %s:", args.stage, model_args.lora_r)
+        for line in parts_table(plan.parameters):
+            logger.info("  %s", line)
+    else:
+        freeze_for_stage(model, args.stage)
     if training_args.bf16 or training_args.fp16:
         keep_trained_in_float32(model)
 

@@ -248,3 +248,15 @@ def test_the_deepspeed_launchers(stage, launched):
     assert plugin.deepspeed_config["zero_optimization"]["stage"] == stage
     assert plugin.deepspeed_config["gradient_accumulation_steps"] == "auto"
     assert plugin.deepspeed_config["gradient_clipping"] == "auto"
+    pytest.importorskip("deepspeed", reason="the trainer completes the config where deepspeed is installed")
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # the arguments would start its processes
+    words = ["--config", str(CONFIGS / "instruct.yaml"), "--output_dir", "unused", "--use_cpu", "True"]
+    args, training_args, _ = parse_arguments(words)
+    settle_batch_size(args, training_args)
+    config = HfTrainerDeepSpeedConfig(plugin.deepspeed_config)
+    config.trainer_config_process(training_args, auto_find_batch_size=False)
+    config.trainer_config_finalize(training_args, None, training_args.max_steps)
+    assert (config.config["gradient_accumulation_steps"], config.config["gradient_clipping"]) == (8, 1.0)
+    assert config.config["train_batch_size"] == 128

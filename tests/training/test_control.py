@@ -127,6 +127,23 @@ def test_lora_is_killed_resumed_and_merged(world, tmp_path):
     assert "nothing was written" in text and not (tmp_path / "on").exists()
 
 
+def test_qlora_quantizes_the_language_model_alone(world, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    root, arguments = world
+    config = ["--config", REPOSITORY / "training" / "configs" / "lora.yaml", "--load_in_4bit", "--lora_r", 4]
+    small = ["--warmup_steps", 1, "--global_batch_size", 2, "--save_total_limit", 1]
+    run_script(SFT, *config, *arguments, *small, "--output_dir", tmp_path / "out")
+    adapter = weights(tmp_path / "out", "adapter_model.safetensors")
+    before, merged = weights(root / "model"), weights(tmp_path / "out" / "merged")
+    assert merged.keys() == before.keys()
+    moved = {name for name in merged if not torch.equal(merged[name], before[name].to(merged[name].dtype))}
+    assert moved == {name for name in merged if ".projector." in name or "q_proj" in name and "language" in name
+                     or "v_proj" in name and "language" in name}  # fmt: skip
+    assert {name.split(".projector.")[1] for name in adapter if ".projector." in name} == {
+        name.split(".projector.")[1] for name in before if ".projector." in name
+    }
+
+
 def test_what_is_trained_is_float32_under_mixed_precision(world, tmp_path):
     root, arguments = world
     arguments = [*arguments, "--stage", "align", "--dtype", "bfloat16", "--bf16", "True", "--learning_rate", 1e-5]

@@ -121,7 +121,7 @@ def new(**projector):
         (["--set", "balancing=per-task"], ["--set balancing=per-task", "--mixture"]),
         (["--max_length", "3"], ["max_length=3", "an image is 4 visual tokens", "raise it"]),
         (["--dataset", "{many_images}", "--max_length", "70"], ["sample 1", "max_length=70 would cut an image", "raise max_length to 266"]),
-        (["--max_length", "30"], ["sample 0", "question fills max_length=30", "raise max_length"]),
+        (["--dataset", "{text_only}", "--max_length", "30"], ["sample 0", "question fills max_length=30", "raise max_length"]),
         (["--packing"], ["packing", "leave them out"]),
         (["--eval_strategy", "steps"], ["eval", "evaluation/run.py"]),
         # Model
