@@ -189,20 +189,19 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         vision_config.num_hidden_layers = config.num_vision_blocks
         vision_tower = AutoModel.from_config(vision_config)
         language_model = AutoModel.from_config(config.text_config)
-        # `device_map="auto"` keeps the blocks of both parts whole.
-        self._no_split_modules = sorted(
-            {
-                *self._no_split_modules,
-                *(vision_tower._no_split_modules or ()),
-                *(language_model._no_split_modules or ()),
-            }
-        )
         # transformers 4 wraps the CLIP tower in a module that 5 has dropped; holding the inner one gives the weights
         # the same names on both.
         self.vision_tower = getattr(vision_tower, "vision_model", vision_tower)
         self.projector = build_projector(config)
         self.language_model = language_model
         self.post_init()
+        self._no_split_modules = self._blocks_of(vision_tower, language_model)  # post_init of 5 collects all names
+
+    def _blocks_of(self, *parts: PreTrainedModel) -> list[str]:
+        """Classes that `device_map="auto"` keeps whole and FSDP shards one by one, those alone that there are: FSDP
+        refuses others."""
+        names = {name for part in (self, *parts) for name in part._no_split_modules or ()}
+        return sorted(names & {type(module).__name__ for module in self.modules()})
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
@@ -290,11 +289,19 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         that wait for its gradients (DDP) or gather its shards (FSDP, ZeRO-3) would hang."""
         vision_config, levels = self.config.vision_config, len(self.config.vision_feature_layers)
         parameter = next(self.projector.parameters())
-        shape = (1, self.config.num_patches, vision_config.hidden_size)
-        if levels > 1:
-            shape = (1, levels, *shape[1:])
-        blank = torch.zeros(shape, dtype=parameter.dtype, device=inputs_embeds.device)
-        return inputs_embeds + 0 * self.projector(blank).sum().to(inputs_embeds.dtype)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # The tower may be sharded as well, and the other ranks run it.
+            size = vision_config.image_size
+            height, width = (size, size) if isinstance(size, int) else size
+            channels = getattr(vision_config, "num_channels", 3)
+            blank = torch.zeros(1, channels, height, width, device=inputs_embeds.device)
+            touched = self.get_image_features(blank)
+        else:
+            shape = (1, self.config.num_patches, vision_config.hidden_size)
+            if levels > 1:
+                shape = (1, levels, *shape[1:])
+            touched = self.projector(torch.zeros(shape, dtype=parameter.dtype, device=inputs_embeds.device))
+        return inputs_embeds + 0 * touched.sum().to(inputs_embeds.dtype)
 
     def forward(
         self,
@@ -378,6 +385,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         # A placeholder stands for an image that was given; it is nothing to answer with.
         self.generation_config.suppress_tokens = [config.image_token_id]
         self.post_init()
+        self._no_split_modules = self.model._no_split_modules
 
     # Read by tools that look for the parts on the outermost module (peft, vLLM, quantization).
     @property
@@ -489,6 +497,62 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             model_kwargs["pixel_values"] = pixel_values
         return input_ids, model_kwargs
 
+    @staticmethod
+    def config_from_vision_text_pretrained(
+        vision: str,
+        text: str,
+        *,
+        image_token_id: int | None = None,
+        image_size: int | None = None,
+        vision_feature_layer: int | list[int] = -2,
+        vision_feature_select_strategy: str | None = None,
+        trust_remote_code: bool = False,
+        **projector_settings,
+    ) -> HoneybeeConfig:
+        """The config of the model that [`from_vision_text_pretrained`] would make, without reading a weight.
+
+        Arguments and errors are that function's.
+        """
+        projector_config = HoneybeeProjectorConfig.from_settings(projector_settings)
+        remote = {"trust_remote_code": trust_remote_code}
+        vision_config = AutoConfig.from_pretrained(vision, **remote)
+        vision_config = getattr(vision_config, "vision_config", vision_config)
+        text_config = AutoConfig.from_pretrained(text, **remote)
+        own_size = vision_config.image_size
+        vision_config.image_size = image_size or own_size
+        fields = {
+            "vision_config": vision_config,
+            "projector_config": projector_config,
+            "vision_feature_layer": vision_feature_layer,
+        }
+        strategy = vision_feature_select_strategy or "default"
+        config = HoneybeeConfig(
+            text_config=text_config, image_token_id=0, vision_feature_select_strategy=strategy, **fields
+        )
+        if image_token_id is None:
+            tokenizer = AutoTokenizer.from_pretrained(text, **remote)
+            image_token_id = tokenizer.get_vocab().get("<image>", len(tokenizer))
+        vision_config.image_size = own_size
+        with torch.device("meta"):
+            head = AutoModelForCausalLM.from_config(text_config, **remote).get_output_embeddings()
+            tower = AutoModel.from_config(vision_config, **remote)
+            if image_size and image_size != own_size:
+                _resize_positions(tower, image_size)
+                vision_config.image_size = image_size
+            if vision_feature_select_strategy is None:
+                strategy = _select_strategy(tower, config.num_patches)
+        if head.bias is not None:
+            raise ValueError(f"the head of {text} has a bias, which Honeybee's has not; use another language model")
+        config = HoneybeeConfig(
+            text_config=text_config,
+            image_token_id=image_token_id,
+            vision_feature_select_strategy=strategy,
+            **fields,
+        )
+        vocabulary = config.text_config
+        vocabulary.vocab_size = max(vocabulary.vocab_size, image_token_id + 1)
+        return config
+
     @classmethod
     def from_vision_text_pretrained(
         cls,
@@ -521,50 +585,46 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         Raises:
             ValueError: an unknown setting, or parts that do not fit.
         """
-        projector_config = HoneybeeProjectorConfig.from_settings(projector_settings)
-
         remote = {"trust_remote_code": trust_remote_code}
+        # Joined once without weights, so that parts that do not fit are refused before any are read.
+        planned = cls.config_from_vision_text_pretrained(
+            vision,
+            text,
+            image_token_id=image_token_id,
+            image_size=image_size,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            **remote,
+            **projector_settings,
+        )
+        image_token_id = planned.image_token_id
         vision_config = AutoConfig.from_pretrained(vision, **remote)
         vision_config = getattr(vision_config, "vision_config", vision_config)
+        own_size = vision_config.image_size
         text_config = AutoConfig.from_pretrained(text, **remote)
         dtype = dtype or getattr(text_config, "dtype", None) or torch.float32
-        # Joined once without weights, so that parts that do not fit are refused before any are read.
-        own_size = vision_config.image_size
-        vision_config.image_size = image_size or own_size
-        fields = {
-            "projector_config": projector_config,
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy or "default",
-        }
-        config = HoneybeeConfig(vision_config=vision_config, text_config=text_config, image_token_id=0, **fields)
-
-        if image_token_id is None:
-            tokenizer = AutoTokenizer.from_pretrained(text, **remote)
-            image_token_id = tokenizer.get_vocab().get("<image>", len(tokenizer))
         loading = {**remote, "dtype": dtype}
         if attn_implementation is not None:
             loading["attn_implementation"] = attn_implementation
-        vision_config.image_size = own_size
         causal_lm = AutoModelForCausalLM.from_pretrained(text, **loading)
         tower = AutoModel.from_pretrained(vision, config=vision_config, **loading)
         if image_size and image_size != own_size:
             _resize_positions(tower, image_size)
             vision_config.image_size = image_size
 
-        head = causal_lm.get_output_embeddings()
-        if head.bias is not None:
-            raise ValueError(f"the head of {text} has a bias, which Honeybee's has not; use another language model")
         vocab_size = causal_lm.get_input_embeddings().weight.shape[0]
         if image_token_id >= vocab_size:
             causal_lm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
             with torch.no_grad():
                 for weight in {causal_lm.get_input_embeddings().weight, causal_lm.get_output_embeddings().weight}:
                     weight[vocab_size:] = weight[:vocab_size].float().mean(dim=0).to(weight.dtype)
-        if vision_feature_select_strategy is None:
-            fields["vision_feature_select_strategy"] = _select_strategy(tower, config.num_patches)
-
         config = HoneybeeConfig(
-            vision_config=vision_config, text_config=causal_lm.config, image_token_id=image_token_id, **fields
+            vision_config=vision_config,
+            text_config=causal_lm.config,
+            projector_config=planned.projector_config,
+            image_token_id=image_token_id,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=planned.vision_feature_select_strategy,
         )
         del _tower_blocks(tower, vision_config.num_hidden_layers)[config.num_vision_blocks :]
         # Built without memory, then given the loaded parts: no weight exists twice.

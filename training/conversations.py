@@ -6,6 +6,7 @@ A sample is `{"messages": [...], "images": [...]}` in TRL's conversational forma
 """
 
 import os
+from collections.abc import Callable
 
 from datasets import Dataset, DatasetDict, Image, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
@@ -215,8 +216,16 @@ def undecoded(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def check_dataset(dataset: Dataset, image_root: str = "", needs_images: bool = False) -> int:
+def check_dataset(
+    dataset: Dataset,
+    image_root: str = "",
+    needs_images: bool = False,
+    check_length: Callable[[list[dict], str], None] | None = None,
+) -> int:
     """Reads every sample of a map-style dataset once before training, with a progress bar.
+
+    Args:
+        check_length: raises a ValueError where messages in a template leave nothing to learn in the longest row.
 
     Returns:
         The largest number of images in one sample.
@@ -231,7 +240,9 @@ def check_dataset(dataset: Dataset, image_root: str = "", needs_images: bool = F
     num_images = most_images = 0
     for index, example in enumerate(tqdm(dataset, desc="Checking samples", disable=len(dataset) < 5000)):
         try:
-            _, images = normalize_conversation(example)
+            messages, images = normalize_conversation(example)
+            if check_length is not None:
+                check_length(messages, example.get("chat_template") or "default")
             most_images = max(most_images, len(images))
             for image in images:
                 num_images += 1

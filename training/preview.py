@@ -82,10 +82,15 @@ def image_names(sample: dict) -> str | list[str | None] | None:
 
 
 def mixture_table(
-    sources: list[Source], weights: np.ndarray, num_samples: int, lengths: dict[str, float], unit: str
+    sources: list[Source],
+    weights: np.ndarray,
+    num_samples: int,
+    lengths: dict[str, float] | None = None,
+    unit: str = "tokens",
 ) -> list[list[str]]:
-    """Head and rows: dataset, task, samples, weight, expected draws and epochs in the run, and mean length in `unit`s."""
-    rows = [["dataset", "task", "samples", "weight", "draws", "epochs", unit]]
+    """Head and rows: dataset, task, samples, weight, expected draws and epochs in the run, and, where `lengths` are
+    given, mean length in `unit`s."""
+    rows = [["dataset", "task", "samples", "weight", "draws", "epochs", *([unit] if lengths else [])]]
     for source, weight in zip(sources, weights):
         draws, size = weight * num_samples, source.size
         rows.append(
@@ -96,7 +101,7 @@ def mixture_table(
                 f"{weight:.4f}",
                 f"{draws:,.0f}",
                 "-" if size is None else f"{draws / size:,.2f}",
-                f"{lengths[source.name]:.0f}",
+                *([f"{lengths[source.name]:.0f}"] if lengths else []),
             ]
         )
     return rows
@@ -208,8 +213,8 @@ def run_length(path: str, processes: int) -> int:
         settings = yaml.safe_load(file)
     if "max_steps" not in settings:
         return 4000 * 128
-    batch = settings.get("per_device_train_batch_size", 8) * settings.get("gradient_accumulation_steps", 1)
-    return settings["max_steps"] * batch * processes
+    batch = settings.get("per_device_train_batch_size", 8) * settings.get("gradient_accumulation_steps", 1) * processes
+    return settings["max_steps"] * settings.get("global_batch_size", batch)
 
 
 def preview(sources: list[Source], weights: np.ndarray, seed: int, args: argparse.Namespace) -> None:

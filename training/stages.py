@@ -3,6 +3,8 @@
 
 import logging
 
+from torch import nn
+
 from modeling_honeybee import HoneybeeForConditionalGeneration
 
 logger = logging.getLogger(__name__)
@@ -14,8 +16,8 @@ TRAINED = {
 }
 
 
-def freeze_for_stage(model: HoneybeeForConditionalGeneration, stage: str) -> None:
-    """Makes exactly the parameters of `TRAINED[stage]` require a gradient, and logs how many there are of each part.
+def set_trained(model: HoneybeeForConditionalGeneration, stage: str) -> None:
+    """Makes exactly the parameters of `TRAINED[stage]` require a gradient.
 
     Raises:
         ValueError: an unknown stage.
@@ -24,11 +26,41 @@ def freeze_for_stage(model: HoneybeeForConditionalGeneration, stage: str) -> Non
         raise ValueError(f"stage={stage!r} is unknown; use one of {', '.join(TRAINED)}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(TRAINED[stage]))
+
+
+def freeze_for_stage(model: HoneybeeForConditionalGeneration, stage: str) -> None:
+    """[`set_trained`], and logs how many parameters there are of each part."""
+    set_trained(model, stage)
     logger.info("Stage %s:", stage)
+    for line in parts_table(parameter_counts(model)):
+        logger.info("  %s", line)
+
+
+def parameter_counts(model: HoneybeeForConditionalGeneration) -> dict[str, tuple[int, int]]:
+    """Part of the model -> its parameters, and those of them that are trained. A head that is tied to the embedding
+    counts there."""
+    counts, seen = {}, set()
     for part, module in {**dict(model.model.named_children()), "lm_head": model.lm_head}.items():
-        total = sum(p.numel() for p in module.parameters())
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        logger.info("  %-15s %15s parameters, %s", part, f"{total:,}", "trained" if trained else "frozen")
+        own = [p for p in module.parameters() if id(p) not in seen]
+        seen.update(map(id, own))
+        counts[part] = (sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad))
+    return counts
+
+
+def parts_table(counts: dict[str, tuple[int, int]]) -> list[str]:
+    """A line for each part: its parameters, and what of it is trained."""
+    lines = []
+    for part, (total, trained) in counts.items():
+        what = "frozen" if not trained else "trained" if trained == total else f"{trained:,} trained, the rest frozen"
+        lines.append(f"{part:<15} {total:>15,} parameters, {what}")
+    return lines
+
+
+def keep_trained_in_float32(model: nn.Module) -> None:
+    """Mixed precision computes in half precision, but a step of AdamW is too small for weights that are held in it."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
 
 
 def lora_modules(stage: str) -> dict:

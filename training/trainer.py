@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TRL's SFTTrainer, its head applied where a label is learned."""
+"""TRL's SFTTrainer, its head applied where a label is learned, and its speed in the log."""
 
 import torch
 from trl import SFTTrainer
+
+from training.throughput import ThroughputMixin
 
 
 def learned_only(inputs: dict) -> dict:
@@ -15,7 +17,7 @@ def learned_only(inputs: dict) -> dict:
     return {**inputs, "states_to_keep": learned, "shift_labels": next_labels[learned][None]}
 
 
-class HoneybeeTrainer(SFTTrainer):
+class HoneybeeTrainer(ThroughputMixin, SFTTrainer):
     """TRL scores hidden states without ever holding all logits, but on anything without Triton it scores every
     position, and most of a row (images, questions, padding) is never learned. Here it gets the others only. The loss
     is the same."""

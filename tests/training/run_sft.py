@@ -2,6 +2,7 @@
 """`training/sft.py` with its batches recorded, or killed at given steps.
 
     torchrun --nproc_per_node 2 run_sft.py record FOLDER ARGUMENTS...      # each process writes FOLDER/RANK.json
+    torchrun --nproc_per_node 2 run_sft.py stop STEP ARGUMENTS...          # the last process gets a SIGTERM
     python run_sft.py kill PROCESSES STEP,STEP,... ARGUMENTS...            # dies at each step, resuming in between
 
 The second starts its processes by forking, since loading the libraries takes longer than the training.
@@ -39,13 +40,23 @@ def record(folder: Path):
     sft.main()
 
 
-class Death(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
+class Signal(TrainerCallback):
+    def __init__(self, step: int, number: int = signal.SIGKILL):
+        self.step, self.number = step, number
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
+
+
+def stop(step: int):
+    def stopped(trainer, checkpoint):
+        if trainer.accelerator.process_index == trainer.accelerator.num_processes - 1:
+            trainer.add_callback(Signal(step, signal.SIGTERM))
+        run(trainer, checkpoint)
+
+    sft.run = stopped
+    sft.main()
 
 
 def fork(rank: int, processes: int, port: int, die_at: int | None) -> int:
@@ -59,7 +70,7 @@ def fork(rank: int, processes: int, port: int, die_at: int | None) -> int:
     def mortal(trainer, checkpoint):
         assert trainer.accelerator.num_processes == processes
         if die_at is not None and rank == processes - 1:
-            trainer.add_callback(Death(die_at))
+            trainer.add_callback(Signal(die_at))
         run(trainer, checkpoint)
 
     sft.run = mortal
@@ -97,5 +108,7 @@ if __name__ == "__main__":
     first = sys.argv.pop(1)
     if what == "record":
         record(Path(first))
+    elif what == "stop":
+        stop(int(first))
     else:
         kill(int(first), [int(step) for step in sys.argv.pop(1).split(",")])

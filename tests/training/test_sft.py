@@ -13,13 +13,10 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, check_processor
-from tests.tiny import REPOSITORY, picture, run_script, save_clip, save_llama, tiny_inputs, tiny_model, tiny_processor
-from training import sft
-from training.sft import HoneybeeArguments
+from tests.tiny import REPOSITORY, picture, run_script, save_clip, save_llama, tiny_inputs
 
 SFT = REPOSITORY / "training" / "sft.py"
 PROJECTOR = '{"projector_type": "c-abs", "num_query_tokens": 4, "hidden_size": 32, "depth": 1}'
@@ -168,116 +165,12 @@ def test_lora_trains_saves_reloads_and_merges(world, tmp_path):
     torch.testing.assert_close(again(**inputs).logits, adapted, atol=1e-5, rtol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def bad(world, tmp_path_factory):
-    """Datasets and folders with something wrong, by name."""
-    root = tmp_path_factory.mktemp("bad")
-
-    def dataset(name, *rows):
-        return write_dataset(root / name, [sample(0, image=True), *rows])
-
-    made = {
-        "missing": dataset("missing", {**sample(1, image=True), "images": ["images/no_such.png"]}),
-        "truncated": dataset("truncated", sample(1, image=True)),
-        "empty": dataset("empty", {"messages": [], "images": []}),
-        "user_last": dataset("user_last", {**sample(1, image=True), "messages": sample(1, image=True)["messages"][:1]}),
-        "counts": dataset("counts", {**sample(1, image=True), "images": ["images/0.png", "images/0.png"]}),
-    }
-    path = root / "truncated" / "images" / "1.png"
-    path.write_bytes(path.read_bytes()[:-500])
-    made["text_only"] = write_dataset(root / "text_only", [sample(i, image=False) for i in range(3)])
-    made["not_a_model"] = root / "not_a_model"
-    made["not_a_model"].mkdir()
-    made["other_run"] = root / "other_run"
-    made["other_run"].mkdir()
-    (made["other_run"] / "model.safetensors").write_text("weights of another run")
-    made["llama"] = save_llama(root / "llama")
-    made["adapter"] = root / "adapter"
-    made["adapter"].mkdir()
-    (made["adapter"] / "adapter_config.json").write_text("{}")
-    made["broken"] = root / "broken.jsonl"
-    made["broken"].write_text('{"messages": [')
-    made["disagreeing"] = root / "disagreeing"
-    tiny_model().save_pretrained(made["disagreeing"])
-    tiny_processor(9).save_pretrained(made["disagreeing"])
-    return made
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--dataset", "{missing}"], ["sample 1", "no_such.png", "does not exist"]),
-        (["--dataset", "{truncated}"], ["sample 1", "1.png", "truncated", "replace the file"]),
-        (["--dataset", "{empty}"], ["sample 1", "conversation is empty"]),
-        (["--dataset", "{user_last}"], ["sample 1", "ends with the user", "assistant"]),
-        (["--dataset", "{counts}"], ["sample 1", "1 image placeholders", "2 images"]),
-        (["--dataset", "{text_only}", "--stage", "align"], ["none of the 3 samples has an image", "--stage instruct"]),
-        (["--dataset", "no/such/data.jsonl"], ["no/such/data.jsonl", "does not exist"]),
-        ([], ["no dataset", "--dataset"]),
-        (["--dataset", "{data}", "--model_name_or_path", "{not_a_model}"], ["not_a_model", "no config.json"]),
-        (
-            ["--dataset", "{data}", "--output_dir", "{other_run}"],
-            ["other_run", "already holds", "--resume_from_checkpoint"],
-        ),
-        (["--dataset", "{data}", "--model_name_or_path", "{disagreeing}"], ["visual tokens an image: 9 and 4"]),
-        (["--dataset", "{data}", "--stage", "pretrain"], ["pretrain", "align"]),
-        (["--dataset", "{data}", "--stage", "align", "--use_peft"], ["LoRA", "'align'", "--stage instruct"]),
-        (["--dataset", "{data}", "--projector", '{"projector_type": "c-abs"}'], ["already has", "leave out"]),
-        (["--dataset", "{data}", "--resume_from_checkpoint", "true"], ["no checkpoint found"]),
-        (["--dataset", "{data}", "--no_such_setting", "1"], ["no_such_setting"]),
-        (["--dataset", "{data}", "--model_name_or_path", "{llama}"], ["model_type='llama'", "--vision_model"]),
-        (["--dataset", "{data}", "--model_name_or_path", "{adapter}"], ["LoRA adapter", "merge"]),
-        (["--dataset", "{data}", "--model_name_or_path", "/no/such/folder"], ["/no/such/folder", "does not exist"]),
-        (["--dataset", "{data}", "--max_length", "3"], ["max_length=3", "1 images of 4 visual tokens"]),
-        (["--dataset", "{data}", "--dataset_split", "validation"], ["no split 'validation'"]),
-        (["--dataset", "{data}", "--image_size", "48"], ["--image_size", "already has"]),
-        (["--dataset", "{broken}"], ["broken.jsonl", "cannot be read"]),
-    ],
-)
-def test_wrong_input_is_named_before_any_work(arguments, words, world, bad, tmp_path, monkeypatch, capsys):
-    names = {**bad, "data": world / "data.jsonl"}
-    arguments = [a.format(**names) if a.startswith("{") and ":" not in a else a for a in arguments]
-    defaults = {"--stage": "instruct", "--model_name_or_path": world / "align", "--output_dir": tmp_path / "out"}
-    for name, value in defaults.items():
-        if name not in arguments:
-            arguments += [name, value]
-    monkeypatch.setattr(sys, "argv", [str(SFT), *map(str, [*arguments, *SHORT])])
-    monkeypatch.setattr(SFTTrainer, "train", lambda *_, **__: pytest.fail("training started"))
-    # The same error that ends the script: its text, or the parser's on stderr.
-    with pytest.raises((SystemExit, ValueError)) as exit:
-        sft.main()
-    message = f"{exit.value} {capsys.readouterr().err}"
-    assert exit.value.args[0] != 0
-    assert all(word in message for word in words), message
-    assert (bad["other_run"] / "model.safetensors").read_text() == "weights of another run"
-
-
-def test_errors_end_the_script_with_one_sentence(world, bad, tmp_path):
-    arguments = ["--dataset", bad["missing"], "--model_name_or_path", world / "align", "--output_dir", tmp_path / "out"]
-    result = run_script(SFT, *arguments, *SHORT, check=False)
-    assert result.returncode == 1
-    assert result.stdout.strip().splitlines()[-1].startswith("error: sample 1: image file")
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_start_that_failed_does_not_block_its_folder(world, tmp_path):
     data, out = world / "data.jsonl", tmp_path / "out"
     new = ["--stage", "align", "--dataset", data, "--vision_model", world / "vision", "--text_model", world / "text"]
     wrong = json.dumps({"projector_type": "linear", "num_query_tokens": 9})
     assert run_script(SFT, *new, "--projector", wrong, "--output_dir", out, *SHORT, check=False).returncode == 1
     run_script(SFT, *new, "--projector", '{"projector_type": "linear"}', "--output_dir", out, *SHORT)
-
-
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "training" / "configs").glob("*.yaml")), ids=lambda p: p.name)
-def test_shipped_configs_parse(path):
-    arguments = ["--config", str(path), "--output_dir", "unused", "--bf16", "False"]
-    args, training_args, _ = TrlParser((HoneybeeArguments, SFTConfig, ModelConfig)).parse_args_and_config(
-        arguments, fail_with_unknown_args=True
-    )
-    settings = yaml.safe_load(path.read_text())
-    for name, value in settings.items():
-        read = getattr(args, name, None) if hasattr(args, name) else getattr(training_args, name)
-        assert name == "bf16" or read == value, name
 
 
 def test_yaml_and_flags_together(world, tmp_path):

@@ -18,6 +18,7 @@ from trl import SFTTrainer
 
 from tests.tiny import REPOSITORY, picture, run_script, save_clip, save_llama
 from training import sft
+from training.checkpoints import last_whole_checkpoint
 
 SFT = REPOSITORY / "training" / "sft.py"
 RUN_SFT = REPOSITORY / "tests" / "training" / "run_sft.py"
@@ -129,10 +130,10 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path):
         torch.save(torch.get_rng_state(), folder / "rng_state.pth")
         if not whole:
             (folder / "trainer_state.json").write_text('{"epoch": 0.')
-    assert sft.last_whole_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    assert last_whole_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
     states = tmp_path / "checkpoint-10" / "rng_state.pth"
     states.write_bytes(states.read_bytes()[:-100])
-    assert sft.last_whole_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-9")
+    assert last_whole_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-9")
 
 
 def test_broken_files_are_counted_and_too_many_stop_the_run(world, tmp_path):

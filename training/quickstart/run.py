@@ -60,7 +60,8 @@ def make_dataset(folder: str, stage: str, seed: int, blind: bool) -> None:
 
 def train_stage(folder: str, stage: str, dataset: str, seed: int, **model) -> str:
     """Trains a stage into `folder` unless it is finished there; returns `folder`."""
-    from training.sft import HoneybeeArguments, prepare, run  # sft.py imports this module when it is run as a script
+    from training.arguments import HoneybeeArguments
+    from training.sft import prepare, run  # sft.py imports this module when it is run as a script
 
     if os.path.isfile(os.path.join(folder, "model.safetensors")):
         return folder

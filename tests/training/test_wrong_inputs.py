@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with a run is said before its first step, with the value, the limit and the remedy."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from trl import SFTTrainer
+
+from modeling_honeybee import HoneybeeForConditionalGeneration
+from processing import processor_from_vision_text_pretrained
+from tests.tiny import REPOSITORY, picture, run_script, save_clip, save_llama, tiny_model, tiny_processor
+from training import sft
+
+SFT = REPOSITORY / "training" / "sft.py"
+SHORT = ["--max_steps", 4, "--bf16", "False", "--report_to", "none", "--save_strategy", "no", "--use_cpu"]
+PROJECTOR = {"projector_type": "c-abs", "num_query_tokens": 4, "hidden_size": 32, "depth": 1}
+
+
+def sample(index, image=True, images=1):
+    content = [{"type": "image"}] * images if image else []
+    return {
+        "messages": [
+            {"role": "user", "content": [*content, {"type": "text", "text": f"What is {index}?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": f"a brown dog {index}"}]},
+        ],
+        "images": [f"images/{index}.png"] * images if image else [],
+    }
+
+
+def write_dataset(folder, samples):
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for row in samples:
+        for image in row["images"]:
+            if not image.startswith("images/no_such"):
+                picture(len(image)).save(folder / image)
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in samples))
+    return path
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    """Parts, a whole model and a dataset, and each with something wrong, by name."""
+    root = tmp_path_factory.mktemp("things")
+
+    def dataset(name, *rows):
+        return write_dataset(root / name, [sample(0), *rows])
+
+    made = {
+        "vision": save_clip(root / "vision"),
+        "text": save_llama(root / "text"),
+        "data": dataset("data", *[sample(i) for i in range(1, 4)]),
+        "missing": dataset("missing", {**sample(1), "images": ["images/no_such.png"]}),
+        "truncated": dataset("truncated", sample(1)),
+        "empty": dataset("empty", {"messages": [], "images": []}),
+        "user_last": dataset("user_last", {**sample(1), "messages": sample(1)["messages"][:1]}),
+        "counts": dataset("counts", {**sample(1), "images": ["images/0.png", "images/0.png"]}),
+        "many_images": dataset("many_images", sample(1, images=20)),
+        "text_only": write_dataset(root / "text_only", [sample(i, image=False) for i in range(3)]),
+        "no_columns": root / "no_columns.jsonl",
+        "broken": root / "broken.jsonl",
+        "model": root / "model",
+        "out": root / "out",
+        "a_file": root / "a_file",
+    }
+    path = root / "truncated" / "images" / "1.png"
+    path.write_bytes(path.read_bytes()[:-500])
+    made["broken"].write_text('{"messages": [')
+    made["no_columns"].write_text('{"question": "what", "answer": "that"}\n')
+    made["a_file"].write_text("")
+    for name in ("not_a_model", "other_run", "adapter", "no_weights", "disagreeing", "wrong_shape", "cut_weights"):
+        made[name] = root / name
+        made[name].mkdir()
+    (made["other_run"] / "model.safetensors").write_text("weights of another run")
+    (made["adapter"] / "adapter_config.json").write_text("{}")
+    tiny_model().save_pretrained(made["disagreeing"])
+    tiny_processor(9).save_pretrained(made["disagreeing"])
+
+    model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(made["vision"], made["text"], **PROJECTOR)
+    model.save_pretrained(made["model"])
+    processor_from_vision_text_pretrained(made["vision"], made["text"], 4).save_pretrained(made["model"])
+    for name in ("no_weights", "wrong_shape", "cut_weights"):
+        shutil.copytree(made["model"], made[name], dirs_exist_ok=True)
+    (made["no_weights"] / "model.safetensors").unlink()
+    file = made["wrong_shape"] / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "lm_head.weight": torch.zeros(7, 24)}, file, {"format": "pt"})
+    file = made["cut_weights"] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return made
+
+
+NEW = ["--vision_model", "{vision}", "--text_model", "{text}", "--model_name_or_path", None]
+
+
+def new(**projector):
+    return [*NEW, "--projector", json.dumps(projector)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        # Data
+        (["--dataset", None], ["no data", "--dataset", "--mixture"]),
+        (["--dataset", "no/such/data.jsonl"], ["no/such/data.jsonl", "does not exist"]),
+        (["--dataset", "{broken}"], ["broken.jsonl", "cannot be read", "repair"]),
+        (["--dataset", "{no_columns}"], ["question, answer", "messages", "rename"]),
+        (["--dataset_split", "validation"], ["no split 'validation'", "--dataset_split"]),
+        (["--dataset", "{missing}"], ["sample 1", "no_such.png", "does not exist"]),
+        (["--dataset", "{truncated}"], ["sample 1", "1.png", "truncated", "replace the file"]),
+        (["--dataset", "{empty}"], ["sample 1", "conversation is empty"]),
+        (["--dataset", "{user_last}"], ["sample 1", "ends with the user", "assistant"]),
+        (["--dataset", "{counts}"], ["sample 1", "1 image placeholders", "2 images"]),
+        (["--dataset", "{text_only}", "--stage", "align"], ["none of the 3 samples has an image", "--stage instruct"]),
+        (["--set", "balancing=per-task"], ["--set balancing=per-task", "--mixture"]),
+        (["--max_length", "3"], ["max_length=3", "an image is 4 visual tokens", "raise it"]),
+        (["--dataset", "{many_images}", "--max_length", "70"], ["sample 1", "max_length=70 would cut an image", "raise max_length to 266"]),
+        (["--dataset", "{text_only}", "--max_length", "30"], ["sample 0", "question fills max_length=30", "raise max_length"]),
+        (["--packing"], ["packing", "leave them out"]),
+        (["--eval_strategy", "steps"], ["eval", "evaluation/run.py"]),
+        # Model
+        (["--model_name_or_path", None], ["no model", "--vision_model and --text_model"]),
+        (["--model_name_or_path", "{not_a_model}"], ["not_a_model", "no config.json"]),
+        (["--model_name_or_path", "{text}"], ["model_type='llama'", "--vision_model"]),
+        (["--model_name_or_path", "{adapter}"], ["LoRA adapter", "--merge"]),
+        (["--model_name_or_path", "/no/such/folder"], ["/no/such/folder", "does not exist"]),
+        (["--model_name_or_path", "{no_weights}"], ["no_weights", "*.safetensors"]),
+        (["--model_name_or_path", "{wrong_shape}"], ["lm_head.weight is [7, 24] and should be ["]),
+        (["--model_name_or_path", "{cut_weights}"], ["model.safetensors", "cannot be read"]),
+        (["--model_name_or_path", "{disagreeing}"], ["visual tokens an image: 9 and 4", "processor"]),
+        (["--image_size", "48"], ["--image_size", "already has", "leave out"]),
+        (["--projector", '{"projector_type": "c-abs"}'], ["already has", "leave out"]),
+        (NEW, ["projector_type", "--projector"]),
+        (new(num_query_tokens=4), ["projector_type", "such as"]),
+        (new(projector_type="c-abs"), ["num_query_tokens", "is missing", "such as"]),
+        (new(projector_type="c-abs", num_query_tokens=150), ["num_query_tokens=150", "not a perfect square", "144 or 169"]),
+        (new(projector_type="q-former", num_query_tokens=4), ["'q-former'", "c-abs"]),
+        (new(projector_type="c-abs", num_query_tokens=4, depht=3), ["unknown projector settings depht", "depth"]),
+        (new(projector_type="linear", num_query_tokens=9), ["num_query_tokens=9", "16"]),
+        ([*new(**PROJECTOR), "--image_size", "45"], ["image_size=45", "patch_size=8", "use 40"]),
+        ([*new(**PROJECTOR), "--vision_feature_layer", "-9"], ["vision_feature_layer=-9", "3 blocks"]),
+        ([*NEW, "--projector", "c-abs"], ["--projector 'c-abs'", "JSON"]),
+        # Training
+        (["--stage", "pretrain"], ["pretrain", "align"]),
+        (["--stage", "align", "--use_peft"], ["LoRA", "'align'", "--stage instruct"]),
+        (["--use_peft", "--lora_target_modules", "no_such_module"], ["no_such_module", "lora_target_modules"]),
+        (["--merge"], ["--merge", "--use_peft"]),
+        (["--load_in_4bit"], ["load_in_4bit", "--use_peft"]),
+        ([*new(**PROJECTOR), "--use_peft", "--load_in_4bit"], ["load_in_4bit", "--model_name_or_path"]),
+        (["--no_such_setting", "1"], ["no_such_setting"]),
+        (["--learning_rate=-1e-4"], ["learning_rate=-0.0001", "more than 0"]),
+        (
+            ["--learning_rate", "1e-6", "--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-5}'],
+            ["min_lr=1e-05", "learning_rate=1e-06", "lower it"],
+        ),
+        (["--warmup_steps", "150"], ["warm-up of 150 steps", "max_steps=4", "--warmup_steps"]),
+        (["--per_device_train_batch_size", "0"], ["per_device_train_batch_size=0"]),
+        (["--per_device_train_batch_size", "3", "--global_batch_size", "8"], ["global_batch_size=8", "multiple of 3"]),
+        (
+            ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--global_batch_size", "8"],
+            ["global_batch_size=8", "make 4", "leave gradient_accumulation_steps out"],
+        ),
+        # Output
+        (["--output_dir", "{other_run}"], ["other_run", "already holds", "--resume_from_checkpoint"]),
+        (["--output_dir", "{a_file}/out"], ["a_file", "is a file", "another folder"]),
+        (["--output_dir", "/proc/honeybee"], ["/proc/honeybee", "cannot be written", "another folder"]),
+        (["--resume"], ["no whole checkpoint found", "--save_strategy steps"]),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_named_before_any_work(arguments, words, things, monkeypatch, capsys):
+    message = refusal(arguments, things, monkeypatch, capsys)
+    assert all(word in message for word in words), message
+
+
+def refusal(arguments, things, monkeypatch, capsys) -> str:
+    """The error that ends the script: its text, or the parser's on stderr."""
+    defaults = {
+        "--stage": "instruct",
+        "--model_name_or_path": "{model}",
+        "--dataset": "{data}",
+        "--output_dir": "{out}",
+    }
+    flags = [flag for name, value in defaults.items() if name not in arguments for flag in (name, value)]
+    flags += [a for n, a in enumerate(arguments) if a is not None and arguments[n + 1 : n + 2] != [None]]
+    flags = [str(things[a[1:-1]]) if isinstance(a, str) and a[1:-1] in things else a for a in flags]
+    flags = [a.replace("{a_file}", str(things["a_file"])) if isinstance(a, str) else a for a in flags]
+    monkeypatch.setattr(sys, "argv", [str(SFT), *map(str, [*SHORT, *flags])])
+    monkeypatch.setattr(SFTTrainer, "train", lambda *_, **__: pytest.fail("training started"))
+    with pytest.raises((SystemExit, ValueError)) as exit:
+        sft.main()
+    assert exit.value.args[0] != 0
+    assert not things["out"].exists(), "a refused run leaves nothing behind"
+    assert (things["other_run"] / "model.safetensors").read_text() == "weights of another run"
+    return f"{exit.value} {capsys.readouterr().err[-500:]}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lerning_rate": 1e-4}, ["lerning_rate"]),
+        ({"dtype": "half"}, ["'half'", "float32, bfloat16"]),
+        ({"stage": "pretrain"}, ["'pretrain'", "align, instruct"]),
+        ({"projector": ["c-abs"]}, ["c-abs", "mapping"]),
+        ({"learning_rate": 0}, ["learning_rate=0", "more than 0"]),
+    ],
+)
+def test_wrong_yaml(settings, words, things, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"stage": "instruct", **settings}))
+    defaults = ["--model_name_or_path", things["model"], "--dataset", things["data"], "--output_dir", things["out"]]
+    monkeypatch.setattr(sys, "argv", [str(SFT), "--config", str(path), *map(str, [*SHORT, *defaults])])
+    monkeypatch.setattr(SFTTrainer, "train", lambda *_, **__: pytest.fail("training started"))
+    with pytest.raises((SystemExit, ValueError)) as exit:
+        sft.main()
+    message = f"{exit.value} {capsys.readouterr().err[-500:]}"
+    assert exit.value.args[0] != 0 and all(word in message for word in words), message
+
+
+@pytest.fixture
+def small_disk(tmp_path, monkeypatch):
+    """A real file system of 100 kB where one can be mounted (root), else the words of one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(folder)], capture_output=True)
+    if mount.returncode:
+        usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    yield folder
+    if not mount.returncode:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_too_small_is_noticed_at_the_start(small_disk, things, monkeypatch, capsys):
+    out = ["--output_dir", str(small_disk / "out")]
+    saving = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2"]
+    message = refusal([*out, *saving], things, monkeypatch, capsys)
+    assert "0.10 MB free" in message and "3 checkpoints" in message and "--save_total_limit" in message, message
+    assert not (small_disk / "out").exists()
+
+
+def test_several_gpus_in_one_process_are_refused(things, monkeypatch, capsys):
+    monkeypatch.setattr("trl.SFTConfig.n_gpu", property(lambda self: 8))
+    message = refusal([], things, monkeypatch, capsys)
+    assert "8 GPUs" in message and "accelerate launch" in message
+
+
+def test_errors_end_the_script_with_one_sentence(things, tmp_path):
+    arguments = [
+        "--dataset",
+        things["missing"],
+        "--model_name_or_path",
+        things["model"],
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    result = run_script(SFT, *arguments, *SHORT, check=False)
+    assert result.returncode == 1
+    assert result.stdout.strip().splitlines()[-1].startswith("error: sample 1: image file")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which run an output folder holds, from where it goes on, and what its checkpoints will take."""
+
+import glob
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from dataclasses import asdict
+
+from transformers import TrainerState
+from transformers.trainer_utils import SaveStrategy
+from trl import ModelConfig, SFTConfig
+
+from training.arguments import HoneybeeArguments
+from training.recipe.config import Recipe
+
+RUN_FILE = "honeybee_run.json"
+# What of `SFTConfig` is recorded in it for the model card and the summary.
+RECORDED = (
+    *(
+        "learning_rate",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "warmup_steps",
+        "optim",
+        "weight_decay",
+        "adam_beta1",
+    ),
+    *("adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "world_size", "max_length", "bf16", "fp16", "gradient_checkpointing", "seed"),
+)
+NOT_THE_RUN = ("mixture_settings", "resume", "merge", "dry_run")
+
+
+def global_batch_size(training_args: SFTConfig) -> int:
+    """Samples in one step of all processes."""
+    return training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+
+
+def describe_run(
+    args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig, recipe: Recipe | None
+) -> dict:
+    """What makes a run this run and not another; kept in its output folder."""
+    return {
+        **{name: value for name, value in asdict(args).items() if name not in NOT_THE_RUN},
+        "mixture": asdict(recipe) if recipe else None,
+        "model_name_or_path": model_args.model_name_or_path,
+        "use_peft": model_args.use_peft,
+        "global_batch_size": global_batch_size(training_args),
+    }
+
+
+def is_whole(checkpoint: str) -> bool:
+    """Whether the trainer came to the end of saving: it writes its own state last."""
+    try:
+        TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    except (OSError, ValueError):
+        return False
+    # Other processes may have been stopped while they wrote theirs.
+    random_states = glob.glob(os.path.join(glob.escape(checkpoint), "rng_state*.pth"))
+    return bool(random_states) and all(map(zipfile.is_zipfile, random_states))
+
+
+def checkpoints(folder: str) -> dict[int, str]:
+    """Step -> path of the checkpoints in an output folder, whole or not."""
+    found = glob.glob(os.path.join(glob.escape(folder), "checkpoint-*"))
+    return {int(name): path for path in found if (name := path.rpartition("-")[2]).isdecimal()}
+
+
+def last_whole_checkpoint(folder: str) -> str | None:
+    """The newest checkpoint that a run can go on from; one that was being written when the run was killed is not."""
+    steps = checkpoints(folder)
+    return next((steps[step] for step in sorted(steps, reverse=True) if is_whole(steps[step])), None)
+
+
+def find_checkpoint(run: dict, training_args: SFTConfig) -> str | None:
+    """The checkpoint to resume from, or None for a new run.
+
+    Raises:
+        ValueError: the output folder holds another run, or nothing to resume.
+    """
+    folder, resume = training_args.output_dir, training_args.resume_from_checkpoint
+    mark = os.path.join(folder, RUN_FILE)
+    if not resume:
+        if os.path.isdir(folder) and os.listdir(folder):
+            raise ValueError(
+                f"output_dir {folder!r} already holds another run or other files; continue it with "
+                "--resume (--resume_from_checkpoint true), or give another folder"
+            )
+        return None
+    if str(resume).lower() in ("true", "last"):
+        checkpoint = last_whole_checkpoint(folder)
+    else:
+        checkpoint = resume if is_whole(resume) else None
+    if checkpoint is None:
+        raise ValueError(
+            f"--resume_from_checkpoint {resume}: no whole checkpoint found (output_dir {folder!r}); "
+            "leave it out to start, and set --save_strategy steps --save_steps N to have some"
+        )
+    if os.path.isfile(mark):
+        with open(mark, encoding="utf-8") as file:
+            before = json.load(file)
+        changed = sorted(key for key in run if before.get(key) != run[key])
+        if changed:
+            raise ValueError(
+                f"output_dir {folder!r} holds another run: "
+                + ", ".join(f"{key} was {before.get(key)!r} and is {run[key]!r}" for key in changed)
+                + "; resume with the same settings or use another folder"
+            )
+    return checkpoint
+
+
+def mark_run(run: dict, training_args: SFTConfig) -> None:
+    """Says in the output folder which run it holds."""
+    os.makedirs(training_args.output_dir, exist_ok=True)
+    with open(os.path.join(training_args.output_dir, RUN_FILE), "w", encoding="utf-8") as file:
+        json.dump({**run, "training": {name: getattr(training_args, name) for name in RECORDED}}, file, indent=2)
+
+
+def check_output_dir(folder: str) -> str:
+    """The nearest existing folder of a path, in which a file can be made.
+
+    Raises:
+        ValueError: the path leads through a file, or nothing can be written there.
+    """
+    existing = os.path.abspath(folder)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        raise ValueError(f"output_dir {folder!r} cannot be a folder: {existing!r} is a file; give another folder")
+    try:
+        # Asking for permission is not enough: root has it, and a read-only file system does not care.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir {folder!r} cannot be written: {error.strerror} in {existing!r}; give another folder"
+        ) from error
+    return existing
+
+
+def check_disk(training_args: SFTConfig, model_bytes: int, optimizer_bytes: int, extra_bytes: int = 0) -> int:
+    """Bytes that the run will write: its checkpoints, as many as are kept at once, and the final model.
+
+    Args:
+        model_bytes, optimizer_bytes: of one checkpoint.
+        extra_bytes: written at the end beside the model.
+
+    Raises:
+        ValueError: the output folder cannot be written, or there is less space.
+    """
+    folder = training_args.output_dir
+    existing = check_output_dir(folder)
+    number = 0
+    if training_args.save_strategy == SaveStrategy.STEPS and training_args.max_steps > 0:
+        interval = training_args.save_steps
+        interval = interval if interval >= 1 else max(1, round(interval * training_args.max_steps))
+        number = -(-training_args.max_steps // int(interval))
+    elif training_args.save_strategy != SaveStrategy.NO:
+        number = 1 if training_args.save_strategy == SaveStrategy.STEPS else int(training_args.num_train_epochs)
+    if training_args.save_total_limit:
+        number = min(number, training_args.save_total_limit + 1)  # the oldest goes after the newest has come
+    checkpoint = model_bytes + (0 if training_args.save_only_model else optimizer_bytes)
+    number = max(0, number - len(checkpoints(folder)))
+    needed = number * checkpoint + model_bytes + extra_bytes
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ValueError(
+            f"output_dir {folder!r} has {gigabytes(free)} free, and the run writes {gigabytes(needed)}: {number} "
+            f"checkpoints of {gigabytes(checkpoint)} and the model of {gigabytes(model_bytes)}; free some space, give "
+            "another folder, or keep fewer checkpoints (--save_total_limit 1, --save_steps)"
+        )
+    return needed
+
+
+def gigabytes(number: float) -> str:
+    """Bytes in words of GB, or MB below one."""
+    return f"{number / 1e9:,.1f} GB" if number >= 1e8 else f"{number / 1e6:,.2f} MB"

@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that can be wrong with a run, found before a weight is read: settings, output folder, model, data, space."""
+
+import glob
+import json
+import logging
+import os
+from dataclasses import dataclass
+
+import datasets
+import torch
+from peft import get_peft_model
+from safetensors import safe_open
+from transformers.utils import is_bitsandbytes_available
+from trl import ModelConfig, SFTConfig, get_peft_config
+
+from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
+from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS
+from processing import HoneybeeProcessor, check_processor, processor_from_vision_text_pretrained
+from training.arguments import BATCHINGS, HoneybeeArguments
+from training.checkpoints import check_disk, check_output_dir, describe_run, find_checkpoint, global_batch_size
+from training.collator import HoneybeeDataCollator
+from training.conversations import check_dataset, load_conversations
+from training.recipe.config import load_recipe
+from training.recipe.mixture import Mixture
+from training.recipe.sources import open_mixture
+from training.stages import TRAINED, lora_modules, parameter_counts, set_trained
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto", None: None}
+OPTIMIZER_BYTES = 8  # AdamW's two moments of a parameter, in float32
+
+
+@dataclass
+class Plan:
+    """What a run is going to do.
+
+    Args:
+        run: see [`describe_run`].
+        checkpoint: to resume from, or None.
+        dataset: what the trainer reads: conversations, or the draws of `mixture`.
+        collator: makes batches of it, with the model's processor.
+        config: of the model.
+        parameters: part of the model -> (all, trained) parameters, LoRA's among them.
+        disk_bytes: what it will write.
+    """
+
+    run: dict
+    checkpoint: str | None
+    dataset: datasets.Dataset
+    mixture: Mixture | None
+    collator: HoneybeeDataCollator
+    config: HoneybeeConfig
+    parameters: dict[str, tuple[int, int]]
+    disk_bytes: int
+
+
+def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> Plan:
+    """Checks everything, the quick things first. Completes the settings that follow from others: accumulation from the
+    global batch, and where LoRA goes.
+
+    Raises:
+        ValueError, OSError: with the value, the limit and the remedy.
+    """
+    check_arguments(args, training_args, model_args)
+    settle_batch_size(args, training_args)
+    check_output_dir(training_args.output_dir)
+    recipe = load_recipe(args.mixture, args.mixture_settings) if args.mixture is not None else None
+    run = describe_run(args, training_args, model_args, recipe)
+    checkpoint = find_checkpoint(run, training_args)
+
+    config, processor = load_config_and_processor(args, training_args, model_args)
+    check_processor(config, processor)
+    check_length(training_args, processor)
+    if model_args.use_peft and model_args.lora_target_modules is None:
+        modules = lora_modules(args.stage)
+        model_args.lora_target_modules = modules["target_modules"]
+        model_args.lora_modules_to_save = model_args.lora_modules_to_save or modules["modules_to_save"]
+    with torch.device("meta"):
+        skeleton = HoneybeeForConditionalGeneration(config)
+    if model_args.model_name_or_path:
+        check_weights(model_args.model_name_or_path, skeleton)
+    parameters = count_parameters(skeleton, args.stage, model_args)
+    trained = sum(trained for _, trained in parameters.values())
+    whole = sum(total for total, _ in parameters.values()) * bytes_of(model_args.dtype, config)
+    disk_bytes = check_disk(
+        training_args,
+        model_bytes=trained * 4 if model_args.use_peft else whole,
+        optimizer_bytes=trained * OPTIMIZER_BYTES,
+        extra_bytes=whole if args.merge else 0,
+    )
+
+    collator = HoneybeeDataCollator(processor, max_length=training_args.max_length, pack=args.batching == "packed")
+    # The first process fills the caches, the others read them.
+    with training_args.main_process_first(desc="opening the data"):
+        if recipe is None:
+            dataset, mixture = load_conversations(args.dataset, args.dataset_split), None
+            if os.path.isfile(args.dataset):
+                collator.image_root = os.path.dirname(os.path.abspath(args.dataset))
+            check_dataset(dataset, collator.image_root, args.stage == "align", collator.check_length)
+        else:
+            # What does not fit into max_length is the mixture's to skip and count.
+            mixture = open_mixture(
+                recipe, training_args.max_steps * global_batch_size(training_args), collator=collator
+            )
+            if args.stage == "align" and {source.task for source in mixture.sources} == {"text-instruction"}:
+                raise ValueError(
+                    "the mixture has no dataset with images, and alignment trains the projector alone, which reads "
+                    "nothing else; add a captioning dataset, or use --stage instruct"
+                )
+            dataset = mixture.as_dataset()
+    return Plan(run, checkpoint, dataset, mixture, collator, config, parameters, disk_bytes)
+
+
+def check_arguments(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+    """Everything that can be wrong before a file is read.
+
+    Raises:
+        ValueError, FileNotFoundError: with the value and the remedy.
+    """
+    if args.stage not in TRAINED:
+        raise ValueError(f"stage={args.stage!r} is unknown; use one of {', '.join(TRAINED)}")
+    _check_data_arguments(args, training_args)
+    _check_model_arguments(args, model_args)
+    _check_trainer_arguments(training_args)
+    if model_args.use_peft:
+        lora_modules(args.stage)
+    elif args.merge:
+        raise ValueError("--merge writes a LoRA adapter and its base as one model, and there is none; add --use_peft")
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        if not model_args.use_peft:
+            raise ValueError("load_in_4bit and load_in_8bit: a quantized model cannot be trained; add --use_peft")
+        if not model_args.model_name_or_path:
+            raise ValueError(
+                "load_in_4bit and load_in_8bit quantize a trained model; give --model_name_or_path the output of stage 1"
+            )
+        if not is_bitsandbytes_available():
+            raise ValueError("load_in_4bit and load_in_8bit need bitsandbytes: pip install bitsandbytes")
+
+
+def _check_data_arguments(args: HoneybeeArguments, training_args: SFTConfig) -> None:
+    if args.dataset is None and args.mixture is None:
+        raise ValueError(
+            "no data: give --dataset a Hub name or a path, or --mixture a recipe (or no arguments at all for the quickstart)"
+        )
+    if args.mixture is None and args.mixture_settings:
+        raise ValueError(
+            f"--set {' '.join(args.mixture_settings)} changes a mixture, and there is none; give --mixture"
+        )
+    if args.mixture is not None:
+        if args.dataset is not None:
+            raise ValueError(f"--dataset {args.dataset} and --mixture: give one; a mixture takes datasets under `own`")
+        if training_args.max_steps <= 0:
+            raise ValueError(
+                f"max_steps={training_args.max_steps}: a mixture has no end; give --max_steps the length of the run"
+            )
+        if training_args.ignore_data_skip:
+            raise ValueError("ignore_data_skip would read the mixture from its start after resuming; leave it out")
+    if training_args.packing or training_args.padding_free:
+        raise ValueError(
+            "TRL's packing and padding_free are not available for samples with images; leave them out and use "
+            "--batching packed"
+        )
+    if args.batching not in BATCHINGS:
+        raise ValueError(f"batching={args.batching!r} is unknown; use one of {', '.join(BATCHINGS)}")
+    if str(getattr(training_args.eval_strategy, "value", training_args.eval_strategy)) != "no":
+        raise ValueError(
+            f"eval_strategy={training_args.eval_strategy}: nothing is evaluated while training; leave it out, and "
+            "score checkpoints with evaluation/run.py"
+        )
+
+
+def _check_model_arguments(args: HoneybeeArguments, model_args: ModelConfig) -> None:
+    if model_args.dtype not in DTYPES:
+        raise ValueError(f"dtype={model_args.dtype!r} is unknown; use one of {', '.join(filter(None, DTYPES))}")
+    parts = (args.vision_model, args.text_model)
+    path = model_args.model_name_or_path
+    if path:
+        new = (*parts, args.image_size, args.vision_feature_layer, args.projector or None)
+        if any(value is not None for value in new):
+            raise ValueError(
+                f"--model_name_or_path {path} already has a tower, an LLM and a projector; leave out --vision_model, "
+                "--text_model, --projector, --image_size and --vision_feature_layer, or leave it out to start a new model"
+            )
+        _check_model_folder(path)
+        return
+    if not all(parts):
+        raise ValueError(
+            "no model: give --model_name_or_path a Honeybee checkpoint, or both --vision_model and --text_model "
+            "to join them with a new projector"
+        )
+    settings = args.projector or {}
+    example = 'such as --projector \'{"projector_type": "c-abs", "num_query_tokens": 144}\''
+    if "projector_type" not in settings:
+        raise ValueError(f"--projector {settings}: a new model needs the setting projector_type; give it, {example}")
+    HoneybeeProjectorConfig.from_settings(settings)
+    if settings["projector_type"] not in PIXELWISE_PROJECTORS and settings.get("num_query_tokens") is None:
+        raise ValueError(
+            f"--projector {settings}: num_query_tokens, the visual tokens of an image, is missing; give it, {example}"
+        )
+
+
+def _check_model_folder(path: str) -> None:
+    if (os.path.isabs(path) or path.startswith(".")) and not os.path.isdir(path):
+        raise ValueError(f"{path!r} does not exist; give the output folder of a finished stage, or a Hub name")
+    if not os.path.isdir(path):
+        return
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        raise ValueError(
+            f"{path!r} is a LoRA adapter and not a whole model; give the whole model that --merge writes beside it "
+            '(README, "Train your own")'
+        )
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise ValueError(f"{path!r} is not a model: it has no config.json; give the output folder of a finished stage")
+    with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+        model_type = json.load(file).get("model_type")
+    if model_type != "honeybee":
+        raise ValueError(
+            f"{path!r} is not a Honeybee model but has model_type={model_type!r}; to start from its parts give "
+            "--vision_model and --text_model"
+        )
+
+
+def _check_trainer_arguments(training_args: SFTConfig) -> None:
+    rate, floor = training_args.learning_rate, (training_args.lr_scheduler_kwargs or {}).get("min_lr", 0)
+    if not rate > 0:
+        raise ValueError(f"learning_rate={rate} must be more than 0; stage 1 uses 3e-4, stage 2 2e-5")
+    if floor > rate:
+        raise ValueError(
+            f"lr_scheduler_kwargs: the floor min_lr={floor} is above learning_rate={rate}; lower it, for instance to "
+            f"{rate / 30:.1e}"
+        )
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+        if getattr(training_args, name) <= 0:
+            raise ValueError(f"{name}={getattr(training_args, name)} must be more than 0")
+    if training_args.max_length is not None and training_args.max_length < 1:
+        raise ValueError(f"max_length={training_args.max_length} must be at least 1, or none")
+    steps, warmup = training_args.max_steps, training_args.get_warmup_steps(max(training_args.max_steps, 0))
+    if 0 < steps <= warmup:
+        raise ValueError(
+            f"the warm-up of {warmup} steps does not end within max_steps={steps}; lower --warmup_steps, for instance "
+            f"to {steps // 25}"
+        )
+    if training_args.n_gpu > 1:
+        raise ValueError(
+            f"{training_args.n_gpu} GPUs are visible to one process; start one process for each with `accelerate "
+            "launch` (training/configs/README.md), or show it one with CUDA_VISIBLE_DEVICES=0"
+        )
+    saves = str(getattr(training_args.save_strategy, "value", training_args.save_strategy))
+    if saves == "steps" and training_args.save_steps <= 0:
+        raise ValueError(f"save_steps={training_args.save_steps} must be more than 0, or --save_strategy no")
+
+
+def settle_batch_size(args: HoneybeeArguments, training_args: SFTConfig) -> None:
+    """Sets the accumulation steps that make `global_batch_size` of what the processes take at a time.
+
+    Raises:
+        ValueError: it does not divide, or accumulation was given and makes another number.
+    """
+    wanted = args.global_batch_size
+    if wanted is None:
+        return
+    at_once = training_args.train_batch_size * training_args.world_size
+    given = training_args.gradient_accumulation_steps
+    shape = f"per_device_train_batch_size={training_args.train_batch_size} in {training_args.world_size} processes"
+    if wanted < 1 or wanted % at_once:
+        raise ValueError(
+            f"global_batch_size={wanted} is not a multiple of {at_once} ({shape}); change --per_device_train_batch_size "
+            "to a divisor, or the number of processes"
+        )
+    if given > 1 and given * at_once != wanted:
+        raise ValueError(
+            f"global_batch_size={wanted}, but {shape} and gradient_accumulation_steps={given} make {given * at_once}; "
+            "leave gradient_accumulation_steps out, it follows"
+        )
+    training_args.gradient_accumulation_steps = wanted // at_once
+
+
+def load_config_and_processor(
+    args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig
+) -> tuple[HoneybeeConfig, HoneybeeProcessor]:
+    """Config and processor of the model that the arguments name; of a new one as it will be made."""
+    path = model_args.model_name_or_path
+    if path is None:
+        config = HoneybeeForConditionalGeneration.config_from_vision_text_pretrained(
+            args.vision_model, args.text_model, trust_remote_code=training_args.trust_remote_code, **new_model(args)
+        )
+        processor = processor_from_vision_text_pretrained(
+            args.vision_model, args.text_model, config.num_image_tokens, args.image_size
+        )
+    else:
+        config = HoneybeeConfig.from_pretrained(path, revision=model_args.model_revision)
+        processor = HoneybeeProcessor.from_pretrained(path, revision=model_args.model_revision)
+    return config, processor
+
+
+def new_model(args: HoneybeeArguments) -> dict:
+    """The settings of a new model besides its parts."""
+    layer = -2 if args.vision_feature_layer is None else args.vision_feature_layer
+    return {"image_size": args.image_size, "vision_feature_layer": layer, **(args.projector or {})}
+
+
+def check_length(training_args: SFTConfig, processor: HoneybeeProcessor) -> None:
+    """Raises a ValueError where `max_length` has no room for text behind one image."""
+    if training_args.max_length is not None and processor.num_image_tokens >= training_args.max_length:
+        raise ValueError(
+            f"max_length={training_args.max_length} leaves no room for text: an image is {processor.num_image_tokens} "
+            "visual tokens; raise it"
+        )
+
+
+def check_weights(path: str, skeleton: HoneybeeForConditionalGeneration) -> None:
+    """Compares the names and shapes in the safetensors files of a folder with what its config makes.
+
+    Raises:
+        ValueError: no weights, tensors that are missing, or of other shapes.
+    """
+    if not os.path.isdir(path) or getattr(skeleton.config, "quantization_config", None):
+        return
+    files = glob.glob(os.path.join(glob.escape(path), "*.safetensors"))
+    if not files:
+        if not glob.glob(os.path.join(glob.escape(path), "*.bin")):
+            raise ValueError(f"{path!r} has no weights (*.safetensors); give the output folder of a finished stage")
+        return
+    shapes = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                names = tensors.keys()
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in names}
+        except Exception as error:  # safetensors' own, which is no OSError
+            raise ValueError(f"{file!r} cannot be read ({error}); copy or save it again") from error
+    needed = {name: list(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    if skeleton.config.tie_word_embeddings:
+        needed.pop("lm_head.weight")
+    wrong = [f"{name} is {shapes[name]} and should be {shape}" for name, shape in needed.items()
+             if name in shapes and shapes[name] != shape]  # fmt: skip
+    wrong += [f"{name} is missing" for name in needed if name not in shapes]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"the weights in {path!r} do not belong to its config.json: {'; '.join(wrong[:3])}{more}; give the folder "
+            "as a finished stage left it"
+        )
+
+
+def count_parameters(
+    skeleton: HoneybeeForConditionalGeneration, stage: str, model_args: ModelConfig
+) -> dict[str, tuple[int, int]]:
+    """[`parameter_counts`] of the model as it will be trained; LoRA is put into `skeleton` for it."""
+    # LoRA takes the place of training the LLM; peft makes its own parameters trainable.
+    set_trained(skeleton, "align" if model_args.use_peft else stage)
+    if model_args.use_peft:
+        try:
+            with torch.device("meta"):
+                get_peft_model(skeleton, get_peft_config(model_args))
+        except ValueError as error:
+            raise ValueError(f"LoRA does not fit this model: {error}; check lora_target_modules") from error
+    return parameter_counts(skeleton)
+
+
+def bytes_of(dtype: str | None, config: HoneybeeConfig) -> int:
+    """Bytes of a weight as the model is loaded."""
+    dtype = DTYPES[dtype]
+    if dtype in (None, "auto"):
+        dtype = getattr(config, "dtype", None) or torch.float32
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return dtype.itemsize

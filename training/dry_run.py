@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run would do, without doing it: `python training/sft.py --dry_run ...`."""
+
+from dataclasses import dataclass
+
+from trl import ModelConfig, SFTConfig
+
+from training.arguments import HoneybeeArguments
+from training.checkpoints import gigabytes, global_batch_size
+from training.checks import Plan, bytes_of, check_run
+from training.conversations import normalize_conversation
+from training.stages import parts_table
+
+MEASURED = 64  # samples whose tokens are counted
+DEVICES = 8  # that the estimate shows sharding for, where only one process is running
+
+
+@dataclass
+class Tokens:
+    """Of the measured samples: tokens of one on average, at most, of its images, and learned; and their number."""
+
+    mean: float
+    longest: int
+    visual: float
+    learned: float
+    samples: int
+
+
+def dry_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> str:
+    """Checks the run and describes it. Reads settings, configs, tokenizer and data; writes nothing.
+
+    Raises:
+        ValueError, OSError: what [`check_run`] refuses.
+    """
+    plan = check_run(args, training_args, model_args)
+    tokens = measure_tokens(plan)
+    batch = global_batch_size(training_args)
+    devices = training_args.world_size
+    settings, projector = plan.config.vision_config, plan.config.projector_config
+    steps = training_args.max_steps
+    if steps <= 0:
+        steps = round(-(-len(plan.dataset) // batch) * training_args.num_train_epochs)
+    lines = [
+        f"Stage {args.stage}" + (f", going on from {plan.checkpoint}" if plan.checkpoint else ""),
+        *(f"  {line}" for line in parts_table(plan.parameters)),
+        f"  {'all':<15} {sum(n for n, _ in plan.parameters.values()):>15,} parameters, "
+        f"{sum(n for _, n in plan.parameters.values()):,} trained",
+        f"Image {settings.image_size} px, {plan.config.num_patches} patches -> {projector.projector_type} -> "
+        f"{plan.config.num_image_tokens} visual tokens",
+        f"Data: {data_line(plan)}",
+        f"A step: {batch} samples = {training_args.train_batch_size} a device x "
+        f"{training_args.gradient_accumulation_steps} accumulated x {devices} "
+        f"{'process' if devices == 1 else 'processes'}; about {batch * tokens.mean:,.0f} tokens, "
+        f"{batch * tokens.visual:,.0f} of them visual and {batch * tokens.learned:,.0f} learned",
+        f"  ({tokens.samples} samples read: {tokens.mean:,.0f} tokens on average, {tokens.longest:,} at most)",
+    ]
+    lines += [
+        f"The run: {steps:,} steps, {steps * batch:,} samples, about {steps * batch * tokens.mean:,.0f} tokens",
+        f"Learning rate: {learning_rate_line(training_args, steps)}",
+        "Memory of a device, estimated (activations roughly):",
+        *memory_lines(plan, tokens, training_args, model_args),
+        f"Disk: {gigabytes(plan.disk_bytes)} for checkpoints and the model in {training_args.output_dir}",
+        "Dry run: nothing was written, nothing was trained.",
+    ]
+    return "\n".join(lines)
+
+
+def data_line(plan: Plan) -> str:
+    if plan.mixture is None:
+        return f"{plan.run['dataset']}, {len(plan.dataset):,} samples"
+    shares = ", ".join(f"{s.name} {w:.1%}" for s, w in zip(plan.mixture.sources, plan.mixture.weights))
+    return f"a mixture of {len(plan.mixture.sources)} datasets: {shares}"
+
+
+def learning_rate_line(training_args: SFTConfig, steps: int) -> str:
+    floor = (training_args.lr_scheduler_kwargs or {}).get("min_lr")
+    schedule = getattr(training_args.lr_scheduler_type, "value", training_args.lr_scheduler_type)
+    return (
+        f"{schedule}, {training_args.get_warmup_steps(steps):,} steps of warm-up to {training_args.learning_rate:g}"
+        + (f", then down to {floor:g}" if floor is not None else "")
+    )
+
+
+def measure_tokens(plan: Plan) -> Tokens:
+    """Tokens of the run's first samples; a mixture's are read with their images, so that missing files are noticed."""
+    samples = []
+    for index in range(min(MEASURED, len(plan.dataset))):
+        sample = plan.mixture[index] if plan.mixture is not None else plan.dataset[index]
+        samples.append((normalize_conversation(sample)[0], sample.get("chat_template") or "default"))
+    rows = plan.collator.tokenize(samples)
+    image_token, number = plan.collator.processor.image_token_id, len(rows)
+    learned = [sum(label != -100 for label in row["labels"]) for row in rows]
+    lengths = [len(row["input_ids"]) for row in rows]
+    return Tokens(
+        mean=sum(lengths) / number,
+        longest=max(lengths),
+        visual=sum(row["input_ids"].count(image_token) for row in rows) / number,
+        learned=sum(learned) / number,
+        samples=number,
+    )
+
+
+def memory_lines(plan: Plan, tokens: Tokens, training_args: SFTConfig, model_args: ModelConfig) -> list[str]:
+    """An estimate of what a device holds, alone and with everything sharded over several.
+
+    Weights: 4 bytes where trained under mixed precision, else those of their dtype, half a byte where quantized to 4
+    bits. Gradients as the trained weights. AdamW: two float32 numbers for each trained weight (8-bit optimizers: two
+    bytes; Adafactor: none). Activations of T tokens (a micro-batch of the longest sample measured), L layers, widths D
+    and I, a bytes a number: T * D * L * a with gradient checkpointing, and T * (12 D + 4 I) * a for each layer that is
+    held at once (one with, L without); logits of the learned tokens, V * (a + 4) each.
+    """
+    mixed = training_args.bf16 or training_args.fp16
+    weight_bytes, half = bytes_of(model_args.dtype, plan.config), 2 if mixed else 4
+    trained = sum(n for _, n in plan.parameters.values())
+    frozen = sum(n for n, _ in plan.parameters.values()) - trained
+    trained_bytes = 4 if mixed else weight_bytes
+    quantized = 0
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        total, trained_here = plan.parameters["language_model"]
+        quantized = total - trained_here
+    weights = (
+        trained * trained_bytes
+        + (frozen - quantized) * weight_bytes
+        + quantized * (0.5 if model_args.load_in_4bit else 1)
+    )
+    optimizer = str(getattr(training_args.optim, "value", training_args.optim))
+    moments = trained * (2 if "8bit" in optimizer else 0 if "adafactor" in optimizer else 8)
+    text = plan.config.text_config
+    count = training_args.per_device_train_batch_size * tokens.longest
+    layer = count * (12 * text.hidden_size + 4 * getattr(text, "intermediate_size", 4 * text.hidden_size)) * half
+    layers = text.num_hidden_layers
+    checkpointed = training_args.gradient_checkpointing
+    activations = count * text.hidden_size * layers * half + layer if checkpointed else layer * layers
+    activations += training_args.per_device_train_batch_size * tokens.learned * text.vocab_size * (half + 4)
+    devices = training_args.world_size if training_args.world_size > 1 else DEVICES
+    states = {"weights": weights, "gradients": trained * trained_bytes, "optimizer": moments}
+    lines = [f"  {name:<12} {gigabytes(size):>12}" for name, size in {**states, "activations": activations}.items()]
+    total = sum(states.values())
+    return [
+        *lines,
+        f"  {'in all':<12} {gigabytes(total + activations):>12}; {gigabytes(total / devices + activations)} with "
+        f"everything sharded over {devices} devices (FSDP2, ZeRO-3)",
+    ]

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGTERM and SIGINT (Ctrl-C) end a run with a checkpoint instead of in the middle of a step."""
+
+import logging
+import os
+import signal
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PATIENCE = 10  # seconds in which a signal is the first one's echo: a launcher passes on what the terminal sent already
+
+
+class StopOnSignal(TrainerCallback):
+    """Saves and stops after the step in which any process was told to. A second signal, `PATIENCE` later, ends the
+    process at once.
+
+    `stopped_at` is the step of that checkpoint, None for a run that came to its end.
+    """
+
+    def __init__(self):
+        self.signal: int | None = None
+        self.stopped_at: int | None = None
+        self._before = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        process, first = os.getpid(), None
+
+        def note(number, frame):
+            nonlocal first
+            if os.getpid() != process:  # a worker of the data loader, which the main process will end
+                return
+            if first is None:
+                first, self.signal = time.monotonic(), number
+                logger.warning("%s: saving after this step", signal.Signals(number).name)
+            elif time.monotonic() - first > PATIENCE:
+                self._restore()
+                os.kill(process, number)
+
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, note) for number in SIGNALS}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        told = self.signal is not None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # A launcher's signal reaches the processes in different steps; saving takes all of them.
+            flag = torch.tensor(int(told), device=args.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            told = bool(flag)
+        if told and state.global_step < state.max_steps:
+            self.stopped_at = state.global_step
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is left to read when a run ends: a plot of the loss and a page that says what was trained on what, and how."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from transformers import TrainerCallback, TrainerState
+from trl import ModelConfig, SFTConfig
+
+from training.arguments import HoneybeeArguments
+from training.checkpoints import RECORDED
+from training.checks import Plan
+from training.preview import mixture_table
+from training.stages import parts_table
+
+PLOT, SUMMARY = "loss.png", "run_summary.md"
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes", "deepspeed")
+
+
+class ReportCallback(TrainerCallback):
+    """Writes [`loss_plot`] and [`run_summary`] into the output folder when training ends, finished or stopped."""
+
+    def __init__(self, plan: Plan, args: HoneybeeArguments, model_args: ModelConfig):
+        self.plan, self.args, self.model_args = plan, args, model_args
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        os.makedirs(args.output_dir, exist_ok=True)
+        loss_plot(state, os.path.join(args.output_dir, PLOT))
+        with open(os.path.join(args.output_dir, SUMMARY), "w", encoding="utf-8") as file:
+            file.write(run_summary(self.plan, self.args, args, self.model_args, state))
+
+
+def _logged(state: TrainerState) -> list[dict]:
+    return [row for row in state.log_history if "loss" in row]
+
+
+def loss_plot(state: TrainerState, path: str) -> None:
+    """Loss and learning rate over the steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = _logged(state)
+    steps = [row["step"] for row in rows]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, [row["loss"] for row in rows], label="loss")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    rates = axes.twinx()
+    rates.plot(steps, [row.get("learning_rate") for row in rows], color="grey", linestyle=":", label="learning rate")
+    rates.set_ylabel("learning rate")
+    figure.legend(loc="upper right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _table(rows: list[list[str]]) -> str:
+    head, *body = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
+
+
+def run_summary(
+    plan: Plan, args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig, state: TrainerState
+) -> str:
+    """One page of Markdown."""
+    rows = _logged(state)
+    finished = state.global_step >= state.max_steps
+    start = model_args.model_name_or_path or f"{args.vision_model} + {args.text_model} + {args.projector}"
+    state_words = f"finished after {state.global_step} steps" if finished else (
+        f"stopped after {state.global_step} of {state.max_steps} steps; the same command with `--resume` goes on"
+    )  # fmt: skip
+    samples = state.global_step * plan.run["global_batch_size"]
+    sections = {
+        "Model": f"From {start}.\n\n```\n" + "\n".join(parts_table(plan.parameters)) + "\n```",
+        "Data": _data(plan, samples),
+        "Loss": _losses(rows),
+        "Throughput": _throughput(rows),
+        "Settings": _table([["setting", "value"], *([name, _setting(training_args, name)] for name in RECORDED)]),
+        "Versions": ", ".join([f"Python {platform.python_version()}", *_versions()]) + f"; {_device()}",
+    }
+    page = [f"# Stage {args.stage}: {state_words}"]
+    page += [f"## {title}\n\n{text}" for title, text in sections.items()]
+    return "\n\n".join(page) + "\n"
+
+
+def _setting(training_args: SFTConfig, name: str) -> str:
+    value = getattr(training_args, name)
+    return str(getattr(value, "value", value))
+
+
+def _data(plan: Plan, samples: int) -> str:
+    if plan.mixture is None:
+        return f"`{plan.run['dataset']}`: {len(plan.dataset):,} samples, of which {samples:,} were drawn."
+    table = mixture_table(plan.mixture.sources, plan.mixture.weights, samples)
+    return f"{_table(table)}\n\nSkipped by the first process: {plan.mixture.report()}."
+
+
+def _losses(rows: list[dict]) -> str:
+    if not rows:
+        return "Nothing was logged; lower `logging_steps`."
+    losses = [row["loss"] for row in rows]
+    last = losses[-max(1, len(losses) // 10) :]
+    text = f"{losses[0]:.4f} at step {rows[0]['step']}, {losses[-1]:.4f} at step {rows[-1]['step']}, "
+    text += f"{sum(last) / len(last):.4f} on average over the last tenth.\n\n![Loss]({PLOT})"
+    return text
+
+
+def _throughput(rows: list[dict]) -> str:
+    names = ("samples_per_second", "tokens_per_second", "padding_share", "visual_tokens_per_step")
+    rows = [row for row in rows if "samples_per_second" in row]
+    if not rows:
+        return "Nothing was logged; lower `logging_steps`."
+    body = []
+    for name in names:
+        values = sorted(row[name] for row in rows)
+        body.append([name.replace("_", " "), f"{values[len(values) // 2]:,.4g}", f"{rows[-1][name]:,.4g}"])
+    return _table([["over all processes", "median", "last"], *body])
+
+
+def _versions() -> list[str]:
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
