@@ -107,7 +107,8 @@ def memory_lines(plan: Plan, tokens: Tokens, training_args: SFTConfig, model_arg
     bits. Gradients as the trained weights. AdamW: two float32 numbers for each trained weight (8-bit optimizers: two
     bytes; Adafactor: none). Activations of T tokens (a micro-batch of the longest sample measured), L layers, widths D
     and I, a bytes a number: T * D * L * a with gradient checkpointing, and T * (12 D + 4 I) * a for each layer that is
-    held at once (one with, L without); logits of the learned tokens, V * (a + 4) each.
+    held at once (one with, L without); logits T * V * (a + 4), as if all of
+    the tokens were learned.
     """
     mixed = training_args.bf16 or training_args.fp16
     weight_bytes, half = bytes_of(model_args.dtype, plan.config), 2 if mixed else 4
@@ -131,7 +132,7 @@ def memory_lines(plan: Plan, tokens: Tokens, training_args: SFTConfig, model_arg
     layers = text.num_hidden_layers
     checkpointed = training_args.gradient_checkpointing
     activations = count * text.hidden_size * layers * half + layer if checkpointed else layer * layers
-    activations += training_args.per_device_train_batch_size * tokens.learned * text.vocab_size * (half + 4)
+    activations += count * text.vocab_size * (half + 4)
     devices = training_args.world_size if training_args.world_size > 1 else DEVICES
     states = {"weights": weights, "gradients": trained * trained_bytes, "optimizer": moments}
     lines = [f"  {name:<12} {gigabytes(size):>12}" for name, size in {**states, "activations": activations}.items()]
