@@ -105,10 +105,9 @@ def memory_lines(plan: Plan, tokens: Tokens, training_args: SFTConfig, model_arg
 
     Weights: 4 bytes where trained under mixed precision, else those of their dtype, half a byte where quantized to 4
     bits. Gradients as the trained weights. AdamW: two float32 numbers for each trained weight (8-bit optimizers: two
-    bytes; Adafactor: none). Activations of T tokens (a micro-batch of the longest sample measured), L layers, widths D
-    and I, a bytes a number: T * D * L * a with gradient checkpointing, and T * (12 D + 4 I) * a for each layer that is
-    held at once (one with, L without); logits T * V * (a + 4), as if all of
-    the tokens were learned.
+    bytes; Adafactor: none). Activations of T tokens (a micro-batch; padded, each sample as long as the longest measured), L
+    layers, widths D and I, a bytes a number: T * D * L * a with gradient checkpointing, and T * (12 D + 4 I) * a for each
+    layer that is held at once (one with, L without); logits T * V * (a + 4), as if all of the tokens were learned.
     """
     mixed = training_args.bf16 or training_args.fp16
     weight_bytes, half = bytes_of(model_args.dtype, plan.config), 2 if mixed else 4
@@ -127,7 +126,8 @@ def memory_lines(plan: Plan, tokens: Tokens, training_args: SFTConfig, model_arg
     optimizer = str(getattr(training_args.optim, "value", training_args.optim))
     moments = trained * (2 if "8bit" in optimizer else 0 if "adafactor" in optimizer else 8)
     text = plan.config.text_config
-    count = training_args.per_device_train_batch_size * tokens.longest
+    samples = training_args.per_device_train_batch_size
+    count = samples * (tokens.mean if plan.collator.pack else tokens.longest)
     layer = count * (12 * text.hidden_size + 4 * getattr(text, "intermediate_size", 4 * text.hidden_size)) * half
     layers = text.num_hidden_layers
     checkpointed = training_args.gradient_checkpointing

@@ -147,7 +147,7 @@ def test_broken_files_are_counted_and_too_many_stop_the_run(world, tmp_path):
     result = run_script(SFT, "--mixture", many, *arguments, tmp_path / "many", check=False)
     assert result.returncode == 1
     message = result.stdout[result.stdout.rindex("error: ") :]
-    assert "records could not be used" in message and "more than max_bad_fraction=0.1: questions: " in message
+    assert "of questions could not be used" in message and "max_bad_fraction=0.1: questions: " in message
 
 
 @pytest.mark.parametrize(
