@@ -43,10 +43,11 @@ QUIRKS = {
     "pope": {
         "yes_by_default": 'everything is yes unless one of the words before the first dot is exactly "No", "no" or "not"; '
         'so are "NO", "Nope" and an empty answer',
+        "label_not_no": 'every right answer but exactly "no" is taken for yes; counted where it is not "yes" either',
     },
     "mmbench": {
         "empty_option": "with exactly one missing option, an answer that names no option is that option's letter",
-        "prefix": 'the length of "The answer is " is cut from the front even where these words stand later',
+        "prefix": 'the length of "The answer is " is cut from the front even where these words stand later, and every dot after it',
         "guess": "no option could be matched: a random one among the answers of the question's rotations",
     },
     "scienceqa": {
@@ -57,6 +58,7 @@ QUIRKS = {
     "mmmu": {
         "guess": 'not exactly one of the letters ("A." is not): a random one',
         "list_as_text": "an open question whose several accepted answers are compared as one text, brackets included",
+        "unknown_subject": "not one of the 30 subjects: in no score",
     },
     "llava_w": {},
     "mm_vet": {},
@@ -71,6 +73,15 @@ REQUIRED = {
     "mmmu": ("pred", "answer", "question_type", "all_choices"),
     "llava_w": ("pred", "question", "category"),
     "mm_vet": ("pred", "question", "answer"),
+}
+
+
+_KINDS = {"pred": (str, "a text"), "answer": (str, "a text")}
+_KINDS_OF = {
+    "mmbench": {"index": ((int, str), "a number"), "options_dict": (dict, "an object: letter -> text")},
+    "scienceqa": {"answer": ((int, str), "a letter or an index"), "choices": (list, "a list")},
+    "seed": {"question_type": (str, "a text")},
+    "mmmu": {"answer": ((str, list), "a text or a list of them"), "all_choices": (list, "a list")},
 }
 
 
@@ -106,8 +117,11 @@ def check_records(task: str, records: list[dict], source: str) -> None:
                 f"{source}, line {number}: no {', '.join(missing)}; a prediction of {task} has the fields "
                 f"id, {', '.join(REQUIRED.get(task, ('pred',)))}"
             )
-        if not isinstance(record["pred"], str):
-            raise ValueError(f"{source}, line {number}: pred {record['pred']!r} is not a text")
+        for name, (kinds, words) in {**_KINDS, **_KINDS_OF.get(task, {})}.items():
+            if name in record and not isinstance(record[name], kinds):
+                raise ValueError(f"{source}, line {number}: {name} {record[name]!r} is not {words}")
+        if task == "mmbench" and not str(record["index"]).isdecimal():
+            raise ValueError(f"{source}, line {number}: index {record['index']!r} is not a number")
         key = str(record["id"])
         if key in seen:
             raise ValueError(
@@ -141,7 +155,7 @@ def parse_mme(pred: str) -> str:
 
 def parse_mme_relaxed(pred: str) -> str:
     """`yes` or `no` where exactly one of them is among the words, else `other`."""
-    words = set(re.findall(r"[a-z]+", pred.lower())) & {"yes", "no"}
+    words = set(re.findall(r"\b(?:yes|no)\b", pred.lower()))
     return words.pop() if len(words) == 1 else "other"
 
 
@@ -169,7 +183,7 @@ def _mme_subset(pairs: list[tuple[str, str]]) -> tuple[list[float], dict]:
 def _mme_tables(records: list[dict], parse) -> tuple[dict, dict]:
     subsets = defaultdict(list)
     for record in records:
-        subsets[record["dataset_name"]].append((parse(record["pred"]), record["answer"].lower()))
+        subsets[record["dataset_name"]].append((parse(record["pred"].split("\t")[0]), record["answer"].lower()))
     scores, confusion = {}, {}
     for group, names in MME_SUBSETS.items():
         table = {}
@@ -196,6 +210,8 @@ def score_mme(records: list[dict]) -> Score:
     for record in records:
         if record["dataset_name"] not in known:
             raise ValueError(f"dataset_name {record['dataset_name']!r} is no MME subset; they are {', '.join(known)}")
+        if record["answer"].lower() not in ("yes", "no"):
+            raise ValueError(f"MME id {record['id']!r}: answer {record['answer']!r} is neither Yes nor No")
         subsets[record["dataset_name"]].append(record)
     for name, rows in subsets.items():
         for first, second in zip(rows[::2], [*rows[1::2], None]):
@@ -234,14 +250,25 @@ def parse_pope(pred: str) -> str:
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
+def _pope_label(record: dict) -> str:
+    return "no" if record["answer"] == "no" else "yes"
+
+
 def score_pope(records: list[dict]) -> Score:
-    """POPE: accuracy, precision, recall, F1 and share of yes, for each way of choosing the absent objects."""
+    """POPE: accuracy, precision, recall, F1 and share of yes, for each way of choosing the absent objects.
+
+    A category without questions has zeros, which are also in the average.
+
+    Raises:
+        ValueError: an unknown category.
+    """
+    unknown = {str(r["category"]) for r in records} - set(POPE_CATEGORIES)
+    if unknown:
+        raise ValueError(f"POPE has no category {sorted(unknown)}; they are {', '.join(POPE_CATEGORIES)}")
     tiny = 1e-12  # added to every denominator by the official code, and visible in its digits
     scores = {}
     for category in POPE_CATEGORIES:
-        pairs = [(parse_pope(r["pred"]), r["answer"]) for r in records if r["category"] == category]
-        if not pairs:
-            continue
+        pairs = [(parse_pope(r["pred"]), _pope_label(r)) for r in records if r["category"] == category]
         tp, fp, tn, fn = (
             sum(pair == kind for pair in pairs) for kind in (("yes", "yes"), ("yes", "no"), ("no", "no"), ("no", "yes"))
         )
@@ -257,22 +284,20 @@ def score_pope(records: list[dict]) -> Score:
             "TN": tn,
             "FN": fn,
         }
-    unknown = {r["category"] for r in records} - set(scores)
-    if unknown:
-        raise ValueError(f"POPE has no category {sorted(unknown)}; they are {', '.join(POPE_CATEGORIES)}")
     names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
     average = {name: _add(row[name] for row in scores.values()) / len(scores) for name in names}
     return Score(
         {f"{category}/{name}": row[name] for category, row in scores.items() for name in names},
         {"scores": scores, "average": average},
         [
-            {"id": r["id"], "parsed": parse_pope(r["pred"]), "correct": parse_pope(r["pred"]) == r["answer"]}
+            {"id": r["id"], "parsed": parse_pope(r["pred"]), "correct": parse_pope(r["pred"]) == _pope_label(r)}
             for r in records
         ],
         {
             "yes_by_default": sum(
                 parse_pope(r["pred"]) == "yes" and "yes" not in re.findall("[a-z]+", r["pred"].lower()) for r in records
-            )
+            ),
+            "label_not_no": sum(r["answer"] not in ("yes", "no") for r in records),
         },
     )
 
@@ -281,13 +306,13 @@ def score_pope(records: list[dict]) -> Score:
 
 _PREFIX = "The answer is "
 _AROUND_LETTER = [
-    ("(", ")"), ("(", ")."), ("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."),
+    ("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."),
     (":", ""), (":", ","), (":", "."), (":", ")"), (":", ")."),
 ]  # fmt: skip
 
 
 def strip_mmbench_prefix(pred: str) -> str:
-    return pred[len(_PREFIX) :].rstrip(".") if _PREFIX in pred else pred
+    return pred[len(_PREFIX) :].replace(".", "") if _PREFIX in pred else pred
 
 
 def _mmbench_letter(text: str) -> str | None:
@@ -306,9 +331,12 @@ def _mmbench_letter(text: str) -> str | None:
 
 
 def _mmbench_options(options: dict) -> dict[str, str]:
-    """The four that can be matched, in lower case; a missing one is the empty text, which every answer contains."""
-    texts = {letter: str(options.get(letter, "N/A")) for letter in "ABCD"}
-    return {letter: "" if text == "N/A" else text.lower() for letter, text in texts.items()}
+    """The four that can be matched, in lower case; a missing one is the empty text, which every answer contains.
+
+    Only the reader's "N/A" is that: null is no option at all.
+    """
+    texts = {letter: options.get(letter, "N/A") for letter in "ABCD"}
+    return {k: "" if text == "N/A" else str(text).lower() for k, text in texts.items() if text is not None}
 
 
 def parse_mmbench(pred: str, options: dict) -> str | None:
@@ -322,8 +350,9 @@ def parse_mmbench(pred: str, options: dict) -> str | None:
 
 
 def _mmbench_groups(records: list[dict]) -> dict[int, list[dict]]:
+    """Rotations by question, both in the order of the records: it decides which guess falls to which rotation."""
     groups = defaultdict(list)
-    for record in sorted(records, key=lambda r: int(r["index"])):
+    for record in records:
         groups[int(record["index"]) % CIRCULAR].append(record)
     return groups
 
@@ -448,10 +477,10 @@ def score_scienceqa(records: list[dict], seed: int = 0) -> Score:
         else:
             index, _ = (guess.choice(range(len(choices))) for _ in range(2))
             guesses += 1
-        if "prompt" in record:
-            has_image = "<image>" in record["prompt"]
+        if "image_path" in record:
+            has_image = record["image_path"] not in (None, "None")
         else:
-            has_image = record.get("image_path") not in (None, "None")
+            has_image = "<image>" in record.get("prompt", "")
         right["image" if has_image else "text"].append(index == gold)
         parsed.append({"id": record["id"], "parsed": letter or "FAILED", "correct": index == gold})
     flags = right["image"] + right["text"]
@@ -549,14 +578,18 @@ def score_mmmu(records: list[dict], seed: int = 0) -> Score:
         seed: of the guesses; the official scorer draws unseeded.
     """
     guess = random.Random(seed)
-    subjects, parsed, quirks = defaultdict(list), [], {"guess": 0, "list_as_text": 0}
+    known = {name for names in MMMU_DOMAINS.values() for name in names}
+    subjects, parsed, quirks = defaultdict(list), [], {"guess": 0, "list_as_text": 0, "unknown_subject": 0}
     for record in records:
         if record["question_type"] == "multiple-choice":
             letter = record["pred"]
             if letter not in record["all_choices"] or record.get("num_option_images"):
+                if not record["all_choices"]:
+                    raise ValueError(f"MMMU id {record['id']!r}: a multiple-choice question with empty all_choices")
                 letter = guess.choice(record["all_choices"])
                 quirks["guess"] += 1
-            found, correct = letter, letter == record["answer"]
+            gold = record["answer"]
+            found, correct = letter, letter in gold if isinstance(gold, list) else letter == gold
         else:
             gold = record["answer"]
             found = parse_mmmu_open(record["pred"])
@@ -568,8 +601,16 @@ def score_mmmu(records: list[dict], seed: int = 0) -> Score:
             raise ValueError(
                 f"id {record['id']!r} does not name a MMMU subject; it looks like validation_Art_Theory_12"
             )
-        subjects["_".join(name.split("_")[1:-1])].append(correct)
+        subject = "_".join(name.split("_")[1:-1])
+        if subject in known:
+            subjects[subject].append(correct)
+        else:
+            quirks["unknown_subject"] += 1
         parsed.append({"id": record["id"], "parsed": found, "correct": correct})
+    if not subjects:
+        raise ValueError(
+            f"no id names a MMMU subject (the first is {records[0]['id']!r}); they are {', '.join(sorted(known))}"
+        )
     scores = {name: {"acc": sum(f) / len(f), "num_example": len(f)} for name, f in sorted(subjects.items())}
 
     def mean(names):

@@ -238,9 +238,77 @@ def test_quirks_are_counted():
     assert score_scienceqa(rows).quirks == {"last_choice": 1, "guess": 0}
 
 
+def test_mmbench_parsing_at_the_edges():
+    four = dict(zip("ABCDE", ["3.5 m", "35 m", "a cat", "a dog", "N/A"]))
+    assert strip_mmbench_prefix("The answer is B. It is 3.5 m.") == "B It is 35 m"
+    assert parse_mmbench("The answer is 3.5 m", four) == "B"  # every dot goes
+    assert parse_mmbench("3.5 m", four) == "A"
+    assert parse_mmbench("(A) not B.", four) == "B"  # letter and dot come before letter in brackets
+    assert parse_mmbench("D. or (C)", four) == "D"
+    assert parse_mmbench("\u3000A\u3000", four) == "A"  # any Unicode blank parts words
+    assert parse_mmbench("", {**four, "D": None}) is None  # null is no option, "N/A" is an empty one
+    assert parse_mmbench("", {**four, "D": "N/A"}) == "D"
+
+
+def test_mmbench_guesses_fall_in_the_order_of_the_lines():
+    first, second = (rotations(["red", "green", "blue", "grey"], ["hmm"] * 4, index=i) for i in (9, 3))
+    options = [score_mmbench(rows).details["hits_per_main_index"] for rows in (first + second, second + first)]
+    assert [list(hits) for hits in options] == [[9, 3], [3, 9]]
+    # without guesses the order is of no consequence, and a question may lack rotations
+    sure = rotations(["red", "green", "blue"], ["A", "C", "B"])
+    assert score_mmbench(sure[::-1]).summary == score_mmbench(sure).summary == {"total_acc": 100, "l": 100, "l/c": 100}
+    assert score_mmbench(sure[1:]).summary["total_acc"] == 100
+
+
+def test_mme_relaxed_at_the_edges():
+    assert [parse_mme_relaxed(p) for p in ("yes1", "yes_", "yes-no", "Yes!", "éno")] == ["other"] * 2 + [
+        "other",
+        "yes",
+        "other",
+    ]
+    row = {"answer": "yes", "dataset_name": "OCR", "image_id": "a"}
+    records = [{"id": i, "pred": "Yes\tno", **row} for i in range(2)]
+    assert score_mme(records).details["scores_relaxed"]["Perception"]["OCR"] == [200, 100, 100]  # nothing after the tab
+    with pytest.raises(ValueError, match="'maybe' is neither Yes nor No"):
+        score_mme([{**r, "answer": "maybe"} for r in records])
+
+
+def test_pope_at_the_edges():
+    rows = [{"id": 0, "pred": "no", "answer": "no", "category": "random"}]
+    summary = score_pope(rows).summary
+    assert len(summary) == 15 and all(summary[f"popular/{name}"] == 0 for name in ("accuracy", "f1", "yes_ratio"))
+    assert summary["random/accuracy"] == pytest.approx(1) and summary["random/f1"] == summary["random/precision"] == 0
+    assert [parse_pope(p) for p in ("no", "no\u00a0cat", "a no\n", "not,", "1.no", "No no")] == [
+        "no", "yes", "yes", "no", "yes", "no",
+    ]  # fmt: skip
+    result = score_pope([{**rows[0], "answer": "No"}])
+    assert not result.parsed[0]["correct"] and result.quirks["label_not_no"] == 1
+    with pytest.raises(ValueError, match="no category .'easy'.; they are adversarial"):
+        score_pope([{**rows[0], "category": "easy"}])
+
+
+def test_mmmu_at_the_edges():
+    base = {"id": "validation_Math_1", "question_type": "multiple-choice", "all_choices": ["A", "B"], "answer": "A"}
+    assert score_mmmu([{**base, "pred": "B", "answer": ["B", "A"]}]).summary == {"overall": 1, "Math": 1}
+    strange = {**base, "id": "validation_Alchemy_1", "pred": "B"}
+    result = score_mmmu([{**base, "pred": "A"}, strange])
+    assert result.summary == {"overall": 1, "Math": 1} and result.quirks["unknown_subject"] == 1
+    with pytest.raises(ValueError, match="no id names a MMMU subject"):
+        score_mmmu([strange])
+    with pytest.raises(ValueError, match="validation_Math_1': a multiple-choice question with empty all_choices"):
+        score_mmmu([{**base, "pred": "x", "all_choices": []}])
+    assert parse_mmmu_open("so 1,5 is = nan") == [pytest.approx(float("nan"), nan_ok=True)]
+    assert is_right_mmmu_open("nan", parse_mmmu_open("nan")) is False
+    assert is_right_mmmu_open("50", parse_mmmu_open("50%")) and is_right_mmmu_open("1e3", parse_mmmu_open("1,000"))
+
+
 def test_scienceqa_letters():
     assert parse_scienceqa("(C).", ["x", "y"]) == "C"
     assert parse_scienceqa("neither", ["x", "y"]) is None
+    # the image's path decides what is a question with an image, not the prompt
+    row = {"id": 1, "pred": "A", "answer": 0, "choices": ["x", "y"], "prompt": "<image>", "image_path": "None"}
+    assert score_scienceqa([row]).summary == {"acc": 100, "acc-image": 0, "acc-text": 100}
+    assert score_scienceqa([{**row, "prompt": "", "image_path": "a.png"}]).summary["acc-image"] == 100
     with pytest.raises(ValueError, match="'Q' is none of its 2 choices"):
         score_scienceqa([{"id": 1, "pred": "A", "answer": "Q", "choices": ["x", "y"], "prompt": ""}])
 
@@ -270,6 +338,11 @@ def test_refused_prediction_files(tmp_path, capsys):
     assert "line 2: no answer" in error(good, {"id": 2, "pred": "A", "question_type": "x"})
     assert "line 2 is not a JSON object" in error(good, "{broken\n")
     assert "pred 3 is not a text" in error({**good, "pred": 3})
+    assert "line 1: answer None is not a text" in error({**good, "answer": None})
+    mmmu = {"id": "validation_Math_1", "pred": "4", "question_type": "open", "all_choices": []}
+    assert "answer 4 is not a text or a list" in error({**mmmu, "answer": 4}, task="mmmu")
+    bench = {"id": 1, "pred": "A", "answer": "A", "category": "c", "l2_category": "l", "options_dict": {}}
+    assert "index 'one' is not a number" in error({**bench, "index": "one"}, task="mmbench")
     assert "seeds is no task" in error(good, task="seeds")
     assert "names 2" in error(good, task="seed,mme")
     assert "several models" in error({**good, "model": "a"}, {**good, "id": 2, "model": "b"})
