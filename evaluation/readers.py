@@ -149,7 +149,7 @@ def read_mme(root: Path) -> list[Question]:
             image = image or images / f"{path.stem}.jpg"
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
             for number, line in enumerate(lines):
-                text, tab, answer = line.partition("\t")
+                text, tab, answer = line.strip().partition("\t")
                 if not tab or answer.strip().lower() not in ("yes", "no"):
                     raise ValueError(
                         f"{path}: {line!r} is not a question, a tab, and Yes or No; download the file again"
@@ -224,9 +224,16 @@ def read_mmbench(root: Path) -> list[Question]:
     return questions
 
 
-def _scienceqa_parts(text: str) -> tuple[str, str, list[str]]:
-    """(question, context, choices) of LLaVA's form; a letter in brackets opens a choice only when it is the next one."""
-    head, _, tail = text.removeprefix("<image>\n").removesuffix("\n<image>").rpartition("\nOptions: ")
+def _scienceqa_parts(text: str) -> tuple[str, str, list[str], list[str]]:
+    """(question, context, choices, choices as the prompt shows them) of LLaVA's form.
+
+    A letter in brackets opens a choice only when it is the next one. In the official prompt every letter in brackets does,
+    so "(A) vitamin (B)" is shown as more choices than there are; the answer's letter still counts the true ones.
+    """
+    question, _, rest = text.removeprefix("<image>\n").partition("\nContext: ")
+    context, _, tail = rest.partition("\nOptions: ")
+    tail = tail.replace("<image>", "").strip()
+    shown = [part.strip() for part in re.split(r"\([A-Z]\)", tail) if part.strip()]
     choices, at = [], 0
     while (start := tail.find(f"({LETTERS[len(choices)]}) ", at)) >= 0:
         if choices:
@@ -235,15 +242,14 @@ def _scienceqa_parts(text: str) -> tuple[str, str, list[str]]:
         at = start + 4
     if choices:
         choices[-1] = tail[at:].strip()
-    question, _, context = head.partition("\nContext: ")
-    return question, context, choices
+    return question, context, choices, shown
 
 
 def read_scienceqa(root: Path) -> list[Question]:
     folder = root / FOLDERS["scienceqa"][0]
     questions = []
 
-    def add(key, raw, question, context, choices, answer, path, image, lecture, solution):
+    def add(key, raw, question, context, choices, shown, answer, path, image, lecture, solution):
         fields = {
             "question": raw,
             "question_id": key,
@@ -254,13 +260,13 @@ def read_scienceqa(root: Path) -> list[Question]:
             "answer_index": answer,
             "choices": choices,
         }
-        text = with_options(question, dict(zip(LETTERS, choices)), context)
+        text = with_options(question, dict(zip(LETTERS, shown)), context)
         questions.append(Question(key, "choice", text, fields, image))
 
     def add_original(key, row, path, image):
         add(
             key, row["question"], row["question"], (row.get("hint") or "").replace("\n", " ") or "N/A", row["choices"],
-            row["answer"], path, image, row.get("lecture") or None, row.get("solution") or None,
+            row["choices"], row["answer"], path, image, row.get("lecture") or None, row.get("solution") or None,
         )  # fmt: skip
 
     def path_of(key, name):
@@ -282,7 +288,7 @@ def read_scienceqa(root: Path) -> list[Question]:
         return questions
     for row in _json(files[0]):
         raw, told = (row["conversations"][i]["value"] for i in (0, 1))
-        question, context, choices = _scienceqa_parts(raw)
+        question, context, choices, shown = _scienceqa_parts(raw)
         letter = re.search(r"ANSWER: ([A-Z])", told)
         if not letter or LETTERS.index(letter[1]) >= len(choices):
             raise ValueError(f"{files[0]}, id {row['id']!r}: {told[-40:]!r} names none of its {len(choices)} choices")
@@ -290,7 +296,7 @@ def read_scienceqa(root: Path) -> list[Question]:
         solution = re.search(r"SOLUTION: (.*?)(?=###|$)", told, re.DOTALL)
         path = str(folder / "images" / "test" / row["image"]) if row.get("image") else None
         add(
-            str(row["id"]), raw, question, context, choices, LETTERS.index(letter[1]), path or "None", path,
+            str(row["id"]), raw, question, context, choices, shown, LETTERS.index(letter[1]), path or "None", path,
             lecture and lecture[1], solution and solution[1],
         )  # fmt: skip
     return questions
@@ -339,8 +345,9 @@ def read_mmmu(root: Path) -> list[Question]:
     questions = []
     for row, image in rows:
         options = row["options"] if isinstance(row["options"], list) else ast.literal_eval(row["options"])
-        choices = dict(zip(LETTERS, options))
-        text = with_options(row["question"], choices) if choices else row["question"]
+        several = row["question_type"] == "multiple-choice"  # an open question may have options, which are not shown
+        choices = dict(zip(LETTERS, options)) if several else {}
+        text = with_options(row["question"], choices) if several else row["question"]
         fields = {
             "question": text,
             "answer": row["answer"],
@@ -348,7 +355,7 @@ def read_mmmu(root: Path) -> list[Question]:
             "all_choices": list(choices),
             "num_option_images": 0,  # the official reader looks for images in the options' single characters: never any
         }
-        questions.append(Question(row["id"], "choice" if choices else "short", text, fields, image))
+        questions.append(Question(row["id"], "choice" if several else "short", text, fields, image))
     return questions
 
 

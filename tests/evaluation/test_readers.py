@@ -166,7 +166,24 @@ def test_scienceqa_letters_inside_an_option(tmp_path):
     (folder / "llava_test_QCM-LEPA.json").write_text(json.dumps([row]))
     (found,) = read_scienceqa(tmp_path)
     assert found.fields["choices"] == ["vitamin", "is (D) (B) (A) again", "last"]
+    assert found.text.endswith("options:\nA. vitamin\nB. is\nC. again\nD. last\n")  # as the official prompt has it
     assert found.fields["lecture"] is None
+
+
+def test_mmmu_open_question_with_options(tmp_path):
+    folder = tmp_path / "mmmu"
+    (folder / "images").mkdir(parents=True)
+    row = {
+        "id": "validation_Math_1",
+        "question": "How many?",
+        "options": "['1', '2']",
+        "answer": "2",
+        "image_1": "a.png",
+    }
+    (folder / "validation.json").write_text(json.dumps([{**row, "question_type": "open"}]))
+    PILImage.new("RGB", (2, 2)).save(folder / "images" / "a.png")
+    (found,) = read_task("mmmu", tmp_path)
+    assert (found.kind, found.text, found.fields["all_choices"]) == ("short", "How many?", [])
 
 
 def test_mmbench_pictures_by_reference(tmp_path):
