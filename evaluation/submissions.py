@@ -9,20 +9,22 @@ from evaluation.predictions import write_json, write_lines
 def _mmbench(records: list[dict], folder: Path) -> Path:
     """One row for each rotation, as the evaluation server wants it."""
     from openpyxl import Workbook
+    from openpyxl.cell import WriteOnlyCell
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
-    book = Workbook()
-    sheet = book.active
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet("Sheet")
     sheet.append(["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "l2-category", "prediction"])
     for record in records:
         texts = [record.get("question"), record.get("hint"), *(record["options_dict"].get(k) for k in "ABCD")]
         texts = [None if text == "N/A" else text for text in texts]
         texts += [record["answer"], record["category"], record["l2_category"], record["pred"]]
         row = [ILLEGAL_CHARACTERS_RE.sub("", text) if isinstance(text, str) else text for text in texts]
-        sheet.append([record["index"], *row])
-        for cell in sheet[sheet.max_row]:
+        cells = [WriteOnlyCell(sheet, value) for value in (record["index"], *row)]
+        for cell in cells:
             if isinstance(cell.value, str):
                 cell.data_type = "s"  # an answer that begins with = is no formula
+        sheet.append(cells)
     path = folder / "submission.xlsx"
     book.save(path)
     return path

@@ -141,7 +141,7 @@ def make_mmbench(root: Path) -> None:
 def make_scienceqa(root: Path) -> None:
     rows = []
     for number in range(8):
-        options = ["West Virginia", "Louisiana", "vitamin (B)", "Oklahoma"][: 2 + number % 3]
+        options = ["West Virginia", "Louisiana", "vitamin B", "Oklahoma"][: 2 + number % 3]
         listed = " ".join(f"({letter}) {option}" for letter, option in zip("ABCD", options))
         row = {"id": str(number)}
         question = (

@@ -2,7 +2,9 @@
 """The official scorers' numbers and parsed answers, and the rules by themselves."""
 
 import json
+import time
 
+import openpyxl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +30,7 @@ from evaluation.scorers import (
     score_seed,
     strip_mmbench_prefix,
 )
+from evaluation.submissions import write_submission
 from tests.golden import GOLDEN
 
 SCORERS = GOLDEN / "scorers"
@@ -320,6 +323,15 @@ def test_judged_scores():
     )
     assert score_mm_vet(rows, {"0": 0.5, "1": 1.0}).summary == {"total": 75, "ocr": 100}
     assert score_mm_vet(rows, {}).summary == {}
+
+
+def test_mmbench_submission_of_many_lines(tmp_path):
+    records = [{**record, "pred": "=A"} for i in range(3000) for record in rotations(["red"], ["A"], index=i)]
+    begin = time.process_time()
+    assert write_submission("mmbench", records, tmp_path) == "submission.xlsx"
+    assert time.process_time() - begin < 10  # the time grows with the lines, not with their square
+    sheet = openpyxl.load_workbook(tmp_path / "submission.xlsx").active
+    assert sheet.max_row == 3001 and {(c.value, c.data_type) for c in sheet["K"][1:]} == {("=A", "s")}
 
 
 def test_refused_prediction_files(tmp_path, capsys):
