@@ -41,7 +41,7 @@ def probe_attention(module, query, key, value, attention_mask, cu_seq_lens_q=Non
     return torch.cat(outputs, dim=1), None
 
 
-AttentionInterface.register("probe", probe_attention)
+AttentionInterface.register("cu_seq_lens", probe_attention)
 
 
 def losses_and_gradients(model, batches):
@@ -66,7 +66,7 @@ def grouped_query_model(tmp_path, processor):
 
 @pytest.mark.parametrize("stage", ["align", "instruct"])
 @pytest.mark.parametrize("kind", ["llama, c-abs", "qwen2, d-abs"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "sdpa_packed", "probe"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "sdpa_packed", "cu_seq_lens"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_rows_equal_their_samples(stage, kind, attention, checkpointing, tmp_path):
     processor = tiny_processor(4)
@@ -82,8 +82,8 @@ def test_packed_rows_equal_their_samples(stage, kind, attention, checkpointing, 
     language_model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
     if attention == "sdpa_packed":
         assert use_packed_attention(language_model)
-    elif attention == "probe":
-        language_model.set_attn_implementation("probe")
+    elif attention == "cu_seq_lens":
+        language_model.set_attn_implementation("cu_seq_lens")
     if checkpointing:
         model.gradient_checkpointing_enable()
     packed = HoneybeeDataCollator(processor, pack=True)(SAMPLES)
@@ -100,7 +100,7 @@ def test_packed_rows_equal_their_samples(stage, kind, attention, checkpointing, 
 
     # Without the borders it would not be so.
     del packed["position_ids"]
-    if attention == "probe":
+    if attention == "cu_seq_lens":
         packed["cu_seq_lens_q"] = torch.tensor([0, packed["input_ids"].shape[1]])
         packed["max_length_q"] = packed["input_ids"].shape[1]
     assert abs(losses_and_gradients(model, [packed])[0] - expected) > 1e-3
