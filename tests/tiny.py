@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models, tokenizers and images small enough to be made in every test."""
 
+import json
 import os
 import subprocess
 import sys
@@ -229,3 +230,27 @@ def run_script(*arguments, python: str = sys.executable, cwd=None, check: bool =
     )
     assert not check or result.returncode == 0, result.stdout[-4000:]
     return result
+
+
+def sample(index: int, image: bool = True, images: int = 1) -> dict:
+    """A row of a dataset in conversational format."""
+    content = [{"type": "image"}] * images if image else []
+    return {
+        "messages": [
+            {"role": "user", "content": [*content, {"type": "text", "text": f"What is {index}?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": f"a brown dog {index}"}]},
+        ],
+        "images": [f"images/{index}.png"] * images if image else [],
+    }
+
+
+def write_dataset(folder: Path, samples: list[dict]) -> Path:
+    """The rows as `data.jsonl`, and the pictures that they name."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for row in samples:
+        for image in row["images"]:
+            if not image.startswith("images/no_such"):
+                picture(len(image)).save(folder / image)
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in samples))
+    return path

@@ -19,9 +19,17 @@ from transformers import CLIPVisionConfig, LlamaConfig, get_scheduler
 
 from modeling_honeybee import HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
 from processing import processor_from_vision_text_pretrained
-from tests.tiny import REPOSITORY, image_processor, save_clip, save_llama, tiny_model, word_tokenizer
+from tests.tiny import (
+    REPOSITORY,
+    image_processor,
+    sample,
+    save_clip,
+    save_llama,
+    tiny_model,
+    word_tokenizer,
+    write_dataset,
+)
 from tests.training.test_sft_mixture import write_mixture
-from tests.training.test_wrong_inputs import sample, write_dataset
 from training.arguments import parse_arguments
 from training.checks import check_arguments, settle_batch_size
 from training.dry_run import dry_run

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, check_processor, processor_from_vision_text_pretrained
-from tests.tiny import REPOSITORY, run_script, save_clip, save_llama, tiny_inputs
+from tests.tiny import REPOSITORY, run_script, sample, save_clip, save_llama, tiny_inputs, write_dataset
 from tests.training.test_sft_mixture import write_mixture
-from tests.training.test_wrong_inputs import PROJECTOR, sample, write_dataset
+from tests.training.test_wrong_inputs import PROJECTOR
 from training.checkpoints import is_whole
 from training.throughput import count_batch
 

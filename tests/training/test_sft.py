@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, check_processor
-from tests.tiny import REPOSITORY, picture, run_script, save_clip, save_llama, tiny_inputs
+from tests.tiny import REPOSITORY, run_script, sample, save_clip, save_llama, tiny_inputs, write_dataset
 
 SFT = REPOSITORY / "training" / "sft.py"
 PROJECTOR = '{"projector_type": "c-abs", "num_query_tokens": 4, "hidden_size": 32, "depth": 1}'
@@ -24,28 +24,6 @@ SHORT = [
     "--max_steps", 4, "--per_device_train_batch_size", 2, "--learning_rate", 1e-2, "--logging_steps", 1, "--bf16", "False",
     "--report_to", "none", "--save_strategy", "no", "--dataloader_pin_memory", "False", "--use_cpu",
 ]  # fmt: skip
-
-
-def sample(index, image):
-    content = [{"type": "image"}] if image else []
-    return {
-        "messages": [
-            {"role": "user", "content": [*content, {"type": "text", "text": f"What is {index}?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": f"a brown dog {index}"}]},
-        ],
-        "images": [f"images/{index}.png"] if image else [],
-    }
-
-
-def write_dataset(folder, samples):
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for row in samples:
-        for image in row["images"]:
-            if not image.startswith("images/no_such"):
-                picture(len(image)).save(folder / image)
-    path = folder / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in samples))
-    return path
 
 
 @pytest.fixture(scope="module")

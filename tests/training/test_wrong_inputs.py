@@ -14,34 +14,12 @@ from trl import SFTTrainer
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import processor_from_vision_text_pretrained
-from tests.tiny import REPOSITORY, picture, run_script, save_clip, save_llama, tiny_model, tiny_processor
+from tests.tiny import REPOSITORY, run_script, sample, save_clip, save_llama, tiny_model, tiny_processor, write_dataset
 from training import sft
 
 SFT = REPOSITORY / "training" / "sft.py"
 SHORT = ["--max_steps", 4, "--bf16", "False", "--report_to", "none", "--save_strategy", "no", "--use_cpu"]
 PROJECTOR = {"projector_type": "c-abs", "num_query_tokens": 4, "hidden_size": 32, "depth": 1}
-
-
-def sample(index, image=True, images=1):
-    content = [{"type": "image"}] * images if image else []
-    return {
-        "messages": [
-            {"role": "user", "content": [*content, {"type": "text", "text": f"What is {index}?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": f"a brown dog {index}"}]},
-        ],
-        "images": [f"images/{index}.png"] * images if image else [],
-    }
-
-
-def write_dataset(folder, samples):
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for row in samples:
-        for image in row["images"]:
-            if not image.startswith("images/no_such"):
-                picture(len(image)).save(folder / image)
-    path = folder / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in samples))
-    return path
 
 
 @pytest.fixture(scope="module")
