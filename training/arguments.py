@@ -95,6 +95,10 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[HoneybeeArgumen
         arguments += ["--use_cpu", "True"]  # bf16 is refused where there is neither a GPU nor this
     parser = TrlParser((HoneybeeArguments, SFTConfig, ModelConfig))
     args, training_args, model_args = parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
+    if training_args.device.type == "cpu":
+        # Of several processes accelerate numbers the CPU, and transformers 4 loads the optimizer onto that name ("cpu:0"),
+        # which torch.load does not know.
+        training_args._setup_devices = torch.device("cpu")
     if args.resume and not training_args.resume_from_checkpoint:
         training_args.resume_from_checkpoint = "true"
     return args, training_args, model_args

@@ -52,15 +52,21 @@ def describe_run(
     }
 
 
-def is_whole(checkpoint: str) -> bool:
-    """Whether the trainer came to the end of saving: it writes its own state last."""
+def is_whole(checkpoint: str, processes: int = 1) -> bool:
+    """Whether the trainer came to the end of saving: it writes its own state last, in the first process.
+
+    Args:
+        processes: of the run that goes on; the others may have been stopped before they wrote theirs.
+    """
     try:
         TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
     except (OSError, ValueError):
         return False
-    # Other processes may have been stopped while they wrote theirs.
     random_states = glob.glob(os.path.join(glob.escape(checkpoint), "rng_state*.pth"))
-    return bool(random_states) and all(map(zipfile.is_zipfile, random_states))
+    number = len(random_states)
+    if number == 1 and os.path.basename(random_states[0]) == "rng_state.pth":
+        number = processes  # of a run in one process, which may go on in more
+    return number >= processes and all(map(zipfile.is_zipfile, random_states))
 
 
 def checkpoints(folder: str) -> dict[int, str]:
@@ -69,10 +75,10 @@ def checkpoints(folder: str) -> dict[int, str]:
     return {int(name): path for path in found if (name := path.rpartition("-")[2]).isdecimal()}
 
 
-def last_whole_checkpoint(folder: str) -> str | None:
+def last_whole_checkpoint(folder: str, processes: int = 1) -> str | None:
     """The newest checkpoint that a run can go on from; one that was being written when the run was killed is not."""
     steps = checkpoints(folder)
-    return next((steps[step] for step in sorted(steps, reverse=True) if is_whole(steps[step])), None)
+    return next((steps[step] for step in sorted(steps, reverse=True) if is_whole(steps[step], processes)), None)
 
 
 def find_checkpoint(run: dict, training_args: SFTConfig) -> str | None:
@@ -91,13 +97,13 @@ def find_checkpoint(run: dict, training_args: SFTConfig) -> str | None:
             )
         return None
     if str(resume).lower() in ("true", "last"):
-        checkpoint = last_whole_checkpoint(folder)
+        checkpoint = last_whole_checkpoint(folder, training_args.world_size)
     else:
-        checkpoint = resume if is_whole(resume) else None
+        checkpoint = resume if is_whole(resume, training_args.world_size) else None
     if checkpoint is None:
         raise ValueError(
-            f"--resume_from_checkpoint {resume}: no whole checkpoint found (output_dir {folder!r}); "
-            "leave it out to start, and set --save_strategy steps --save_steps N to have some"
+            f"--resume_from_checkpoint {resume}: no whole checkpoint found (output_dir {folder!r}, "
+            f"processes: {training_args.world_size}); leave it out to start, and set --save_strategy steps --save_steps N to have some"
         )
     if os.path.isfile(mark):
         with open(mark, encoding="utf-8") as file:

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -78,7 +79,10 @@ def fork(rank: int, processes: int, port: int, die_at: int | None) -> int:
     try:
         sft.main()
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stderr.flush()
         os._exit(status)
 
 

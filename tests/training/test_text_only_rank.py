@@ -15,14 +15,7 @@ CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(R
 )
 def test_one_rank_with_images_and_one_without(stage, projector_type, checkpointing, tmp_path):
     settings = [stage, projector_type, checkpointing]
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        2,
-        "--master_port",
-        29600 + hash(str(tmp_path)) % 300,
-    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     script = REPOSITORY / "tests" / "training" / "text_only_rank.py"
     run_script(*torchrun, script, *settings, 1, 2, tmp_path / "two.pt", env=CPU)
     # The same samples in one process, two a batch.

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share."""
+
+import os
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """Variables as they were. transformers 4 leaves a run's bf16 in the environment of the runs after it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
