@@ -47,7 +47,7 @@ def main(stage: str, projector_type: str, checkpointing: str, batch_size: str, w
     dataset = Dataset.from_dict({"number": list(range(8))})
     dataset.set_transform(make)
     args = SFTConfig(
-        output_dir=output + ".run", max_steps=4, per_device_train_batch_size=int(batch_size), learning_rate=0.05, bf16=False,
+        output_dir=output + ".run", max_steps=4, per_device_train_batch_size=int(batch_size), learning_rate=0.01, bf16=False,
         logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, remove_unused_columns=False, max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=False, optim="sgd", lr_scheduler_type="constant",
         gradient_checkpointing=checkpointing == "True", max_grad_norm=1e9,
