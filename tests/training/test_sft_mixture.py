@@ -27,7 +27,7 @@ TWO_ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 PROJECTOR = '{"projector_type": "c-abs", "num_query_tokens": 4, "hidden_size": 32, "depth": 1}'
 SHORT = [
     "--learning_rate", 1e-2, "--logging_steps", 1, "--bf16", "False", "--report_to", "none", "--save_strategy", "no",
-    "--dataloader_pin_memory", "False", "--use_cpu", "--max_length", 200,
+    "--dataloader_pin_memory", "False", "--use_cpu", "--max_length", 200, "--adam_epsilon", 1e-6,
 ]  # fmt: skip
 
 
