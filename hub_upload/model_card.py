@@ -235,19 +235,23 @@ _CHAT = """chat = [
         "content": [{{"type": "image", "path": "photo.jpg"}}, {{"type": "text", "text": "{question}"}}],
     }}
 ]"""
-_AUTO_BLOCK = """from transformers import AutoModelForImageTextToText, AutoProcessor
-
-pinned = {{"revision": "{revision}", "trust_remote_code": True}}
-model = AutoModelForImageTextToText.from_pretrained("{repo}", code_revision="{revision}", dtype="auto", **pinned)
-processor = AutoProcessor.from_pretrained("{repo}", **pinned)
-
-prompt = processor.apply_chat_template(
+_ASK = """prompt = processor.apply_chat_template(
     [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "{question}"}}]}}],
     add_generation_prompt=True,
 )
 inputs = processor(images="photo.jpg", text=prompt, add_special_tokens=False, return_tensors="pt")
 new = model.generate(**inputs, max_new_tokens=64)[:, inputs["input_ids"].shape[1] :]
 print(processor.tokenizer.decode(new[0], skip_special_tokens=True))"""
+_AUTO_BLOCK = (
+    """from transformers import AutoModelForImageTextToText, AutoProcessor
+
+pinned = {{"revision": "{revision}", "trust_remote_code": True}}
+model = AutoModelForImageTextToText.from_pretrained("{repo}", code_revision="{revision}", dtype="auto", **pinned)
+processor = AutoProcessor.from_pretrained("{repo}", **pinned)
+
+"""
+    + _ASK
+)
 _PIPELINE_BLOCK = """from transformers import pipeline
 
 ask = pipeline("image-text-to-text", model="{repo}", revision="{revision}", trust_remote_code=True)
@@ -265,20 +269,17 @@ inputs = processor.apply_chat_template(
 )
 new = model.generate(**inputs, max_new_tokens=64)[:, inputs["input_ids"].shape[1] :]
 print(processor.tokenizer.decode(new[0], skip_special_tokens=True))"""
-_ADAPTER_BLOCK = """from peft import PeftModel
+_ADAPTER_BLOCK = (
+    """from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 base = AutoModelForImageTextToText.from_pretrained("{base}", trust_remote_code=True, dtype="auto")
 model = PeftModel.from_pretrained(base, "{repo}", revision="{revision}")
 processor = AutoProcessor.from_pretrained("{repo}", revision="{revision}", trust_remote_code=True)
 
-prompt = processor.apply_chat_template(
-    [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "{question}"}}]}}],
-    add_generation_prompt=True,
+"""
+    + _ASK
 )
-inputs = processor(images="photo.jpg", text=prompt, add_special_tokens=False, return_tensors="pt")
-new = model.generate(**inputs, max_new_tokens=64)[:, inputs["input_ids"].shape[1] :]
-print(processor.tokenizer.decode(new[0], skip_special_tokens=True))"""
 
 
 def _python(block: str) -> str:

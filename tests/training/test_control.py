@@ -12,15 +12,12 @@ from safetensors.torch import load_file
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, check_processor, processor_from_vision_text_pretrained
 from tests.tiny import REPOSITORY, run_script, sample, save_clip, save_llama, tiny_inputs, write_dataset
-from tests.training.test_sft_mixture import write_mixture
+from tests.training.test_sft_mixture import RUN_SFT, TWO, TWO_ON_CPU, write_mixture
 from tests.training.test_wrong_inputs import PROJECTOR
 from training.checkpoints import is_whole
 from training.throughput import count_batch
 
 SFT = REPOSITORY / "training" / "sft.py"
-RUN_SFT = REPOSITORY / "tests" / "training" / "run_sft.py"
-TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-TWO_ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 SHORT = [
     "--max_steps", 8, "--per_device_train_batch_size", 2, "--learning_rate", 1e-2, "--logging_steps", 2, "--bf16", "False",
     "--report_to", "none", "--save_strategy", "no", "--dataloader_pin_memory", "False", "--use_cpu",
