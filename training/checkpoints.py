@@ -18,19 +18,11 @@ from training.recipe.config import Recipe
 
 RUN_FILE = "honeybee_run.json"
 # What of `SFTConfig` is recorded in it for the model card and the summary.
-RECORDED = (
-    *(
-        "learning_rate",
-        "lr_scheduler_type",
-        "lr_scheduler_kwargs",
-        "warmup_steps",
-        "optim",
-        "weight_decay",
-        "adam_beta1",
-    ),
-    *("adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "world_size", "max_length", "bf16", "fp16", "gradient_checkpointing", "seed"),
-)
+RECORDED = [
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "world_size", "max_length", "bf16", "fp16", "gradient_checkpointing", "seed",
+]  # fmt: skip
 NOT_THE_RUN = ("mixture_settings", "resume", "merge", "dry_run")
 
 
