@@ -19,7 +19,7 @@ AUTO_MAP = {
     "AutoProcessor": "processing_honeybee.HoneybeeProcessor",
 }
 
-# What the official configs choose where a field depends on the projector (golden NOTES.md, section 3).
+# What the official configs choose where a field depends on the projector (their `model_config`).
 # `num_query_tokens` None: one visual token per patch, filled in by `HoneybeeConfig`, which knows the tower.
 PROJECTOR_DEFAULTS = {
     "linear": {"num_query_tokens": None, "depth": 1, "pos_emb": False},
@@ -149,7 +149,10 @@ class HoneybeeProjectorConfig(PretrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-        if not 0 <= self.dropout < 1:
+        for name in ("pos_emb", "prenorm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        if isinstance(self.dropout, str) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must be at least 0 and less than 1")
         if self.projector_type in GRID_PROJECTORS and not _is_square(self.num_query_tokens):
             root = math.isqrt(self.num_query_tokens)
@@ -169,7 +172,16 @@ class HoneybeeProjectorConfig(PretrainedConfig):
 
     @property
     def num_visual_tokens(self) -> int:
-        """Tokens that the language model sees for one image."""
+        """Tokens that the language model sees for one image.
+
+        Raises:
+            ValueError: of a `linear` or `mlp` that no [`HoneybeeConfig`] has told the number of patches.
+        """
+        if self.num_query_tokens is None:
+            raise ValueError(
+                f"num_query_tokens of a {self.projector_type} projector is the number of patches, which only a "
+                "HoneybeeConfig knows; ask its num_image_tokens"
+            )
         return self.num_query_tokens + self.num_eos_tokens
 
 
@@ -204,6 +216,11 @@ def _sub_config(value, name: str, default_type: str, defaults: dict) -> Pretrain
         value = AutoConfig.for_model(model_type, **{k: v for k, v in settings.items() if k != "model_type"})
     elif isinstance(value, PretrainedConfig):
         value = copy.deepcopy(value)  # it is completed below, and belongs to the caller
+        if value.model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{name}: model_type={value.model_type!r} is not transformers' own, and a saved Honeybee carries its own "
+                "code and nobody else's; use another model"
+            )
     else:
         raise TypeError(f"{name} must be a dict or a PretrainedConfig, got {type(value).__name__}")
     # A two-tower config (CLIP, SigLIP) stands for its vision half.
@@ -295,7 +312,12 @@ class HoneybeeConfig(PretrainedConfig):
             )
         if not self.vision_feature_layers:
             raise ValueError("vision_feature_layer=[] names no layer; give one, such as -2, or a list for d-abs")
-        depth = self.vision_config.num_hidden_layers
+        depth = getattr(self.vision_config, "num_hidden_layers", None)
+        if depth is None:
+            raise ValueError(
+                f"vision_config.model_type={self.vision_config.model_type!r} has no num_hidden_layers; Honeybee needs a "
+                "vision transformer, such as clip_vision_model"
+            )
         for layer in self.vision_feature_layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
                 raise ValueError(

@@ -324,10 +324,17 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             states_to_keep: (B, T), where the last hidden states are wanted: they are (1, kept, D_lm) then.
 
         Raises:
-            ValueError: both or none of `input_ids` and `inputs_embeds`, or placeholders and images that disagree.
+            ValueError: both or none of `input_ids` and `inputs_embeds`, images where the vocabulary has no placeholder,
+                or placeholders and images that disagree.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        vocab_size = self.config.text_config.vocab_size
+        if pixel_values is not None and self.config.image_token_id >= vocab_size:
+            raise ValueError(
+                f"image_token_id={self.config.image_token_id} is no token of this vocabulary of {vocab_size}; set it in "
+                "the config to the id of <image>, after resize_token_embeddings where that is a new token"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -506,7 +513,6 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         image_size: int | None = None,
         vision_feature_layer: int | list[int] = -2,
         vision_feature_select_strategy: str | None = None,
-        trust_remote_code: bool = False,
         **projector_settings,
     ) -> HoneybeeConfig:
         """The config of the model that [`from_vision_text_pretrained`] would make, without reading a weight.
@@ -514,11 +520,10 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         Arguments and errors are that function's.
         """
         projector_config = HoneybeeProjectorConfig.from_settings(projector_settings)
-        remote = {"trust_remote_code": trust_remote_code}
-        vision_config = AutoConfig.from_pretrained(vision, **remote)
+        vision_config = AutoConfig.from_pretrained(vision)
         vision_config = getattr(vision_config, "vision_config", vision_config)
-        text_config = AutoConfig.from_pretrained(text, **remote)
-        own_size = vision_config.image_size
+        text_config = AutoConfig.from_pretrained(text)
+        own_size = getattr(vision_config, "image_size", None)
         vision_config.image_size = image_size or own_size
         fields = {
             "vision_config": vision_config,
@@ -530,12 +535,12 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             text_config=text_config, image_token_id=0, vision_feature_select_strategy=strategy, **fields
         )
         if image_token_id is None:
-            tokenizer = AutoTokenizer.from_pretrained(text, **remote)
+            tokenizer = AutoTokenizer.from_pretrained(text)
             image_token_id = tokenizer.get_vocab().get("<image>", len(tokenizer))
         vision_config.image_size = own_size
         with torch.device("meta"):
-            head = AutoModelForCausalLM.from_config(text_config, **remote).get_output_embeddings()
-            tower = AutoModel.from_config(vision_config, **remote)
+            head = AutoModelForCausalLM.from_config(text_config).get_output_embeddings()
+            tower = AutoModel.from_config(vision_config)
             if image_size and image_size != own_size:
                 _resize_positions(tower, image_size)
                 vision_config.image_size = image_size
@@ -565,14 +570,14 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         vision_feature_select_strategy: str | None = None,
         dtype: torch.dtype | str | None = None,
         attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
         **projector_settings,
     ) -> "HoneybeeForConditionalGeneration":
         """Joins a pretrained vision tower and a pretrained language model with a new projector: where stage 1 starts.
 
         Args:
             vision: Hub name or folder of a vision model; of a two-tower model (CLIP, SigLIP) the vision half is taken.
-            text: Hub name or folder of a causal language model.
+            text: Hub name or folder of a causal language model. Both of types that transformers itself has: a saved
+                Honeybee carries its own code and nobody else's.
             image_token_id: id of `<image>`. Default: the one that the tokenizer of `text` has or would give to a new
                 token. The embedding grows where needed; new rows start at the mean of the others.
             image_size: S, in pixels, of the square images; default: the tower's own. For another size its position
@@ -585,7 +590,6 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         Raises:
             ValueError: an unknown setting, or parts that do not fit.
         """
-        remote = {"trust_remote_code": trust_remote_code}
         # Joined once without weights, so that parts that do not fit are refused before any are read.
         planned = cls.config_from_vision_text_pretrained(
             vision,
@@ -594,16 +598,15 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             image_size=image_size,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
-            **remote,
             **projector_settings,
         )
         image_token_id = planned.image_token_id
-        vision_config = AutoConfig.from_pretrained(vision, **remote)
+        vision_config = AutoConfig.from_pretrained(vision)
         vision_config = getattr(vision_config, "vision_config", vision_config)
         own_size = vision_config.image_size
-        text_config = AutoConfig.from_pretrained(text, **remote)
+        text_config = AutoConfig.from_pretrained(text)
         dtype = dtype or getattr(text_config, "dtype", None) or torch.float32
-        loading = {**remote, "dtype": dtype}
+        loading = {"dtype": dtype}
         if attn_implementation is not None:
             loading["attn_implementation"] = attn_implementation
         causal_lm = AutoModelForCausalLM.from_pretrained(text, **loading)

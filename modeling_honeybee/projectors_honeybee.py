@@ -51,8 +51,8 @@ class HoneybeeProjector(nn.Module):
         )
 
     def reset_own_parameters(self):
-        """Start the parameters that belong to no submodule. `nn.init` calls leave already loaded tensors alone when
-        transformers guards them, so every one goes through it."""
+        """Start the parameters that belong to no submodule. Through `nn.init`, because transformers guards loaded tensors
+        against its functions; a parameter that is set in another way must look at `_is_hf_initialized` itself."""
         if self.pos_emb is not None:
             nn.init.trunc_normal_(self.pos_emb, std=0.02)
         if self.eos_tokens is not None:

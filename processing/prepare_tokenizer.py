@@ -103,11 +103,20 @@ def processor_from_vision_text_pretrained(
         text: Hub name or folder of the language model: its tokenizer.
         num_image_tokens: `model.config.num_image_tokens`.
         image_size: where it is not the vision model's own, the one that the model was made with.
+
+    Raises:
+        ValueError: a tokenizer that is not fast, or preprocessing without a mean and a standard deviation.
     """
     config = AutoConfig.from_pretrained(vision)
     size = image_size or getattr(config, "vision_config", config).image_size
     size = size if isinstance(size, int) else size[0]
     preprocessing, _ = ImageProcessingMixin.get_image_processor_dict(vision)
+    missing = [name for name in ("image_mean", "image_std") if name not in preprocessing]
+    if missing:
+        raise ValueError(
+            f"the preprocessor_config.json of {vision!r} has no {' and no '.join(missing)}; complete it with what the vision "
+            "model was trained with"
+        )
     image_processor = IMAGE_PROCESSOR_CLASS(
         size={"height": size, "width": size},
         crop_size={"height": size, "width": size},

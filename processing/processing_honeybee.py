@@ -133,12 +133,12 @@ class HoneybeeProcessor(ProcessorMixin):
             torchvision's bicubic resize is another function.
         tokenizer: a fast tokenizer that has `image_token` as one token (see `processing.prepare_tokenizer`).
         num_image_tokens: placeholders that one `<image>` becomes; equals `model.config.num_image_tokens`.
-        image_token: the placeholder.
+        image_token: the placeholder, `<image>`: the templates and the prepared tokenizer know no other.
         chat_template: templates by name, or the `default` one; those of `default` (conversation) and `caption` (stage 1)
             that are not given are the ones above.
 
     Raises:
-        ValueError: `num_image_tokens` is not positive, or the tokenizer lacks `image_token`.
+        ValueError: `num_image_tokens` is not positive, `image_token` is another, or the tokenizer lacks it.
     """
 
     if _TRANSFORMERS_4:  # 5 finds the parts by the names of the arguments, and warns of these
@@ -148,8 +148,8 @@ class HoneybeeProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
+        image_processor,
+        tokenizer,
         num_image_tokens: int = 144,
         image_token: str = IMAGE_TOKEN,
         chat_template=None,
@@ -157,6 +157,8 @@ class HoneybeeProcessor(ProcessorMixin):
     ):
         if isinstance(num_image_tokens, bool) or not isinstance(num_image_tokens, int) or num_image_tokens < 1:
             raise ValueError(f"num_image_tokens={num_image_tokens!r} must be a whole number of at least 1")
+        if image_token != IMAGE_TOKEN:
+            raise ValueError(f"image_token={image_token!r}: the chat templates write {IMAGE_TOKEN!r}; leave it out")
         if image_token not in tokenizer.get_vocab():
             raise ValueError(
                 f"the tokenizer has no token {image_token!r}; prepare it with processing.prepare_tokenizer(tokenizer)"

@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from modeling_honeybee import HoneybeeConfig, HoneybeeProjectorConfig
 from tests.tiny import PROJECTORS, clip_config, llama_config, projector_settings, tiny_config
@@ -21,6 +21,8 @@ from tests.tiny import PROJECTORS, clip_config, llama_config, projector_settings
         ({"projector_type": "d-abs", "hidden_size": 30}, ["hidden_size=30", "num_attention_heads=8"]),
         ({"pooled_v_target": "both"}, ["both", "query, tgt, none"]),
         ({"dropout": 1.0}, ["dropout=1.0"]),
+        ({"dropout": "none"}, ["dropout='none'"]),
+        ({"pos_emb": "no"}, ["pos_emb='no'", "True or False"]),
     ],
 )
 def test_projector_config_names_what_is_wrong(settings, words):
@@ -50,6 +52,20 @@ def test_config_names_what_does_not_fit(projector, settings, words):
 def test_unknown_model_type_is_named():
     with pytest.raises(ValueError, match="no-such-model"):
         HoneybeeConfig(text_config={"model_type": "no-such-model"})
+
+    class TheirConfig(PretrainedConfig):
+        model_type = "theirs"
+
+    with pytest.raises(ValueError, match="vision_config: model_type='theirs' is not transformers' own"):
+        HoneybeeConfig(vision_config=TheirConfig())
+    with pytest.raises(ValueError, match="model_type='resnet' has no num_hidden_layers; .* vision transformer"):
+        HoneybeeConfig(vision_config={"model_type": "resnet"})
+
+
+def test_visual_tokens_of_a_projector_without_a_tower():
+    assert HoneybeeProjectorConfig(num_query_tokens=9, num_eos_tokens=1).num_visual_tokens == 10
+    with pytest.raises(ValueError, match="number of patches"):
+        print(HoneybeeProjectorConfig(projector_type="linear").num_visual_tokens)
 
 
 def test_defaults_are_the_papers():

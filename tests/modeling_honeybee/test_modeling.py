@@ -148,6 +148,11 @@ def test_placeholders_and_images_must_agree():
         model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"][None])
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
+    model.config.image_token_id = 5000
+    with pytest.raises(
+        ValueError, match="image_token_id=5000 is no token of this vocabulary of .* resize_token_embeddings"
+    ):
+        model(**inputs)
 
 
 def test_inputs_embeds_stand_for_input_ids():

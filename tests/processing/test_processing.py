@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from PIL import Image
 
-from processing import HoneybeeProcessor
-from tests.tiny import byte_tokenizer, image_processor, picture, tiny_processor, word_tokenizer
+from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
+from tests.tiny import byte_tokenizer, image_processor, picture, save_clip, save_llama, tiny_processor, word_tokenizer
 
 SYSTEM = "The following is a conversation between a curious human and AI assistant."
 TOKENIZERS = {"sentencepiece": word_tokenizer, "byte-level": byte_tokenizer}
@@ -175,6 +176,18 @@ def test_wrong_settings_are_named():
         tiny_processor(num_image_tokens=0)
     with pytest.raises(ValueError, match="no token '<image>'.*prepare_tokenizer"):
         HoneybeeProcessor(image_processor(), word_tokenizer())
+    with pytest.raises(ValueError, match="image_token='<picture>'.*<image>"):
+        HoneybeeProcessor(image_processor(), word_tokenizer(), image_token="<picture>")
+
+
+def test_preprocessing_without_statistics_is_named(tmp_path):
+    vision = Path(save_clip(tmp_path / "vision"))
+    path = vision / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    del settings["image_std"]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="preprocessor_config.json .* has no image_std; complete it"):
+        processor_from_vision_text_pretrained(str(vision), save_llama(tmp_path / "text"), 4)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
