@@ -45,8 +45,9 @@ class HoneybeeArguments:
         default=None, metadata={"help": "Vision tower of a new model, instead of --model_name_or_path."}
     )
     text_model: str | None = field(default=None, metadata={"help": "Language model of a new model."})
-    vision_feature_layer: int | None = field(
-        default=None, metadata={"help": "Layer of the tower that a new projector reads; default: -2."}
+    vision_feature_layer: list[int] | None = field(
+        default=None,
+        metadata={"help": "Layer of the tower that a new projector reads (d-abs: or several); default: -2."},
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Image size of a new model, where it is not the tower's own."}
@@ -76,6 +77,8 @@ class HoneybeeArguments:
                 self.projector = json.loads(self.projector)
             except json.JSONDecodeError as error:
                 raise ValueError(f"--projector {self.projector!r} is not JSON ({error})") from error
+        if isinstance(self.vision_feature_layer, int):  # of a YAML file
+            self.vision_feature_layer = [self.vision_feature_layer]
         if not isinstance(self.projector, (dict, type(None))):
             raise ValueError(f"--projector {self.projector!r} is not a mapping of settings to values")
 
@@ -91,7 +94,8 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[HoneybeeArgumen
         SystemExit: what argparse refuses.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if "--dry_run" in arguments and not torch.cuda.is_available():
+    own, _ = TrlParser((HoneybeeArguments,)).parse_args_and_config(arguments, return_remaining_strings=True)
+    if own.dry_run and not torch.cuda.is_available():
         arguments += ["--use_cpu", "True"]  # bf16 is refused where there is neither a GPU nor this
     parser = TrlParser((HoneybeeArguments, SFTConfig, ModelConfig))
     args, training_args, model_args = parser.parse_args_and_config(arguments, fail_with_unknown_args=True)

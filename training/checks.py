@@ -11,6 +11,7 @@ import datasets
 import torch
 from peft import get_peft_model
 from safetensors import safe_open
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, SFTConfig, get_peft_config
 
@@ -24,7 +25,7 @@ from training.conversations import check_dataset, load_conversations
 from training.recipe.config import load_recipe
 from training.recipe.mixture import Mixture
 from training.recipe.sources import open_mixture
-from training.stages import TRAINED, lora_modules, parameter_counts, set_trained
+from training.stages import TRAINED, linear_names, lora_modules, parameter_counts, set_trained
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +74,10 @@ def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Mod
     config, processor = load_config_and_processor(args, training_args, model_args)
     check_processor(config, processor)
     check_length(training_args, processor)
-    if model_args.use_peft and model_args.lora_target_modules is None:
-        modules = lora_modules(args.stage)
-        model_args.lora_target_modules = modules["target_modules"]
-        model_args.lora_modules_to_save = model_args.lora_modules_to_save or modules["modules_to_save"]
     with torch.device("meta"):
         skeleton = HoneybeeForConditionalGeneration(config)
+    if model_args.use_peft:
+        complete_lora(args.stage, model_args, skeleton)
     if model_args.model_name_or_path:
         check_weights(model_args.model_name_or_path, skeleton)
     parameters = count_parameters(skeleton, args.stage, model_args)
@@ -124,6 +123,11 @@ def check_arguments(args: HoneybeeArguments, training_args: SFTConfig, model_arg
     _check_data_arguments(args, training_args)
     _check_model_arguments(args, model_args)
     _check_trainer_arguments(training_args)
+    if training_args.trust_remote_code:
+        raise ValueError(
+            "trust_remote_code: towers and LLMs with code of their own are not supported, because a saved Honeybee "
+            "carries its own code alone; leave it out"
+        )
     if model_args.use_peft:
         lora_modules(args.stage)
     elif args.merge:
@@ -164,9 +168,9 @@ def _check_data_arguments(args: HoneybeeArguments, training_args: SFTConfig) -> 
         )
     if args.batching not in BATCHINGS:
         raise ValueError(f"batching={args.batching!r} is unknown; use one of {', '.join(BATCHINGS)}")
-    if str(getattr(training_args.eval_strategy, "value", training_args.eval_strategy)) != "no":
+    if training_args.eval_strategy != IntervalStrategy.NO:
         raise ValueError(
-            f"eval_strategy={training_args.eval_strategy}: nothing is evaluated while training; leave it out, and "
+            f"eval_strategy={training_args.eval_strategy.value}: nothing is evaluated while training; leave it out, and "
             "score checkpoints with evaluation/run.py"
         )
 
@@ -247,8 +251,7 @@ def _check_trainer_arguments(training_args: SFTConfig) -> None:
             f"{training_args.n_gpu} GPUs are visible to one process; start one process for each with `accelerate "
             "launch` (training/configs/README.md), or show it one with CUDA_VISIBLE_DEVICES=0"
         )
-    saves = str(getattr(training_args.save_strategy, "value", training_args.save_strategy))
-    if saves == "steps" and training_args.save_steps <= 0:
+    if training_args.save_strategy == SaveStrategy.STEPS and training_args.save_steps <= 0:
         raise ValueError(f"save_steps={training_args.save_steps} must be more than 0, or --save_strategy no")
 
 
@@ -284,7 +287,7 @@ def load_config_and_processor(
     path = model_args.model_name_or_path
     if path is None:
         config = HoneybeeForConditionalGeneration.config_from_vision_text_pretrained(
-            args.vision_model, args.text_model, trust_remote_code=training_args.trust_remote_code, **new_model(args)
+            args.vision_model, args.text_model, **new_model(args)
         )
         processor = processor_from_vision_text_pretrained(
             args.vision_model, args.text_model, config.num_image_tokens, args.image_size
@@ -297,8 +300,9 @@ def load_config_and_processor(
 
 def new_model(args: HoneybeeArguments) -> dict:
     """The settings of a new model besides its parts."""
-    layer = -2 if args.vision_feature_layer is None else args.vision_feature_layer
-    return {"image_size": args.image_size, "vision_feature_layer": layer, **(args.projector or {})}
+    layers = args.vision_feature_layer or [-2]
+    layers = layers if len(layers) > 1 else layers[0]
+    return {"image_size": args.image_size, "vision_feature_layer": layers, **(args.projector or {})}
 
 
 def check_length(training_args: SFTConfig, processor: HoneybeeProcessor) -> None:
@@ -356,8 +360,38 @@ def count_parameters(
             with torch.device("meta"):
                 get_peft_model(skeleton, get_peft_config(model_args))
         except ValueError as error:
-            raise ValueError(f"LoRA does not fit this model: {error}; check lora_target_modules") from error
-    return parameter_counts(skeleton)
+            raise ValueError(
+                f"lora_target_modules={model_args.lora_target_modules!r} do not fit this model ({error}); the LLM's "
+                f"linear layers are named {', '.join(linear_names(skeleton.model.language_model))}"
+            ) from error
+    counts = parameter_counts(skeleton)
+    if counts["vision_tower"][1]:
+        raise ValueError(
+            f"lora_target_modules={model_args.lora_target_modules!r} reach into the vision tower, which no stage trains; "
+            "give names alone (q_proj v_proj), of which the LLM's are taken, or all-linear"
+        )
+    return counts
+
+
+def complete_lora(stage: str, model_args: ModelConfig, skeleton: HoneybeeForConditionalGeneration) -> None:
+    """Sets where LoRA goes, and that the projector is trained beside it: see [`lora_modules`].
+
+    Raises:
+        ValueError: a name that no layer of the LLM has.
+    """
+    targets, language_model = model_args.lora_target_modules, skeleton.model.language_model
+    if targets == "all-linear":
+        targets = linear_names(language_model)
+    for target in targets if isinstance(targets, list) else ():
+        if not any(f".{name}".endswith(f".{target}") for name, _ in language_model.named_modules()):
+            raise ValueError(
+                f"lora_target_modules: the LLM has no {target!r}; its linear layers are named "
+                f"{', '.join(linear_names(language_model))}"
+            )
+    modules = lora_modules(stage, targets) if targets else lora_modules(stage)
+    model_args.lora_target_modules = modules["target_modules"]
+    given = model_args.lora_modules_to_save or []
+    model_args.lora_modules_to_save = modules["modules_to_save"] + [name for name in given if name != "projector"]
 
 
 def bytes_of(dtype: str | None, config: HoneybeeConfig) -> int:

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 
 from processing import HoneybeeProcessor
-
-from .conversations import normalize_conversation, open_image
-from .pixels import Pixels
-from .rendering import render
+from training.conversations import normalize_conversation, open_image
+from training.pixels import Pixels
+from training.rendering import render
 
 
 class TooLongError(ValueError):
@@ -118,14 +117,14 @@ class HoneybeeDataCollator:
         return features
 
     def check_length(self, messages: list[dict], template: str) -> None:
-        """Whether a sample is worth collating.
+        """Refuses a sample that would not be worth collating.
 
         Raises:
             TooLongError: its images, or the beginning of its first answer, do not fit into `max_length`.
         """
         if self.max_length is None:
             return
-        # A token is a byte at least, and a piece costs its marker and a blank: that tells for most samples without a tokenizer.
+        # A token is a byte at least, and a piece costs its marker and a blank: that tells without a tokenizer for most.
         size, needed, answered = 128, 0, False
         for message in messages:
             for item in message["content"]:

@@ -95,7 +95,10 @@ def normalize_conversation(example: dict) -> tuple[list[dict], list]:
 
 
 def open_image(image, root: str = ""):
-    """An image of a sample as PIL in RGB, transparency dropped: a PIL image, a path (relative ones under `root`), or `datasets`' undecoded dict.
+    """An image of a sample as PIL in RGB, transparency dropped.
+
+    Args:
+        image: a PIL image, a path (relative ones under `root`), or the undecoded dict of `datasets`.
 
     Raises:
         FileNotFoundError, ValueError: naming the file and what is wrong with it.
@@ -221,14 +224,11 @@ def check_dataset(
     image_root: str = "",
     needs_images: bool = False,
     check_length: Callable[[list[dict], str], None] | None = None,
-) -> int:
+) -> None:
     """Reads every sample of a map-style dataset once before training, with a progress bar.
 
     Args:
         check_length: raises a ValueError where messages in a template leave nothing to learn in the longest row.
-
-    Returns:
-        The largest number of images in one sample.
 
     Raises:
         ValueError, FileNotFoundError: the first sample that cannot be trained on, with its number and the reason; or no
@@ -237,13 +237,12 @@ def check_dataset(
     if len(dataset) == 0:
         raise ValueError("the dataset is empty; give it at least one sample")
     dataset = undecoded(dataset)  # existence and structure cost no image decoding
-    num_images = most_images = 0
+    num_images = 0
     for index, example in enumerate(tqdm(dataset, desc="Checking samples", disable=len(dataset) < 5000)):
         try:
             messages, images = normalize_conversation(example)
             if check_length is not None:
                 check_length(messages, example.get("chat_template") or "default")
-            most_images = max(most_images, len(images))
             for image in images:
                 num_images += 1
                 if num_images <= MAX_DECODED_CHECKS or not _exists(image, image_root):
@@ -255,4 +254,3 @@ def check_dataset(
             f"none of the {len(dataset)} samples has an image, and alignment trains the projector alone, which reads "
             "nothing else; give a dataset with an `images` column, or use --stage instruct"
         )
-    return most_images

@@ -9,10 +9,11 @@ import numpy as np
 from datasets import Dataset
 from torch.utils.data import Sampler
 
-from .collator import HoneybeeDataCollator
-from .conversations import undecoded
-from .recipe.mixture import Mixture, Stream, UnusableRecordError
-from .trainer import HoneybeeTrainer
+from training.checkpoints import global_batch_size
+from training.collator import HoneybeeDataCollator
+from training.conversations import undecoded
+from training.recipe.mixture import Mixture, Stream, UnusableRecordError
+from training.trainer import HoneybeeTrainer
 
 WINDOW = 16  # global batches that are sorted together
 
@@ -81,9 +82,8 @@ class GroupedTrainer(HoneybeeTrainer):
 
     def _get_train_sampler(self, train_dataset=None) -> LengthGroupedSampler:
         dataset, args = self.train_dataset if train_dataset is None else train_dataset, self.args
-        batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        return LengthGroupedSampler(self.lengths, len(dataset), batch_size, seed, self.shuffle)
+        return LengthGroupedSampler(self.lengths, len(dataset), global_batch_size(args), seed, self.shuffle)
 
 
 def dataset_lengths(dataset: Dataset, collator: HoneybeeDataCollator) -> Lengths:

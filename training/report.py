@@ -95,7 +95,7 @@ def _setting(training_args: SFTConfig, name: str) -> str:
 
 def _data(plan: Plan, samples: int) -> str:
     if plan.mixture is None:
-        return f"`{plan.run['dataset']}`: {len(plan.dataset):,} samples, of which {samples:,} were drawn."
+        return f"`{plan.run['dataset']}`: {samples:,} draws of {len(plan.dataset):,} samples."
     table = mixture_table(plan.mixture.sources, plan.mixture.weights, samples)
     return f"{_table(table)}\n\nSkipped by the first process: {plan.mixture.report()}."
 

@@ -56,7 +56,6 @@ def load_model(
             args.vision_model,
             args.text_model,
             dtype=None if dtype == "auto" else dtype,
-            trust_remote_code=training_args.trust_remote_code,
             **loading,
             **new_model(args),
         )

@@ -2,6 +2,7 @@
 """What each of the two training stages trains (paper, section 4): the projector, then the projector and the LLM."""
 
 import logging
+import re
 
 from torch import nn
 
@@ -38,8 +39,8 @@ def freeze_for_stage(model: HoneybeeForConditionalGeneration, stage: str) -> Non
 
 def parameter_counts(model: HoneybeeForConditionalGeneration) -> dict[str, tuple[int, int]]:
     """Part of the model -> its parameters, and those of them that are trained. A head that is tied to the embedding
-    counts there."""
-    counts, seen = {}, set()
+    counts there, and the frozen original that peft keeps beside a module trained in full does not."""
+    counts, seen = {}, {id(p) for name, p in model.named_parameters() if ".original_module." in name}
     for part, module in {**dict(model.model.named_children()), "lm_head": model.lm_head}.items():
         own = [p for p in module.parameters() if id(p) not in seen]
         seen.update(map(id, own))
@@ -63,13 +64,28 @@ def keep_trained_in_float32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def lora_modules(stage: str) -> dict:
-    """Where LoRA goes when it takes the LLM's place in a stage: q and v of the LLM (paper, section 4), with the
-    projector trained in full. `all-linear` would reach into the vision tower.
+def lora_modules(stage: str, targets: str | list[str] = ("q_proj", "v_proj")) -> dict:
+    """Where LoRA goes when it takes the LLM's place in a stage (paper, section 4), with the projector trained in full.
+
+    Args:
+        targets: names of linear layers, of which the LLM's are taken (other parts have some of the same name), or a
+            pattern for their whole paths.
+
+    Returns:
+        `target_modules` and `modules_to_save` of a `LoraConfig`.
 
     Raises:
         ValueError: LoRA in alignment, which does not train the LLM.
     """
     if stage != "instruct":
         raise ValueError(f"LoRA adapts the LLM, which stage {stage!r} does not train; use it with --stage instruct")
-    return {"target_modules": r".*\.language_model\..*\.(q_proj|v_proj)", "modules_to_save": ["projector"]}
+    if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
+        targets = [targets]
+    if not isinstance(targets, str):
+        targets = rf".*\.language_model\..*\.({'|'.join(map(re.escape, targets))})"
+    return {"target_modules": targets, "modules_to_save": ["projector"]}
+
+
+def linear_names(module: nn.Module) -> list[str]:
+    """Names, without their paths, of the linear layers inside: what `all-linear` means for a part of the model."""
+    return sorted({name.rpartition(".")[2] for name, layer in module.named_modules() if isinstance(layer, nn.Linear)})

@@ -64,6 +64,32 @@ def run_dry(*arguments) -> str:
     return dry_run(*parse_arguments([str(argument) for argument in arguments]))
 
 
+def test_a_dry_run_may_be_asked_for_in_any_way(world, tmp_path):
+    """bf16 is refused on a CPU, and a dry run reads the settings of a GPU's run there."""
+    yaml_file = tmp_path / "run.yaml"
+    yaml_file.write_text("dry_run: true\nbf16: true\n")
+    ways = [["--config", yaml_file], ["--dry_run=True", "--bf16", "True"], ["--bf16", "True", "--dry_run"]]
+    for way in ways:
+        args, training_args, _ = parse_arguments([*map(str, way), "--output_dir", str(world / "out")])
+        assert args.dry_run and training_args.bf16
+
+
+def test_several_levels_of_the_tower(world):
+    projector = {"projector_type": "d-abs", "num_query_tokens": 4, "hidden_size": 32, "pooled_v_target": "none"}
+    parts = ["--vision_model", world / "vision", "--text_model", world / "text", "--projector", json.dumps(projector)]
+    common = [
+        "--stage",
+        "align",
+        "--dataset",
+        world / "data" / "data.jsonl",
+        "--output_dir",
+        world / "out",
+        "--dry_run",
+    ]
+    report = run_dry(*parts, *common, "--vision_feature_layer", "-3", "-2")
+    assert "d-abs -> 4 visual tokens" in report
+
+
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
 @pytest.mark.parametrize("data", ["dataset", "captions.yaml", "recipe.yaml"])
 def test_shipped_configs_pass_a_dry_run(path, data, world):

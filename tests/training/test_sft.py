@@ -125,9 +125,10 @@ def test_killed_and_resumed_ends_as_if_not(world, tmp_path):
 def test_lora_trains_saves_reloads_and_merges(world, tmp_path):
     run_script(
         SFT, "--stage", "instruct", "--dataset", world / "data.jsonl", "--model_name_or_path", world / "align",
-        "--output_dir", tmp_path / "lora", *SHORT, "--use_peft", "--lora_r", 4,
+        "--output_dir", tmp_path / "lora", *SHORT, "--use_peft", "--lora_r", 4, "--lora_target_modules", "k_proj", "up_proj",
     )  # fmt: skip
     adapter = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in adapter if ".lora_" in name} == {"k_proj", "up_proj"}
     assert all((".projector." in name) or (".language_model." in name and "lora_" in name) for name in adapter)
     assert any("lora_B" in name and tensor.any() for name, tensor in adapter.items())
     base = HoneybeeForConditionalGeneration.from_pretrained(world / "align")

@@ -2,9 +2,10 @@
 import logging
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from tests.tiny import tiny_model
-from training.stages import freeze_for_stage
+from training.stages import freeze_for_stage, linear_names, lora_modules, parameter_counts, set_trained
 
 
 @pytest.mark.parametrize(
@@ -24,3 +25,27 @@ def test_what_a_stage_trains(stage, parts, caplog):
 def test_unknown_stage_is_named():
     with pytest.raises(ValueError, match="stage='pretrain' is unknown; use one of align, instruct"):
         freeze_for_stage(tiny_model(), "pretrain")
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (["q_proj", "o_proj"], {"q_proj", "o_proj"}),
+        ("k_proj", {"k_proj"}),
+        ("mlp.up_proj", {"up_proj"}),
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_lora_names_are_the_language_models(targets, names):
+    model = tiny_model()
+    before = parameter_counts(model)
+    set_trained(model, "align")
+    if targets == "all-linear":
+        targets = linear_names(model.model.language_model)
+    get_peft_model(model, LoraConfig(r=2, **lora_modules("instruct", targets)))
+    adapters = [name for name, _ in model.named_parameters() if ".lora_" in name]
+    assert all(".language_model." in name for name in adapters)
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in adapters} == names
+    after = parameter_counts(model)
+    assert after["projector"] == (before["projector"][0],) * 2, "counted once, and all of it trained"
+    assert after["vision_tower"] == (before["vision_tower"][0], 0)

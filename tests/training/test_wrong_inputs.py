@@ -127,7 +127,13 @@ def new(**projector):
         # Training
         (["--stage", "pretrain"], ["pretrain", "align"]),
         (["--stage", "align", "--use_peft"], ["LoRA", "'align'", "--stage instruct"]),
-        (["--use_peft", "--lora_target_modules", "no_such_module"], ["no_such_module", "lora_target_modules"]),
+        (["--use_peft", "--lora_target_modules", "no_such_module"], ["no_such_module", "lora_target_modules", "v_proj"]),
+        (["--use_peft", "--lora_target_modules", "q_proj", "w_proj"], ["lora_target_modules", "no 'w_proj'", "v_proj"]),
+        (
+            ["--use_peft", "--lora_target_modules", ".*(q_proj|v_proj)"],
+            ["lora_target_modules='.*(q_proj|v_proj)'", "vision tower", "names alone"],
+        ),
+        (["--trust_remote_code"], ["trust_remote_code", "leave it out"]),
         (["--merge"], ["--merge", "--use_peft"]),
         (["--load_in_4bit"], ["load_in_4bit", "--use_peft"]),
         ([*new(**PROJECTOR), "--use_peft", "--load_in_4bit"], ["load_in_4bit", "--model_name_or_path"]),
