@@ -17,11 +17,12 @@ from trl import ModelConfig, SFTConfig, get_peft_config
 
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
 from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS
-from processing import HoneybeeProcessor, check_processor, processor_from_vision_text_pretrained
+from processing import HoneybeeProcessor, check_processor
 from training.arguments import BATCHINGS, HoneybeeArguments
 from training.checkpoints import check_disk, check_output_dir, describe_run, find_checkpoint, global_batch_size
 from training.collator import HoneybeeDataCollator
 from training.conversations import check_dataset, load_conversations
+from training.loading import DTYPES, bytes_of, load_config_and_processor
 from training.recipe.config import load_recipe
 from training.recipe.mixture import Mixture
 from training.recipe.sources import open_mixture
@@ -29,7 +30,6 @@ from training.stages import TRAINED, linear_names, lora_modules, parameter_count
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto", None: None}
 OPTIMIZER_BYTES = 8  # AdamW's two moments of a parameter, in float32
 
 
@@ -71,7 +71,7 @@ def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Mod
     run = describe_run(args, training_args, model_args, recipe)
     checkpoint = find_checkpoint(run, training_args)
 
-    config, processor = load_config_and_processor(args, training_args, model_args)
+    config, processor = load_config_and_processor(args, model_args)
     check_processor(config, processor)
     check_length(training_args, processor)
     with torch.device("meta"):
@@ -280,31 +280,6 @@ def settle_batch_size(args: HoneybeeArguments, training_args: SFTConfig) -> None
     training_args.gradient_accumulation_steps = wanted // at_once
 
 
-def load_config_and_processor(
-    args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig
-) -> tuple[HoneybeeConfig, HoneybeeProcessor]:
-    """Config and processor of the model that the arguments name; of a new one as it will be made."""
-    path = model_args.model_name_or_path
-    if path is None:
-        config = HoneybeeForConditionalGeneration.config_from_vision_text_pretrained(
-            args.vision_model, args.text_model, **new_model(args)
-        )
-        processor = processor_from_vision_text_pretrained(
-            args.vision_model, args.text_model, config.num_image_tokens, args.image_size
-        )
-    else:
-        config = HoneybeeConfig.from_pretrained(path, revision=model_args.model_revision)
-        processor = HoneybeeProcessor.from_pretrained(path, revision=model_args.model_revision)
-    return config, processor
-
-
-def new_model(args: HoneybeeArguments) -> dict:
-    """The settings of a new model besides its parts."""
-    layers = args.vision_feature_layer or [-2]
-    layers = layers if len(layers) > 1 else layers[0]
-    return {"image_size": args.image_size, "vision_feature_layer": layers, **(args.projector or {})}
-
-
 def check_length(training_args: SFTConfig, processor: HoneybeeProcessor) -> None:
     """Raises a ValueError where `max_length` has no room for text behind one image."""
     if training_args.max_length is not None and processor.num_image_tokens >= training_args.max_length:
@@ -392,12 +367,3 @@ def complete_lora(stage: str, model_args: ModelConfig, skeleton: HoneybeeForCond
     model_args.lora_target_modules = modules["target_modules"]
     given = model_args.lora_modules_to_save or []
     model_args.lora_modules_to_save = modules["modules_to_save"] + [name for name in given if name != "projector"]
-
-
-def bytes_of(dtype: str | None, config: HoneybeeConfig) -> int:
-    """Bytes of a weight as the model is loaded."""
-    dtype = DTYPES[dtype]
-    if dtype in (None, "auto"):
-        dtype = getattr(config, "dtype", None) or torch.float32
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return dtype.itemsize

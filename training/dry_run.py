@@ -7,8 +7,9 @@ from trl import ModelConfig, SFTConfig
 
 from training.arguments import HoneybeeArguments
 from training.checkpoints import gigabytes, global_batch_size
-from training.checks import Plan, bytes_of, check_run
+from training.checks import Plan, check_run
 from training.conversations import normalize_conversation
+from training.loading import bytes_of
 from training.stages import parts_table
 
 MEASURED = 64  # samples whose tokens are counted

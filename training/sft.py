@@ -19,21 +19,17 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import replace
 from functools import partial
 
-from peft import PeftModel
-from transformers import set_seed
-from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_peft_config
 
-from modeling_honeybee import HoneybeeForConditionalGeneration
-from processing import HoneybeeProcessor
 from training.arguments import HoneybeeArguments, parse_arguments
 from training.checkpoints import global_batch_size, mark_run
-from training.checks import DTYPES, Plan, check_run, new_model
+from training.checks import Plan, check_run
 from training.dry_run import dry_run
 from training.interruption import StopOnSignal
 from training.length_grouping import WINDOW, GroupedTrainer, dataset_lengths, mixture_lengths
+from training.loading import load_model, merge_adapter
 from training.packed_attention import use_packed_attention
 from training.recipe.mixture import TooManyBadSamplesError
 from training.recipe.trainer import MixtureCallback, MixtureTrainer
@@ -42,28 +38,6 @@ from training.stages import freeze_for_stage, keep_trained_in_float32, parts_tab
 from training.trainer import HoneybeeTrainer
 
 logger = logging.getLogger(__name__)
-
-
-def load_model(
-    args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig
-) -> HoneybeeForConditionalGeneration:
-    """The model that the arguments name, new or trained."""
-    dtype = DTYPES[model_args.dtype]
-    loading = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
-    if model_args.model_name_or_path is None:
-        set_seed(training_args.seed)  # of the projector's first weights
-        return HoneybeeForConditionalGeneration.from_vision_text_pretrained(
-            args.vision_model,
-            args.text_model,
-            dtype=None if dtype == "auto" else dtype,
-            **loading,
-            **new_model(args),
-        )
-    if quantization := get_quantization_config(model_args):
-        loading["quantization_config"] = quantization
-    return HoneybeeForConditionalGeneration.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision, dtype=dtype or "auto", **loading
-    )
 
 
 def trainer_class(args: HoneybeeArguments, training_args: SFTConfig, plan: Plan):
@@ -144,19 +118,6 @@ def run(trainer: HoneybeeTrainer, checkpoint: str | None) -> None:
     trainer.save_state()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-
-
-def merge_adapter(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> str:
-    """Puts the adapter in `output_dir` into its base model, not quantized, and writes the whole model beside it.
-
-    Returns:
-        The new folder.
-    """
-    base = load_model(args, training_args, replace(model_args, load_in_4bit=False, load_in_8bit=False))
-    folder = os.path.join(training_args.output_dir, "merged")
-    PeftModel.from_pretrained(base, training_args.output_dir).merge_and_unload().save_pretrained(folder)
-    HoneybeeProcessor.from_pretrained(training_args.output_dir).save_pretrained(folder)
-    return folder
 
 
 def main():

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model, config and processor that the arguments name, new or trained."""
+
+import os
+from dataclasses import replace
+
+import torch
+from peft import PeftModel
+from transformers import set_seed
+from trl import ModelConfig, SFTConfig, get_quantization_config
+
+from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
+from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
+from training.arguments import HoneybeeArguments
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto", None: None}
+
+
+def new_model(args: HoneybeeArguments) -> dict:
+    """The settings of a new model besides its parts."""
+    layers = args.vision_feature_layer or [-2]
+    layers = layers if len(layers) > 1 else layers[0]
+    return {"image_size": args.image_size, "vision_feature_layer": layers, **(args.projector or {})}
+
+
+def load_config_and_processor(
+    args: HoneybeeArguments, model_args: ModelConfig
+) -> tuple[HoneybeeConfig, HoneybeeProcessor]:
+    """Config and processor of the model that the arguments name; of a new one as it will be made."""
+    path = model_args.model_name_or_path
+    if path is None:
+        config = HoneybeeForConditionalGeneration.config_from_vision_text_pretrained(
+            args.vision_model, args.text_model, **new_model(args)
+        )
+        processor = processor_from_vision_text_pretrained(
+            args.vision_model, args.text_model, config.num_image_tokens, args.image_size
+        )
+    else:
+        config = HoneybeeConfig.from_pretrained(path, revision=model_args.model_revision)
+        processor = HoneybeeProcessor.from_pretrained(path, revision=model_args.model_revision)
+    return config, processor
+
+
+def load_model(
+    args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig
+) -> HoneybeeForConditionalGeneration:
+    """The model that the arguments name, new or trained."""
+    dtype = DTYPES[model_args.dtype]
+    loading = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
+    if model_args.model_name_or_path is None:
+        set_seed(training_args.seed)  # of the projector's first weights
+        return HoneybeeForConditionalGeneration.from_vision_text_pretrained(
+            args.vision_model,
+            args.text_model,
+            dtype=None if dtype == "auto" else dtype,
+            **loading,
+            **new_model(args),
+        )
+    if quantization := get_quantization_config(model_args):
+        loading["quantization_config"] = quantization
+    return HoneybeeForConditionalGeneration.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, dtype=dtype or "auto", **loading
+    )
+
+
+def merge_adapter(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> str:
+    """Puts the adapter in `output_dir` into its base model, not quantized, and writes the whole model beside it.
+
+    Returns:
+        The new folder.
+    """
+    base = load_model(args, training_args, replace(model_args, load_in_4bit=False, load_in_8bit=False))
+    folder = os.path.join(training_args.output_dir, "merged")
+    PeftModel.from_pretrained(base, training_args.output_dir).merge_and_unload().save_pretrained(folder)
+    HoneybeeProcessor.from_pretrained(training_args.output_dir).save_pretrained(folder)
+    return folder
+
+
+def bytes_of(dtype: str | None, config: HoneybeeConfig) -> int:
+    """Bytes of a weight as the model is loaded."""
+    dtype = DTYPES[dtype]
+    if dtype in (None, "auto"):
+        dtype = getattr(config, "dtype", None) or torch.float32
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return dtype.itemsize
