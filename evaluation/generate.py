@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy answers of a Honeybee to the questions of a benchmark, in batches, over one or several processes."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,10 +9,16 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import safe_open
 
 from evaluation.prompts import Question, render
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
-from processing import HoneybeeProcessor
+from processing import HoneybeeProcessor, check_processor
+
+# Files of a model that say what it computes; preprocessor_config.json is there where transformers 4 saved it.
+SETTINGS = (
+    "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json",
+)  # fmt: skip
 
 
 def model_folder(name: str) -> Path:
@@ -43,6 +50,38 @@ def model_folder(name: str) -> Path:
     return folder
 
 
+def fingerprint(folder: str | Path) -> str:
+    """12 hexadecimal digits that tell models apart: settings, tokenizer, and a sample of every tensor.
+
+    Weights are read in part only, a few rows of each tensor, so that a 13B model takes seconds. Chat templates are not
+    in it: predictions carry the prompts that they make.
+    """
+    digest = hashlib.sha256()
+    folder = Path(folder)
+    for name in SETTINGS:
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    weights = sorted(folder.glob("*.safetensors"))
+    for path in weights:
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                part = file.get_slice(name)
+                shape = part.get_shape()
+                digest.update(f"{name} {shape} {part.get_dtype()}".encode())
+                if not shape:
+                    digest.update(str(file.get_tensor(name).item()).encode())
+                for row in sorted({0, shape[0] // 2, shape[0] - 1}) if shape and shape[0] else ():
+                    digest.update(repr(part[row : row + 1].flatten()[:256].tolist()).encode())
+    if not weights:
+        for path in sorted(folder.glob("*.bin")):
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                for at in range(0, path.stat().st_size, max(1, path.stat().st_size // 256)):
+                    file.seek(at)
+                    digest.update(file.read(1024))
+    return digest.hexdigest()[:12]
+
+
 def load(folder: Path, dtype: str, device: torch.device, device_map: str | None):
     """Model in eval mode, and processor.
 
@@ -54,11 +93,7 @@ def load(folder: Path, dtype: str, device: torch.device, device_map: str | None)
     model = HoneybeeForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map=device_map)
     if device_map is None:
         model.to(device)
-    if processor.num_image_tokens != model.config.num_image_tokens:
-        raise ValueError(
-            f"{folder}: the processor makes {processor.num_image_tokens} tokens of an image, the model "
-            f"{model.config.num_image_tokens}; save the processor with num_image_tokens={model.config.num_image_tokens}"
-        )
+    check_processor(model.config, processor)
     return model.eval(), processor
 
 

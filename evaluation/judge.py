@@ -33,7 +33,7 @@ from evaluation.scorers import parse_mmbench
 ENVIRONMENT = {name: f"HONEYBEE_JUDGE_{name.upper()}" for name in ("url", "model", "key", "price")}
 
 
-class JudgeRefused(Exception):
+class JudgeRefusedError(Exception):
     """The endpoint will not answer this or any other request: wrong key, wrong model, wrong path."""
 
 
@@ -129,7 +129,7 @@ class Judge:
         return text.replace(self._key, "[key]") if self._key else text
 
     def _send(self, body: dict) -> dict:
-        """The reply as an object. Raises OSError or ValueError where another attempt may help, else JudgeRefused."""
+        """The reply as an object. Raises OSError or ValueError where another attempt may help, else JudgeRefusedError."""
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -152,7 +152,7 @@ class Judge:
         return reply
 
     def _ask(self, request: Request):
-        """A judgement. Raises JudgeRefused or, after the last attempt, RuntimeError with the last reason."""
+        """A judgement. Raises JudgeRefusedError or, after the last attempt, RuntimeError with the last reason."""
         body = {
             "model": self.model,
             "messages": request.messages,
@@ -169,7 +169,7 @@ class Judge:
         reason = ""
         for attempt in range(self.attempts):
             if self._refused:
-                raise JudgeRefused(self._refused)
+                raise JudgeRefusedError(self._refused)
             wait = min(self.longest_wait, self.first_wait * 2**attempt) * random.uniform(0.5, 1.0)
             try:
                 reply = self._send(body)
@@ -184,7 +184,7 @@ class Judge:
                     # 400, 413 and 422 are about this item, the others about all of them
                     if error.code not in (400, 413, 422):
                         self._refused = reason
-                    raise JudgeRefused(reason) from None
+                    raise JudgeRefusedError(reason) from None
                 asked = error.headers.get("Retry-After", "")
                 if re.fullmatch(r"\d+(\.\d+)?", asked):
                     wait = min(self.longest_wait, float(asked))
@@ -206,7 +206,7 @@ class Judge:
         def one(request):
             try:
                 return request.id, self._ask(request), None
-            except (JudgeRefused, RuntimeError, ValueError) as error:
+            except (JudgeRefusedError, RuntimeError, ValueError) as error:
                 return request.id, None, str(error)
 
         before = dict(self.counts)

@@ -5,7 +5,6 @@ A task's folder has `run.json` (what was asked of which model) and `predictions.
 `predictions.rank1.jsonl` and so on; these are joined when all are done, or when a run continues.
 """
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -18,39 +17,6 @@ def write_json(path: Path, data) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def fingerprint(folder: str | Path) -> str:
-    """12 hexadecimal digits that tell models apart: every small file, and a sample of every tensor.
-
-    Files are read in part only: a few rows of each tensor, so that a 13B model takes seconds.
-    """
-    from safetensors import safe_open
-
-    digest = hashlib.sha256()
-    folder = Path(folder)
-    for name in ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json"):
-        if (folder / name).is_file():
-            digest.update((folder / name).read_bytes())
-    weights = sorted(folder.glob("*.safetensors"))
-    for path in weights:
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(file.keys()):
-                part = file.get_slice(name)
-                shape = part.get_shape()
-                digest.update(f"{name} {shape} {part.get_dtype()}".encode())
-                if not shape:
-                    digest.update(str(file.get_tensor(name).item()).encode())
-                for row in sorted({0, shape[0] // 2, shape[0] - 1}) if shape and shape[0] else ():
-                    digest.update(repr(part[row : row + 1].flatten()[:256].tolist()).encode())
-    if not weights:
-        for path in sorted(folder.glob("*.bin")):
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-            with path.open("rb") as file:
-                for at in range(0, path.stat().st_size, max(1, path.stat().st_size // 256)):
-                    file.seek(at)
-                    digest.update(file.read(1024))
-    return digest.hexdigest()[:12]
 
 
 def read_lines(path: Path, torn: bool = False) -> list[dict]:

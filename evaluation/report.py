@@ -17,7 +17,7 @@ PAPER_SPATIAL = {
     "C-Abs, 256 tokens": (136.7, 26.7, 55.6, 75.0, 52.7, 59.3),
 }
 MAIN = ("MMBench", "MME", "SEED-I", "LLaVA-W")
-# The published models -> their scores (MME: perception + cognition), and how a configuration tells that it is one
+# The published models -> their scores (MME: perception + cognition)
 PAPER_MODELS = {
     "7B-C-Abs-M144": (70.1, 1891.3, 64.5, 67.1),
     "7B-D-Abs-M144": (70.8, 1835.5, 63.8, 66.3),
@@ -197,7 +197,7 @@ def as_markdown(report: dict) -> str:
 
 
 def draw(report: dict, path: Path) -> None:
-    """Bars of the six spatial tasks, beside the paper's rows; nothing where none of the six was scored."""
+    """Bars of the six spatial tasks, beside the paper's rows; one that was not scored has none."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")

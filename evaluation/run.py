@@ -22,7 +22,6 @@ from evaluation.predictions import (
     append_lines,
     check_folder,
     collect,
-    fingerprint,
     part_of_rank,
     read_lines,
     write_json,
@@ -239,7 +238,7 @@ def score_predictions(arguments) -> None:
         )
     model, model_name, published = marks.pop(), None, arguments.paper_row
     if arguments.model is not None:
-        from evaluation.generate import model_folder
+        from evaluation.generate import fingerprint, model_folder
 
         folder = model_folder(arguments.model)
         if model != fingerprint(folder):
@@ -271,7 +270,7 @@ def evaluate(arguments) -> None:
     from filelock import FileLock, Timeout
     from tqdm.auto import tqdm
 
-    from evaluation.generate import answer, load, model_folder, share
+    from evaluation.generate import answer, fingerprint, load, model_folder, share
 
     # The first process waits for the slowest one; the default of ten minutes is too short for that.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import evaluation.generate
-from evaluation.predictions import collect, fingerprint, read_lines
+from evaluation.generate import fingerprint
+from evaluation.predictions import collect, read_lines
 from evaluation.readers import READERS
 from evaluation.run import main
 from tests.evaluation.make_data_root import make_data_root
@@ -232,7 +233,17 @@ def test_fingerprint_sees_every_tensor(place, tmp_path):
             parameter[...] = parameter + 0.5
         model.save_pretrained(tmp_path / "copy")
         seen.add(fingerprint(tmp_path / "copy"))
-    assert len(seen) == 1 + len(names) > 4
+    (tmp_path / "copy" / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0]}')
+    seen.add(fingerprint(tmp_path / "copy"))
+    assert len(seen) == 2 + len(names) > 5
+
+
+def test_a_processor_of_another_model_is_refused(place, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "model")
+    tiny_processor(9).save_pretrained(tmp_path / "model")
+    options = ["--tasks", "mme", "--data_root", str(place / "data"), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="disagree on visual tokens an image: 9 and"):
+        main(["--model", str(tmp_path / "model"), *options])
 
 
 def test_wrong_inputs_are_named_before_the_model_loads(place, tmp_path):
