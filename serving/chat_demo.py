@@ -72,10 +72,7 @@ class Chat:
         characters += sum(len(turn["content"]) for turn in messages if isinstance(turn["content"], str))
         self.limits.check_counts(len(paths), characters)
         for path in paths:
-            if os.path.getsize(path) > self.limits.max_image_bytes:
-                raise LimitError(
-                    f"an image has {os.path.getsize(path):,} bytes; the limit is {self.limits.max_image_bytes:,}"
-                )
+            self.limits.check_image_size(os.path.getsize(path))  # before it is read
             self.limits.check_image(Path(path).read_bytes())
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = self.processor(images=paths or None, text=prompt, add_special_tokens=False, return_tensors="pt")

@@ -16,7 +16,7 @@ class LimitError(ValueError):
 
 @dataclass
 class Limits:
-    """Of one request (one chat). Sizes of images in bytes as sent (after base64) and in pixels (width times height)."""
+    """Of one request (one chat). Sizes of images in bytes as sent (after decoding base64) and in pixels (width times height)."""
 
     max_image_bytes: int = 10_000_000
     max_image_pixels: int = 25_000_000
@@ -35,10 +35,13 @@ class Limits:
         """Of an HTTP request that keeps all other limits: images in base64, text of any script in JSON escapes."""
         return self.max_images * (self.max_image_bytes * 4 // 3 + 200) + 12 * self.max_prompt_chars + 100_000
 
+    def check_image_size(self, size: int) -> None:
+        if size > self.max_image_bytes:
+            raise LimitError(f"an image has {size:,} bytes; the limit is {self.max_image_bytes:,}")
+
     def check_image(self, content: bytes) -> None:
         """Raises a LimitError for an image that is too large or none. Reads its header, not its pixels."""
-        if len(content) > self.max_image_bytes:
-            raise LimitError(f"an image has {len(content):,} bytes; the limit is {self.max_image_bytes:,}")
+        self.check_image_size(len(content))
         try:
             with Image.open(io.BytesIO(content)) as image:
                 width, height = image.size
@@ -54,8 +57,7 @@ class Limits:
         head, comma, content = url.partition(",") if isinstance(url, str) else ("", "", "")
         if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
             raise LimitError('an image must be a URL that starts with "data:image/" and holds base64, not an address')
-        if len(content) * 3 // 4 > self.max_image_bytes + 2:
-            raise LimitError(f"an image has {len(content) * 3 // 4:,} bytes; the limit is {self.max_image_bytes:,}")
+        self.check_image_size(len(content) * 3 // 4 - content[-2:].count("="))  # of base64 without and with padding
         try:
             decoded = base64.b64decode(content, validate=True)
         except (binascii.Error, ValueError) as error:

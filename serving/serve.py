@@ -28,9 +28,9 @@ CHAT, MODELS, HEALTH = "/v1/chat/completions", "/v1/models", "/health"
 # Not in it: `generation_config` and `chat_template_kwargs`, which would set any limit aside, and what a chat here has no
 # use for (tools, audio).
 FIELDS = {
-    *("model", "messages", "stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop"),
+    "model", "messages", "stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop",
     "frequency_penalty",
-}
+}  # fmt: skip
 
 
 def check_chat(body: dict, model: str, limits: Limits) -> dict:
@@ -62,7 +62,8 @@ def check_chat(body: dict, model: str, limits: Limits) -> dict:
             else:
                 raise LimitError("content items are of type text, and in user messages also image_url")
     limits.check_counts(images, characters)
-    wanted = body.pop("max_completion_tokens", None) or body.get("max_tokens") or limits.max_new_tokens
+    asked = (body.pop("max_completion_tokens", None), body.get("max_tokens"), limits.max_new_tokens)
+    wanted = next(value for value in asked if value is not None)
     if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= limits.max_new_tokens:
         raise LimitError(f"max_tokens={wanted!r} must be a whole number from 1 to {limits.max_new_tokens}")
     return {**body, "model": model, "max_tokens": wanted}

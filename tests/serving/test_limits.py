@@ -41,6 +41,7 @@ def test_what_keeps_the_limits_passes():
     body = check_chat(chat(image(data_url(png())), image(data_url(png())), TEXT, max_tokens=16), "m", LIMITS)
     assert body["model"] == "m" and body["max_tokens"] == 16
     assert check_chat(chat(TEXT), "m", LIMITS)["max_tokens"] == 16
+    assert check_chat(chat(TEXT, max_tokens=None), "m", LIMITS)["max_tokens"] == 16
     assert check_chat({"messages": [{"role": "user", "content": "x" * 50}]}, "m", LIMITS)
 
 
@@ -73,6 +74,8 @@ def bomb() -> bytes:
         (chat(TEXT, max_tokens=17), "max_tokens=17 must be a whole number from 1 to 16"),
         (chat(TEXT, max_completion_tokens=17), "max_tokens=17"),
         (chat(TEXT, max_tokens=True), "max_tokens=True"),
+        (chat(TEXT, max_tokens=0), "max_tokens=0"),
+        (chat(TEXT, max_completion_tokens=0, max_tokens=16), "max_tokens=0"),
         (chat(TEXT, generation_config=json.dumps({"max_new_tokens": 10**6})), "generation_config"),
         (chat(TEXT, chat_template_kwargs={"chat_template": "x"}), "chat_template_kwargs"),
         (chat(TEXT, model="other/model"), "'other/model'"),
