@@ -28,6 +28,7 @@ from processing import HoneybeeProcessor
 from processing.processing_honeybee import CAPTION_TEMPLATE, CHAT_TEMPLATE, GUARD
 from training.collator import HoneybeeDataCollator
 from training.conversations import open_image
+from training.quickstart.recipe_data import write_recipe_data
 from training.recipe.config import RecipeError, load_recipe
 from training.recipe.mixture import (
     Source,
@@ -267,8 +268,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None):
     args = parse_arguments(arguments)
     if args.config is None:
-        from training.quickstart.recipe_data import write_recipe_data  # brings the trainer along, which takes seconds
-
         args.config = write_recipe_data(DEMO)
         args.html = args.html or os.path.join(DEMO, "preview.html")
     try:

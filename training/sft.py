@@ -124,7 +124,7 @@ def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if len(sys.argv) == 1:
-        from training.quickstart import run_quickstart
+        from training.quickstart.run import run_quickstart  # which imports this module
 
         run_quickstart()
         return

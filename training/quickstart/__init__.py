@@ -1,6 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole job at laptop size: both training stages, evaluation and a saved model, on handwritten digits."""
-
-from .run import run_quickstart
-
-__all__ = ["run_quickstart"]

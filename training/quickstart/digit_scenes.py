@@ -124,25 +124,5 @@ def caption(contents: list[int | None]) -> str:
 
 def vocabulary() -> list[str]:
     """Every word of captions, questions and answers."""
-    words = [
-        "what",
-        "is",
-        "at",
-        "?",
-        "where",
-        "the",
-        "how",
-        "many",
-        "digits",
-        "are",
-        "there",
-        "a",
-        "which",
-        "leftmost",
-        "topmost",
-        ",",
-        "or",
-        "yes",
-        "no",
-    ]
-    return [*dict.fromkeys([*words, EMPTY, *DIGIT_WORDS, *CELL_NAMES])]
+    words = "what is at ? where the how many digits are there a which leftmost topmost , or yes no"
+    return [*dict.fromkeys([*words.split(), EMPTY, *DIGIT_WORDS, *CELL_NAMES])]

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from .digit_scenes import CELL_NAMES, DIGIT_WORDS, GRID, SceneMaker, caption
+from training.quickstart.digit_scenes import CELL_NAMES, DIGIT_WORDS, GRID, SceneMaker, caption
 
 SIDE = 256  # pixels of a saved scene
 DATASETS = ["coyo", "vqav2", "gqa", "vsr", "aokvqa", "refcoco", "llava150k", "sharegpt"]

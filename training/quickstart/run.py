@@ -15,9 +15,10 @@ from trl import ModelConfig, SFTConfig
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor
-
-from .digit_scenes import QUESTION_WEIGHTS, SceneMaker
-from .stand_ins import make_stand_ins
+from training.arguments import HoneybeeArguments
+from training.quickstart.digit_scenes import QUESTION_WEIGHTS, SceneMaker
+from training.quickstart.stand_ins import make_stand_ins
+from training.sft import prepare, run
 
 PROJECTOR = {"projector_type": "c-abs", "num_query_tokens": 16, "hidden_size": 64, "depth": 2}
 BATCH_SIZE = 32
@@ -60,9 +61,6 @@ def make_dataset(folder: str, stage: str, seed: int, blind: bool) -> None:
 
 def train_stage(folder: str, stage: str, dataset: str, seed: int, **model) -> str:
     """Trains a stage into `folder` unless it is finished there; returns `folder`."""
-    from training.arguments import HoneybeeArguments
-    from training.sft import prepare, run  # sft.py imports this module when it is run as a script
-
     if os.path.isfile(os.path.join(folder, "model.safetensors")):
         return folder
     shutil.rmtree(folder, ignore_errors=True)

@@ -27,8 +27,7 @@ from processing import HoneybeeProcessor, prepare_tokenizer
 from processing.prepare_tokenizer import IMAGE_PROCESSOR_CLASS
 from processing.processing_honeybee import SYSTEM_BASE, make_tokenizer_portable
 from training.collator import HoneybeeDataCollator
-
-from .digit_scenes import CELL_NAMES, CELL_PIXELS, DIGIT_WORDS, EMPTY, GRID, SceneMaker, vocabulary
+from training.quickstart.digit_scenes import CELL_NAMES, CELL_PIXELS, DIGIT_WORDS, EMPTY, GRID, SceneMaker, vocabulary
 
 WIDTH = 64
 PATCH_PIXELS = 8
