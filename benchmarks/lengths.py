@@ -116,7 +116,7 @@ def mixture(num_samples: int, recipe: str | None = None) -> Mixture:
     if recipe is not None:
         return open_mixture(load_recipe(recipe), num_samples, recipe)
     settings = Recipe(data_root="")
-    instructions = Instructions(settings.granularity, settings.diversity, settings.identifiers)
+    instructions = Instructions(settings)
     sources = []
     for name in settings.chosen():
         writer = _Writer(name)

@@ -8,13 +8,15 @@ A sample is `{"messages": [...], "images": [...]}` in TRL's conversational forma
 import os
 from collections.abc import Callable
 
-from datasets import Dataset, DatasetDict, Image, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from tqdm.auto import tqdm
 
 # Decoding is the only way to find a truncated file, and it takes milliseconds an image. Beyond this many images the
 # rest is checked for existence only; the collator names a broken one when it meets it.
 MAX_DECODED_CHECKS = 1000
+# What is read of a dataset: `messages`, or `prompt` and `completion`; and `images`.
+COLUMNS = ("messages", "images", "prompt", "completion")
 
 
 class EmptyAnswerError(ValueError):
@@ -140,40 +142,41 @@ def _as_messages(example: dict) -> dict:
     return {"messages": turns(example["prompt"], "user") + turns(example["completion"], "assistant")}
 
 
-def _rename(dataset: Dataset | IterableDataset, name: str, columns: dict[str, str]):
-    allowed = ("messages", "prompt", "completion", "images")
-    unknown = [ours for ours in columns if ours not in allowed]
-    missing = [theirs for theirs in columns.values() if theirs not in (dataset.column_names or [theirs])]
+def _rename(dataset: Dataset, name: str, columns: dict[str, str]) -> Dataset:
+    unknown = [ours for ours in columns if ours not in COLUMNS]
+    missing = [theirs for theirs in columns.values() if theirs not in dataset.column_names]
     if unknown or missing:
         raise ValueError(
             f"columns={columns!r} of dataset {name!r}: "
             + "; ".join(
-                [f"{ours!r} is not one of {', '.join(allowed)}" for ours in unknown]
+                [f"{ours!r} is not one of {', '.join(COLUMNS)}" for ours in unknown]
                 + [f"there is no column {theirs!r}, it has {', '.join(dataset.column_names)}" for theirs in missing]
             )
         )
     renamed = {theirs: ours for ours, theirs in columns.items() if theirs != ours}
     # A column of the dataset's own that has the new name would clash.
-    clashing = [ours for ours in renamed.values() if ours in (dataset.column_names or []) and ours not in renamed]
+    clashing = [ours for ours in renamed.values() if ours in dataset.column_names and ours not in renamed]
     return dataset.remove_columns(clashing).rename_columns(renamed)
 
 
-def load_conversations(
-    name: str, split: str = "train", streaming: bool = False, columns: dict[str, str] | None = None
-) -> Dataset | IterableDataset:
+def looks_local(name: str) -> bool:
+    """Whether the name of a dataset means something on this disk, also where it is not there."""
+    return os.path.isabs(name) or name.startswith(".") or name.endswith((".json", ".jsonl", ".parquet"))
+
+
+def load_conversations(name: str, split: str = "train", columns: dict[str, str] | None = None) -> Dataset:
     """A dataset with a `messages` column from the Hub or from disk; `prompt` and `completion` become one.
 
     Args:
         name: Hub name; or a folder written by `save_to_disk`; or a .json, .jsonl or .parquet file, whose relative image
             paths are taken from its folder; or a folder that `load_dataset` reads.
-        columns: our name -> the dataset's, for `messages`, `prompt`, `completion`, `images`.
+        columns: our name -> the dataset's, for those in `COLUMNS`.
 
     Raises:
         FileNotFoundError, ValueError: what is missing, with the columns that are there.
     """
     extension = os.path.splitext(name)[1].lstrip(".")
-    looks_local = os.path.isabs(name) or name.startswith(".") or extension in ("json", "jsonl", "parquet")
-    if looks_local and not os.path.exists(name):
+    if looks_local(name) and not os.path.exists(name):
         raise FileNotFoundError(f"dataset {name!r} does not exist; give an existing file or folder, or a Hub name")
     if os.path.isfile(name):
         if extension not in ("json", "jsonl", "parquet"):
@@ -191,17 +194,17 @@ def load_conversations(
     elif os.path.isfile(name):
         kind = {"jsonl": "json"}.get(extension, extension)
         try:
-            dataset = load_dataset(kind, data_files=name, split="train", streaming=streaming)
+            dataset = load_dataset(kind, data_files=name, split="train")
         except DatasetsError as error:
             raise ValueError(
                 f"dataset {name!r} cannot be read ({error.__cause__ or error}); repair the file"
             ) from error
     else:
-        dataset = load_dataset(name, split=split, streaming=streaming)
+        dataset = load_dataset(name, split=split)
     if columns:
         dataset = _rename(dataset, name, columns)
     found = dataset.column_names
-    if found is not None and "messages" not in found:
+    if "messages" not in found:
         if "prompt" in found and "completion" in found:
             return dataset.map(_as_messages, remove_columns=["prompt", "completion"])
         raise ValueError(

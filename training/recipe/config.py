@@ -10,8 +10,10 @@ from typing import Any
 
 import yaml
 
-from .files import FILES, annotation_files
-from .mixture import BALANCINGS
+from training.conversations import COLUMNS, looks_local
+from training.recipe.files import FILES, annotation_files
+from training.recipe.mixture import BALANCINGS
+from training.recipe.turns import KEEPS, KEYS
 
 # Name -> task. The order is the one in which the tables list them, and one_dataset_per_task takes the first.
 DATASETS = {
@@ -58,10 +60,9 @@ CHOICES = {
     "diversity": ("single", "multi", "multi+flip"),
     "identifiers": ("none", "dataset-name", "task-name"),
     "marks": (*OPTION_MARKS, "random"),
-    "keep": ("draw", "first"),
-    "deduplicate": ("answer", "bbox"),
+    "keep": KEEPS,
+    "deduplicate": KEYS,
 }
-OWN_COLUMNS = ("messages", "images", "prompt", "completion")
 
 
 class RecipeError(ValueError):
@@ -193,6 +194,12 @@ def _problems(recipe: Recipe):
     for setting in ("balancing", "granularity", "diversity", "identifiers"):
         if getattr(recipe, setting) not in CHOICES[setting]:
             yield unknown(setting, getattr(recipe, setting), CHOICES[setting])
+    if recipe.identifiers != "none" and (recipe.granularity, recipe.diversity) != ("fine", "single"):
+        yield (
+            f"identifiers={recipe.identifiers} takes the place of the instructions, so "
+            f"granularity={recipe.granularity} and diversity={recipe.diversity} choose nothing; leave them at fine and "
+            "single"
+        )
     if recipe.turns.keep not in CHOICES["keep"]:
         yield unknown("turns.keep", recipe.turns.keep, CHOICES["keep"])
     if recipe.options.marks not in CHOICES["marks"]:
@@ -208,14 +215,14 @@ def _problems(recipe: Recipe):
             yield f"dataset {name!r} is named {names.count(name)} times; name it once and give it a larger weight"
         elif name in own_names and name in DATASETS:
             yield f"own dataset {name!r} has the name of a dataset of the paper; give it another"
-    known = {*DATASETS, *TASKS, *own_names, *(own.task for own in recipe.own)}
+    excludable = {*DATASETS, *TASKS, *own_names, *(own.task for own in recipe.own)}
     for name in recipe.exclude:
-        if name not in known:
-            yield unknown("exclude", name, sorted(known))
+        if name not in excludable:
+            yield unknown("exclude", name, sorted(excludable))
     for own in recipe.own:
         for column in own.columns:
-            if column not in OWN_COLUMNS:
-                yield unknown(f"own {own.name}: columns", column, OWN_COLUMNS)
+            if column not in COLUMNS:
+                yield unknown(f"own {own.name}: columns", column, COLUMNS)
 
     known = {*DATASETS, *own_names}
     for name, turns in recipe.turns.max_turns.items():
@@ -375,13 +382,9 @@ def missing_files(settings: dict, datasets: list[str]) -> list[str]:
     own_datasets = settings.get("own")
     for own in own_datasets if isinstance(own_datasets, list) else ():
         path = own.get("path") if isinstance(own, dict) else None
-        if isinstance(path, str) and _is_local(path) and not os.path.exists(path):
+        if isinstance(path, str) and looks_local(path) and not os.path.exists(path):
             problems.append(f"own {own.get('name')}: path {path!r} does not exist; give a file, a folder or a Hub name")
     return problems
-
-
-def _is_local(path: str) -> bool:
-    return os.path.isabs(path) or path.startswith(".") or path.endswith((".json", ".jsonl", ".parquet"))
 
 
 _KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}

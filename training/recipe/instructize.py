@@ -3,13 +3,12 @@
 
 import random
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-from .config import CHOICES, OPTION_MARKS
-from .readers import LETTERS, TASKS, TURN
+from training.recipe.config import OPTION_MARKS, Recipe
+from training.recipe.readers import LETTERS, TASKS, TURN
 
 TEMPLATES = Path(__file__).with_name("templates.yaml")
 DIALOGUE_TASKS = ("visual-instruction", "text-instruction")
@@ -17,7 +16,7 @@ DIALOGUE_TASKS = ("visual-instruction", "text-instruction")
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
-class BadSample(ValueError):
+class BadSampleError(ValueError):
     """A record that nothing can be learned from.
 
     Attributes:
@@ -29,52 +28,16 @@ class BadSample(ValueError):
         self.reason = reason
 
 
-@dataclass(frozen=True)
 class Instructions:
-    """How records are worded.
-
-    Args:
-        granularity: "fine", one instruction a dataset, or "coarse", one a task.
-        diversity: "single", one wording; "multi", one of several, drawn for each sample; "multi+flip", one of these and
-            one that swaps question and answer, with equal chance.
-        identifiers: "none"; "dataset-name" or "task-name" put that name in the place of the instruction.
-        shuffle_options: draws the order of multiple-choice options; the answer's letter follows.
-        option_marks: one of `OPTION_MARKS`, or "random" to draw one for each question.
-        answer_with_text: answers "B. knife" instead of "B".
-        templates: file of templates; None for ours.
+    """The words of a recipe: its templates, and its settings that choose among them.
 
     Raises:
-        ValueError: every setting that is not valid, and every fault of the templates, at once.
+        FileNotFoundError, ValueError: as [`load_templates`].
     """
 
-    granularity: str = "fine"
-    diversity: str = "single"
-    identifiers: str = "none"
-    shuffle_options: bool = True
-    option_marks: str = "A."
-    answer_with_text: bool = False
-    templates: str | None = None
-    _templates: dict = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self):
-        faults = [
-            f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
-            for name, allowed in (
-                ("granularity", CHOICES["granularity"]),
-                ("diversity", CHOICES["diversity"]),
-                ("identifiers", CHOICES["identifiers"]),
-                ("option_marks", CHOICES["marks"]),
-            )
-            if getattr(self, name) not in allowed
-        ]
-        if self.identifiers != "none" and (self.diversity != "single" or self.granularity != "fine"):
-            faults.append(
-                f"identifiers={self.identifiers!r} takes the place of the instructions, so granularity and diversity "
-                "choose nothing; leave them at fine and single"
-            )
-        if faults:
-            raise ValueError("; ".join(faults))
-        object.__setattr__(self, "_templates", load_templates(self.templates))
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self._templates = load_templates(recipe.templates)
 
     def wordings(self, dataset: str) -> list[list[tuple[str, str]]]:
         """(question, answer) templates of a dataset: a list of wordings for each direction.
@@ -87,20 +50,20 @@ class Instructions:
             raise ValueError(f"dataset {dataset!r} has no templates; there are some for {known}")
         own = self._templates["datasets"][dataset]
         task = self._templates["tasks"][TASKS[dataset]]
-        if self.identifiers != "none":
-            name = own["name"] if self.identifiers == "dataset-name" else task["name"]
+        if self.recipe.identifiers != "none":
+            name = own["name"] if self.recipe.identifiers == "dataset-name" else task["name"]
             return [
                 [(direction["single"].replace("{identifier}", name), direction["answer"])]
                 for direction in task["identified"]
             ]
-        directions = own["fine"] if self.granularity == "fine" else task["coarse"]
-        if self.diversity == "single":
+        directions = own["fine"] if self.recipe.granularity == "fine" else task["coarse"]
+        if self.recipe.diversity == "single":
             return [[(direction["single"], direction["answer"])] for direction in directions]
         worded = [
             [(wording, direction["answer"]) for wording in (direction["single"], *direction["multi"])]
             for direction in directions
         ]
-        if self.diversity == "multi+flip":
+        if self.recipe.diversity == "multi+flip":
             worded[0].append((task["flip"]["single"], task["flip"]["answer"]))
         return worded
 
@@ -109,8 +72,8 @@ class Instructions:
         return self._templates["system"]["dialogue" if task in DIALOGUE_TASKS else "question"]
 
 
-def load_templates(path: str | None = None) -> dict:
-    """The templates of a file, checked; see the head of templates.yaml for what is in it.
+def load_templates(path: str = "") -> dict:
+    """The templates of a file, ours where none is given, checked; see the head of templates.yaml for what is in it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -173,7 +136,7 @@ def instructize(record: dict, instructions: Instructions, rng: random.Random) ->
         `dataset`; and `skipped`, the reason of every turn that was left out.
 
     Raises:
-        BadSample: nothing is left to learn.
+        BadSampleError: nothing is left to learn.
     """
     if record.get("messages") is not None:
         return {
@@ -185,22 +148,22 @@ def instructize(record: dict, instructions: Instructions, rng: random.Random) ->
         }
     task, image, turns = record["task"], record["image"], record["turns"]
     if not turns:
-        raise BadSample("malformed record", f"a record of {record['dataset']} has no turns")
+        raise BadSampleError("malformed record", f"a record of {record['dataset']} has no turns")
     images = [] if image is None else [image]
     sample = {"images": images, "chat_template": "default", "dataset": record["dataset"], "skipped": []}
     if task == "captioning":
         caption = turns[0]["answer"]
         if image is None or caption is None:
-            raise BadSample("malformed record", f"a record of {record['dataset']} lacks its image or its caption")
+            raise BadSampleError("malformed record", f"a record of {record['dataset']} lacks its image or its caption")
         if not caption.strip():
-            raise BadSample("empty answer", f"a caption of {record['dataset']}")
+            raise BadSampleError("empty answer", f"a caption of {record['dataset']}")
         messages = [_message("user", {"type": "image"}), _message("assistant", _words(caption))]
         return {**sample, "messages": messages, "chat_template": "caption"}
 
     build = _dialogue if task in DIALOGUE_TASKS else _questions
     messages, skipped = build(record, instructions, rng)
     if not messages:
-        raise BadSample(
+        raise BadSampleError(
             skipped[0] if skipped else "malformed record", f"no turn of a record of {record['dataset']} is left"
         )
     system = _message("system", _words(instructions.system(task)))
@@ -224,8 +187,8 @@ def _questions(record: dict, instructions: Instructions, rng: random.Random) -> 
             values = _values(turn, instructions, rng)
             asked, told = _fill(question, values), _fill(answer, values)
             if not told.strip():
-                raise BadSample("empty answer")
-        except BadSample as bad:
+                raise BadSampleError("empty answer")
+        except BadSampleError as bad:
             skipped.append(bad.reason)
             continue
         messages += [_message("user", _words(asked)), _message("assistant", _words(told))]
@@ -240,14 +203,14 @@ def _values(turn: dict, instructions: Instructions, rng: random.Random) -> dict[
     if options is None:
         return turn
     if not turn["answer"]:
-        raise BadSample("empty answer")
+        raise BadSampleError("empty answer")
     correct = LETTERS.find(turn["answer"]) if len(turn["answer"]) == 1 else -1
     if not 0 <= correct < len(options) <= len(LETTERS):
-        raise BadSample("malformed record", f"the answer {turn['answer']!r} is none of {len(options)} options")
+        raise BadSampleError("malformed record", f"the answer {turn['answer']!r} is none of {len(options)} options")
     order = list(range(len(options)))
-    if instructions.shuffle_options:
+    if instructions.recipe.options.shuffle:
         rng.shuffle(order)
-    style = instructions.option_marks
+    style = instructions.recipe.options.marks
     if style == "random":
         style = rng.choice(OPTION_MARKS)
     lines = [f"{_mark(style, place)} {options[index]}" for place, index in enumerate(order)]
@@ -256,7 +219,7 @@ def _values(turn: dict, instructions: Instructions, rng: random.Random) -> dict[
     return {
         **turn,
         "options": "\n".join(lines),
-        "answer": lines[place] if instructions.answer_with_text else letter,
+        "answer": lines[place] if instructions.recipe.options.answer_with_text else letter,
     }
 
 
@@ -274,7 +237,7 @@ def _fill(template: str, values: dict[str, str | None]) -> str:
 
     def value(match: re.Match) -> str:
         if values[match[1]] is None:
-            raise BadSample("malformed record", f"{match[1]} is missing")
+            raise BadSampleError("malformed record", f"{match[1]} is missing")
         return values[match[1]]
 
     # In one pass: braces inside the values are text.
@@ -307,12 +270,12 @@ def _dialogue(record: dict, instructions: Instructions, rng: random.Random) -> t
     placed = sum(item["type"] == "image" for message in messages for item in message["content"])
     images = int(record["image"] is not None)
     if placed > images:
-        raise BadSample("malformed record", f"{placed} image placeholders for {images} images")
+        raise BadSampleError("malformed record", f"{placed} image placeholders for {images} images")
     # No placeholder, or it went with a question whose answer is empty: the other questions still need the image.
     if placed < images:
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
-            raise BadSample("malformed record", "nobody asks about the image")
+            raise BadSampleError("malformed record", "nobody asks about the image")
         first["content"].insert(0, {"type": "image"})
     return messages, skipped
 

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 BALANCINGS = ("per-dataset", "per-task", "per-sample-100k", "per-dataset-tuned")
 SAMPLE_CAP = 100_000
+LOOK_BACK = 64  # records that a stream keeps at least, for readers that are not quite in order
 REASONS = (
     "missing image",
     "corrupt image",
@@ -83,13 +84,12 @@ class Stream:
     Args:
         records: an iterable that can be started anew; a `datasets.IterableDataset` is told the epoch by `set_epoch`, so
             that its `shuffle(seed, buffer_size)` gives another order in each.
-        look_back: number of records that are kept, for readers that are not quite in order.
     """
 
-    def __init__(self, records: Iterable, look_back: int = 64):
+    def __init__(self, records: Iterable):
         if isinstance(records, datasets.IterableDataset) and records.features:
             records = records.decode(False)  # an image that cannot be decoded would end the iteration
-        self.records, self.look_back = records, look_back
+        self.records, self.look_back = records, LOOK_BACK
         self._restart()
 
     def _restart(self):

@@ -31,10 +31,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 
-from ..conversations import load_conversations
-from .config import DATASETS as TASKS
-from .files import annotation_files
-from .json_stream import stream_json
+from training.recipe.config import DATASETS as TASKS
+from training.recipe.files import annotation_files
+from training.recipe.json_stream import stream_json
 
 logger = logging.getLogger(__name__)
 
@@ -83,33 +82,6 @@ def _records(name: str, rows: Iterable, convert: Converter) -> Iterator[dict]:
         yield {"dataset": name, "task": TASKS[name], "image": image, "turns": turns}
 
 
-def _cached(name: str, root: str, generate: Callable[..., Iterator[dict]]) -> Dataset:
-    paths = annotation_files(name, root)
-    # The cache knows the arguments alone: with these an edited file is read again, and so is every file by another reader.
-    stamp = tuple((os.path.getsize(path), os.path.getmtime(path)) for path in paths) + _CODE
-    arguments = {"name": name, "root": root, "paths": tuple(paths), "stamp": stamp}
-    blocks = Dataset.from_generator(
-        _generate_blocks,
-        features=_BLOCK,
-        gen_kwargs={"generate": generate, "arguments": arguments},
-        writer_batch_size=8,  # blocks that are held in memory; 1000 by default
-    )
-    return (
-        blocks.with_format("arrow")
-        .map(
-            _as_records,
-            batched=True,
-            batch_size=8,
-            writer_batch_size=8 * _BLOCK_ROWS,
-            remove_columns=blocks.column_names,
-            features=FEATURES,
-            fn_kwargs={"name": name},
-            desc=f"Reading {name}",
-        )
-        .with_format(None)
-    )
-
-
 _CODE = tuple(
     hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()
     for name in ("readers.py", "json_stream.py", "turns.py")
@@ -122,8 +94,8 @@ _BLOCK = Features(
 )
 
 
-def _generate_blocks(generate: Callable[..., Iterator[dict]], arguments: dict) -> Iterator[dict]:
-    records = generate(**arguments)
+def _generate_blocks(name: str, root: str, paths: tuple[str, ...], stamp: tuple) -> Iterator[dict]:
+    records = GENERATORS[name](name, root, paths)
     started = False
     # One block at least: `datasets` refuses a dataset without any row, and its message names no file.
     while (block := list(islice(records, _BLOCK_ROWS))) or not started:
@@ -152,7 +124,7 @@ def _as_records(table: pa.Table, name: str) -> pa.Table:
     )
 
 
-def _generate_vqav2(name, root, paths, stamp):
+def _generate_vqav2(name, root, paths):
     questions, annotations = paths
     folder = os.path.join(root, "VQAv2/images")
     # Both files name the split that the image names carry, and list the same questions in the same order.
@@ -169,7 +141,7 @@ def _generate_vqav2(name, root, paths, stamp):
     yield from _records(name, rows, convert)
 
 
-def _generate_gqa(name, root, paths, stamp):
+def _generate_gqa(name, root, paths):
     def convert(entry):
         _, row = entry
         image = os.path.join(root, "GQA/images", f"{row['imageId']}.jpg")
@@ -178,7 +150,7 @@ def _generate_gqa(name, root, paths, stamp):
     yield from _records(name, stream_json(paths[0]), convert)
 
 
-def _generate_ocrvqa(name, root, paths, stamp):
+def _generate_ocrvqa(name, root, paths):
     def convert(entry):
         key, row = entry
         image = os.path.join(root, "OCRVQA/images", key + os.path.splitext(row["imageURL"])[1])
@@ -204,7 +176,7 @@ def as_question(caption: str) -> str:
     return question if question.endswith("?") else question + "?"
 
 
-def _generate_vsr(name, root, paths, stamp):
+def _generate_vsr(name, root, paths):
     def convert(line):
         row = json.loads(line)
         split, file_name = row["image_link"].split("/")[-2:]
@@ -243,7 +215,7 @@ def split_options(text: str) -> list[str]:
 _SCIENCEQA = re.compile(r"(?P<question>.*?)\nContext: (?P<context>.*)\nOptions: (?P<options>.*)", re.DOTALL)
 
 
-def _generate_sqa(name, root, paths, stamp):
+def _generate_sqa(name, root, paths):
     def convert(row):
         asked, told = (_text(message["value"]) for message in row["conversations"][:2])
         parts = _SCIENCEQA.fullmatch(asked.removesuffix("\n<image>"))
@@ -256,7 +228,7 @@ def _generate_sqa(name, root, paths, stamp):
     yield from _records(name, stream_json(paths[0]), convert)
 
 
-def _generate_aokvqa(name, root, paths, stamp):
+def _generate_aokvqa(name, root, paths):
     def convert(row):
         options = [_text(choice) for choice in row["choices"]]
         correct = row["correct_choice_idx"]
@@ -268,7 +240,7 @@ def _generate_aokvqa(name, root, paths, stamp):
     yield from _records(name, stream_json(paths[0]), convert)
 
 
-def _generate_refcoco(name, root, paths, stamp):
+def _generate_refcoco(name, root, paths):
     def convert(pair):
         image, annotation = pair
         if image["id"] != annotation["image_id"]:
@@ -281,7 +253,7 @@ def _generate_refcoco(name, root, paths, stamp):
     yield from _records(name, rows, convert)
 
 
-def _generate_vg(name, root, paths, stamp):
+def _generate_vg(name, root, paths):
     sizes = {row.get("image_id"): (row.get("width"), row.get("height")) for row in stream_json(paths[0])}
 
     def convert(region):
@@ -314,7 +286,7 @@ def _dialogue(messages: Iterable[tuple[str, str]]) -> list[dict]:
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt"}
 
 
-def _generate_llava150k(name, root, paths, stamp):
+def _generate_llava150k(name, root, paths):
     def convert(row):
         image = os.path.join(root, "opensets_coco/images/train2017", row["image"])
         return image, _dialogue((_ROLES[said["from"]], _text(said["value"])) for said in row["conversations"])
@@ -322,7 +294,7 @@ def _generate_llava150k(name, root, paths, stamp):
     yield from _records(name, chain.from_iterable(map(stream_json, paths)), convert)
 
 
-def _generate_sharegpt(name, root, paths, stamp):
+def _generate_sharegpt(name, root, paths):
     def convert(row):
         messages = row["conversations"]
         # As the official reader: a conversation may go on from an answer, but its first message is the human's.
@@ -335,7 +307,7 @@ def _generate_sharegpt(name, root, paths, stamp):
     yield from _records(name, stream_json(paths[0]), convert)
 
 
-def _generate_pairs(name: str, paths: list[str]) -> Iterator[dict]:
+def _generate_pairs(name: str, root: str, paths: list[str]) -> Iterator[dict]:
     """The samples of webdataset tars: neighbouring members whose names agree up to the first dot.
 
     `datasets` reads them too, but an undecodable member that nobody needs (img2dataset adds a .json) ends its stream.
@@ -379,110 +351,50 @@ def _generate_pairs(name: str, paths: list[str]) -> Iterator[dict]:
             yield pair(files)
 
 
-def _stream_tars(name: str, root: str) -> IterableDataset:
-    return IterableDataset.from_generator(
-        _generate_pairs, features=STREAMED_FEATURES, gen_kwargs={"name": name, "paths": annotation_files(name, root)}
-    )
-
-
-def read_blip(root: str) -> IterableDataset:
-    """BlipCapFilt: captions of CC3M, CC12M, SBU and LAION images, as tars of key.jpg and key.txt."""
-    return _stream_tars("blip", root)
-
-
-def read_coyo(root: str) -> IterableDataset:
-    """COYO: captions of web images, as tars of key.jpg and key.txt."""
-    return _stream_tars("coyo", root)
-
-
-def read_vqav2(root: str) -> Dataset:
-    """VQAv2, training split; one record for each question."""
-    return _cached("vqav2", root, _generate_vqav2)
-
-
-def read_gqa(root: str) -> Dataset:
-    """GQA, balanced training questions with imageId, question and answer; one record for each."""
-    return _cached("gqa", root, _generate_gqa)
-
-
-def read_ocrvqa(root: str) -> Dataset:
-    """OCR-VQA, split 1; one record for each book cover."""
-    return _cached("ocrvqa", root, _generate_ocrvqa)
-
-
-def read_vsr(root: str) -> Dataset:
-    """Visual Spatial Reasoning, random split; statements as yes-no questions."""
-    return _cached("vsr", root, _generate_vsr)
-
-
-def read_sqa(root: str) -> Dataset:
-    """ScienceQA in LLaVA's conversion; questions with and without an image."""
-    return _cached("sqa", root, _generate_sqa)
-
-
-def read_aokvqa(root: str) -> Dataset:
-    """A-OKVQA, multiple choice."""
-    return _cached("aokvqa", root, _generate_aokvqa)
-
-
-def read_refcoco(root: str) -> Dataset:
-    """RefCOCO as prepared by MDETR."""
-    return _cached("refcoco", root, _generate_refcoco)
-
-
-def read_refcoco_plus(root: str) -> Dataset:
-    """RefCOCO+ as prepared by MDETR."""
-    return _cached("refcoco_plus", root, _generate_refcoco)
-
-
-def read_refcocog(root: str) -> Dataset:
-    """RefCOCOg as prepared by MDETR."""
-    return _cached("refcocog", root, _generate_refcoco)
-
-
-def read_vg(root: str) -> Dataset:
-    """Visual Genome region descriptions; one record for each region."""
-    return _cached("vg", root, _generate_vg)
-
-
-def read_llava150k(root: str) -> Dataset:
-    """LLaVA-Instruct-150K; `<image>` in a question is where the image stands."""
-    return _cached("llava150k", root, _generate_llava150k)
-
-
-def read_sharegpt(root: str) -> Dataset:
-    """ShareGPT, the 40,000 conversations of LLaVA 1.5; text alone."""
-    return _cached("sharegpt", root, _generate_sharegpt)
-
-
-READERS: dict[str, Callable[[str], Dataset | IterableDataset]] = {
-    "blip": read_blip,
-    "coyo": read_coyo,
-    "vqav2": read_vqav2,
-    "gqa": read_gqa,
-    "ocrvqa": read_ocrvqa,
-    "vsr": read_vsr,
-    "sqa": read_sqa,
-    "aokvqa": read_aokvqa,
-    "refcoco": read_refcoco,
-    "refcoco_plus": read_refcoco_plus,
-    "refcocog": read_refcocog,
-    "vg": read_vg,
-    "llava150k": read_llava150k,
-    "sharegpt": read_sharegpt,
+# By name, each called with (name, root, paths).
+GENERATORS = {
+    "coyo": _generate_pairs,  # captions of web images
+    "blip": _generate_pairs,  # BlipCapFilt: captions of CC3M, CC12M, SBU and LAION images
+    "vqav2": _generate_vqav2,  # training split, a record for each question
+    "gqa": _generate_gqa,  # balanced training questions, a record for each
+    "ocrvqa": _generate_ocrvqa,  # split 1, a record for each book cover
+    "vsr": _generate_vsr,  # Visual Spatial Reasoning, random split: statements as yes-no questions
+    "sqa": _generate_sqa,  # ScienceQA in LLaVA's conversion, questions with and without an image
+    "aokvqa": _generate_aokvqa,  # multiple choice
+    "refcoco": _generate_refcoco,  # these three as prepared by MDETR
+    "refcoco_plus": _generate_refcoco,
+    "refcocog": _generate_refcoco,
+    "vg": _generate_vg,  # Visual Genome, a record for each region
+    "llava150k": _generate_llava150k,  # "<image>" in a question is where the image stands
+    "sharegpt": _generate_sharegpt,  # the 40,000 conversations of LLaVA 1.5
 }
 
 
-def read_messages(
-    name: str, split: str = "train", columns: dict[str, str] | None = None, streaming: bool = False
-) -> Dataset | IterableDataset:
-    """Any dataset in TRL's conversational format: its samples have their words already.
-
-    Args:
-        name: as in `load_conversations`.
-        columns: our name -> the dataset's, for `messages`, `prompt`, `completion`, `images`.
-
-    Returns:
-        A dataset with `messages` and, where there are any, `images`.
-    """
-    return load_conversations(name, split, streaming, columns)
+def read(name: str, root: str) -> Dataset | IterableDataset:
+    """The records of a dataset below the data root: a stream of captions, anything else cached on disk."""
+    paths = annotation_files(name, root)
+    if TASKS[name] == "captioning":
+        arguments = {"name": name, "root": root, "paths": paths}
+        return IterableDataset.from_generator(GENERATORS[name], features=STREAMED_FEATURES, gen_kwargs=arguments)
+    # The cache knows the arguments alone: with these an edited file is read again, and so is every file by another reader.
+    stamp = tuple((os.path.getsize(path), os.path.getmtime(path)) for path in paths) + _CODE
+    blocks = Dataset.from_generator(
+        _generate_blocks,
+        features=_BLOCK,
+        gen_kwargs={"name": name, "root": root, "paths": tuple(paths), "stamp": stamp},
+        writer_batch_size=8,  # blocks that are held in memory; 1000 by default
+    )
+    return (
+        blocks.with_format("arrow")
+        .map(
+            _as_records,
+            batched=True,
+            batch_size=8,
+            writer_batch_size=8 * _BLOCK_ROWS,
+            remove_columns=blocks.column_names,
+            features=FEATURES,
+            fn_kwargs={"name": name},
+            desc=f"Reading {name}",
+        )
+        .with_format(None)
+    )

@@ -9,12 +9,12 @@ from datasets import IterableDataset
 from datasets.exceptions import DatasetsError
 
 from training.collator import HoneybeeDataCollator
-
-from .config import DATASETS, OwnDataset, Recipe, RecipeError
-from .instructize import Instructions, instructize
-from .mixture import Mixture, Source, Stream, sampling_weights
-from .readers import READERS, read_messages
-from .turns import choose_turns, merge_turns
+from training.conversations import load_conversations
+from training.recipe.config import DATASETS, OwnDataset, Recipe, RecipeError
+from training.recipe.instructize import Instructions, instructize
+from training.recipe.mixture import Mixture, Source, Stream, sampling_weights
+from training.recipe.readers import read
+from training.recipe.turns import choose_turns, merge_turns
 
 SHUFFLE_BUFFER = 1000  # records of a stream, undecoded, in each worker
 
@@ -35,19 +35,11 @@ def open_sources(recipe: Recipe, path: str = "the recipe") -> list[Source]:
         path: of the recipe's file, for the error.
 
     Raises:
-        RecipeError: every dataset that cannot be opened, and settings that do not go together.
+        RecipeError: faults of the templates, or every dataset that cannot be opened.
     """
     problems, sources = [], []
     try:
-        instructions = Instructions(
-            recipe.granularity,
-            recipe.diversity,
-            recipe.identifiers,
-            recipe.options.shuffle,
-            recipe.options.marks,
-            recipe.options.answer_with_text,
-            recipe.templates or None,
-        )
+        instructions = Instructions(recipe)
     except (ValueError, OSError) as error:
         raise RecipeError([str(error)], path) from error
     own_datasets = {own.name: own for own in recipe.own}
@@ -66,8 +58,8 @@ def _open(name: str, own: OwnDataset | None, recipe: Recipe, instructions: Instr
     render = partial(render_record, instructions=instructions, deduplicate=deduplicate, keep=recipe.turns.keep)
     if own is not None:
         root = os.path.dirname(os.path.abspath(own.path)) if os.path.isfile(own.path) else ""
-        return Source(name, own.task, read_messages(own.path, own.split, own.columns or None), render, root)
-    records = READERS[name](recipe.data_root)
+        return Source(name, own.task, load_conversations(own.path, own.split, own.columns), render, root)
+    records = read(name, recipe.data_root)
     if isinstance(records, IterableDataset):
         records = Stream(records.shuffle(seed=recipe.seed, buffer_size=SHUFFLE_BUFFER))
     else:
@@ -84,7 +76,7 @@ def open_mixture(
         collator: the trainer's; samples that do not fit into its `max_length` are counted and left out.
 
     Raises:
-        RecipeError: every dataset that cannot be opened.
+        RecipeError: as [`open_sources`].
     """
     sources = open_sources(recipe, path)
     weights = sampling_weights(sources, recipe.balancing, recipe.weights)

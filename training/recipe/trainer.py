@@ -8,9 +8,8 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
+from training.recipe.mixture import Mixture
 from training.trainer import HoneybeeTrainer
-
-from .mixture import Mixture
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,9 @@ from datasets import Dataset, Features
 
 # Their turns are questions of their own. Dialogues and captions stay as they are.
 MERGEABLE_TASKS = ("vqa-open", "vqa-multiple-choice", "referring-expression")
+# Ways to de-duplicate: what agrees, and which one stays.
 KEYS = ("answer", "bbox")
+KEEPS = ("draw", "first")
 
 
 def clusters(keys: list) -> list[list[int]]:
@@ -35,8 +37,8 @@ def choose_turns(turns: list[dict], key: str | None, keep: str, rng: random.Rand
     Raises:
         ValueError: another key or another way to keep.
     """
-    if keep not in ("draw", "first"):
-        raise ValueError(f"keep={keep!r} is not one of draw, first")
+    if keep not in KEEPS:
+        raise ValueError(f"keep={keep!r} is not one of {', '.join(KEEPS)}")
     if key is None:
         return turns
     _check_key(key)

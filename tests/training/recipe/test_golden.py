@@ -14,14 +14,15 @@ from tests.golden import FULL, TOKENIZER
 from tests.tiny import tiny_processor
 from training import preview
 from training.collator import HoneybeeDataCollator
+from training.recipe.config import Options, Recipe
 from training.recipe.instructize import Instructions, instructize
-from training.recipe.readers import READERS
+from training.recipe.readers import TASKS, read
 from training.recipe.turns import choose_turns, clusters, merge_turns
 
 pytestmark = pytest.mark.skipif(not FULL.is_dir(), reason="the reference data is not beside this checkout")
 
 DATA = FULL / "data"
-FILES = {name: name for name in READERS} | {
+FILES = {name: name for name in TASKS} | {
     "coyo": "coyo100m",
     "vqav2": "vqa",
     "refcoco_plus": "refcocop",
@@ -56,7 +57,7 @@ def rendered(sample: dict, collator) -> str:
 def texts(record: dict, instructions: Instructions, key: str | None, collator) -> dict[str, dict]:
     """Every text that a record can become, and a sample of it."""
     samples = {}
-    drawn = instructions.shuffle_options or record["task"] != "vqa-multiple-choice"
+    drawn = instructions.recipe.options.shuffle or record["task"] != "vqa-multiple-choice"
     for seed in range(SEEDS if record["turns"][0]["options"] and drawn else 64):
         rng = random.Random(seed)
         chosen = {**record, "turns": choose_turns(record["turns"], key, "draw", rng)}
@@ -68,11 +69,12 @@ def texts(record: dict, instructions: Instructions, key: str | None, collator) -
 
 def settings(line: dict) -> Instructions:
     option = line.get("option", {})
-    return Instructions(
-        shuffle_options=option.get("shuffle", line.get("option_shuffle", True)),
-        option_marks="random" if option.get("aug_idx_style") else "A.",
+    options = Options(
+        shuffle=option.get("shuffle", line.get("option_shuffle", True)),
+        marks="random" if option.get("aug_idx_style") else "A.",
         answer_with_text=option.get("include_answer_str", False),
     )
+    return Instructions(Recipe(data_root="", options=options))
 
 
 # Where the official output is wrong and ours is not; each is checked below.
@@ -80,9 +82,9 @@ STATEMENTS = {("vsr", 1), ("vsr", 2), ("vsr", 3), ("vsr", 4)}  # "is" split insi
 BRACKETS = {("sqa", 3)}  # "vitamin (B)" taken for an option
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", TASKS)
 def test_every_line(name, collator):
-    dataset = READERS[name](str(DATA / "raw" / "data"))
+    dataset = read(name, str(DATA / "raw" / "data"))
     records = list(dataset)
     if name not in ("blip", "coyo"):
         records = list(merge_turns(dataset, MAX_TURNS.get(name, 1), KEY.get(name)))
@@ -98,7 +100,7 @@ def test_every_line(name, collator):
         instructions = settings(line)
         ours = {}
         for record in candidates:
-            key = (str(record["turns"]), instructions)
+            key = (str(record["turns"]), str(instructions.recipe.options))
             if key not in cache:
                 cache[key] = texts(record, instructions, KEY.get(name), collator)
             ours |= cache[key]
@@ -126,7 +128,7 @@ def test_every_line(name, collator):
 
 
 @pytest.mark.parametrize(
-    "datasets, epochs", [(["sqa", "aokvqa"], 300), ([name for name in READERS if name not in ("sqa", "aokvqa")], 20)]
+    "datasets, epochs", [(["sqa", "aokvqa"], 300), ([name for name in TASKS if name not in ("sqa", "aokvqa")], 20)]
 )
 def test_preview_writes_the_official_texts(datasets, epochs, tmp_path):
     config, file = tmp_path / "recipe.yaml", tmp_path / "samples.jsonl"
@@ -147,7 +149,7 @@ def test_preview_writes_the_official_texts(datasets, epochs, tmp_path):
 
 def test_what_differs_on_purpose():
     root = str(DATA / "raw" / "data")
-    statements = merge_turns(READERS["vsr"](root), 1)
+    statements = merge_turns(read("vsr", root), 1)
     assert [record["turns"][0]["question"] for record in statements] == [
         "Is the cat behind the laptop?",
         "Is the dishes are near the person?",
@@ -155,7 +157,7 @@ def test_what_differs_on_purpose():
         "Is the bowl above the u?s? flag?",
         "Is a disc at the right side of the fish?",
     ]
-    (turn,) = merge_turns(READERS["sqa"](root), 1)[3]["turns"]
+    (turn,) = merge_turns(read("sqa", root), 1)[3]["turns"]
     assert turn["options"] == ["Does vitamin (B) help?", "Does it glow?", "Neither"]
     assert turn["answer"] == "C"
 
@@ -179,7 +181,7 @@ def official_sets(item: dict) -> list:
 
 @pytest.mark.parametrize("name", ["vqav2", "gqa", "refcoco"])
 def test_grouping_in_all_variants(name):
-    dataset = READERS[name](str(DATA / "raw" / "data"))
+    dataset = read(name, str(DATA / "raw" / "data"))
     for variant in json.loads((DATA / f"{FILES[name]}.nturn_variants.json").read_text(encoding="utf-8")):
         # The official code leaves duplicates in where it keeps questions apart or all together.
         key = KEY.get(name) if variant["nturn"] > 1 else None
@@ -198,7 +200,7 @@ def test_grouping_in_all_variants(name):
     "name", ["vqav2", "gqa", "ocrvqa", "refcoco", "refcoco_plus", "refcocog", "vg", "aokvqa", "sqa"]
 )
 def test_grouping_as_trained(name):
-    merged = merge_turns(READERS[name](str(DATA / "raw" / "data")), MAX_TURNS.get(name, 1), KEY.get(name))
+    merged = merge_turns(read(name, str(DATA / "raw" / "data")), MAX_TURNS.get(name, 1), KEY.get(name))
     official = lines(f"{FILES[name]}.finalized.jsonl")
     assert len(merged) == len(official)
     for record, item in zip(merged, official):
@@ -216,5 +218,5 @@ def test_grouping_as_trained(name):
 
 @pytest.mark.parametrize("name", ["llava150k", "sharegpt"])
 def test_dialogues_are_never_merged(name):
-    dataset = READERS[name](str(DATA / "raw" / "data"))
+    dataset = read(name, str(DATA / "raw" / "data"))
     assert merge_turns(dataset, 10, "answer").to_list() == dataset.to_list()

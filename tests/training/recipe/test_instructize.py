@@ -8,8 +8,8 @@ import yaml
 
 from processing.processing_honeybee import SYSTEM_BASE
 from training.conversations import normalize_conversation
-from training.recipe.config import OPTION_MARKS
-from training.recipe.instructize import TEMPLATES, BadSample, Instructions, instructize, load_templates
+from training.recipe.config import OPTION_MARKS, Options, Recipe
+from training.recipe.instructize import TEMPLATES, BadSampleError, Instructions, instructize
 from training.recipe.readers import TASKS, TURN
 
 SHORT = "Answer the question using a single word or phrase. "
@@ -41,8 +41,12 @@ def worded(sample) -> list[str]:
     return [item.get("text", "<image>") for message in sample["messages"] for item in message["content"]]
 
 
+def wording(shuffle=True, marks="A.", answer_with_text=False, **settings) -> Instructions:
+    return Instructions(Recipe(data_root="", options=Options(shuffle, marks, answer_with_text), **settings))
+
+
 def drawn(of: dict, count=300, **settings) -> Counter:
-    instructions = Instructions(**settings)
+    instructions = wording(**settings)
     samples = (instructize(of, instructions, random.Random(seed)) for seed in range(count))
     return Counter(tuple(worded(sample)[2:]) for sample in samples)
 
@@ -60,24 +64,24 @@ WORDED = [name for name, task in TASKS.items() if task in FIELDS]
     ],
 )
 def test_single_fine_texts(dataset, expected):
-    assert set(drawn(record(dataset), shuffle_options=False)) == expected
+    assert set(drawn(record(dataset), shuffle=False)) == expected
 
 
 def test_a_sample_is_what_the_collator_reads():
-    sample = instructize(record(), Instructions(), random.Random(0))
+    sample = instructize(record(), wording(), random.Random(0))
     assert sample["images"] == ["a.jpg"] and sample["dataset"] == "gqa" and sample["chat_template"] == "default"
     assert [message["role"] for message in sample["messages"]] == ["system", "user", "assistant"]
     assert worded(sample)[:2] == [SYSTEM_BASE, "<image>"]
     assert normalize_conversation(sample) == (sample["messages"], ["a.jpg"])
-    assert instructize(record(image=None), Instructions(), random.Random(0))["images"] == []
+    assert instructize(record(image=None), wording(), random.Random(0))["images"] == []
 
 
 @pytest.mark.parametrize("dataset", WORDED)
 @pytest.mark.parametrize("granularity", ["fine", "coarse"])
 def test_wordings(dataset, granularity):
-    single = drawn(record(dataset), granularity=granularity, shuffle_options=False)
-    multi = drawn(record(dataset), granularity=granularity, diversity="multi", shuffle_options=False)
-    flipped = drawn(record(dataset), 600, granularity=granularity, diversity="multi+flip", shuffle_options=False)
+    single = drawn(record(dataset), granularity=granularity, shuffle=False)
+    multi = drawn(record(dataset), granularity=granularity, diversity="multi", shuffle=False)
+    flipped = drawn(record(dataset), 600, granularity=granularity, diversity="multi+flip", shuffle=False)
     directions = 2 if TASKS[dataset] == "referring-expression" else 1
     assert len(single) == directions
     assert len(multi) >= 5 * directions and set(single) < set(multi)
@@ -93,9 +97,7 @@ def test_wordings(dataset, granularity):
 @pytest.mark.parametrize("task", FIELDS)
 def test_coarse_is_the_same_for_the_datasets_of_a_task(task):
     texts = [
-        set(drawn(record(name), 40, granularity="coarse", shuffle_options=False))
-        for name in WORDED
-        if TASKS[name] == task
+        set(drawn(record(name), 40, granularity="coarse", shuffle=False)) for name in WORDED if TASKS[name] == task
     ]
     assert all(text == texts[0] for text in texts)
 
@@ -114,7 +116,7 @@ def test_coarse_is_the_same_for_the_datasets_of_a_task(task):
     ],
 )
 def test_identifiers_replace_the_instruction(dataset, kind, expected):
-    assert set(drawn(record(dataset), identifiers=kind, shuffle_options=False)) == expected
+    assert set(drawn(record(dataset), identifiers=kind, shuffle=False)) == expected
 
 
 def test_a_context_that_is_not_there_leaves_no_line():
@@ -122,7 +124,7 @@ def test_a_context_that_is_not_there_leaves_no_line():
     for granularity in ("fine", "coarse"):
         for texts in drawn(record("aokvqa", **fields), granularity=granularity, diversity="multi+flip"):
             assert "Context" not in "".join(texts) and "None" not in "".join(texts)
-    ((question, _),) = drawn(record("sqa", **{**fields, "context": ""}), shuffle_options=False)
+    ((question, _),) = drawn(record("sqa", **{**fields, "context": ""}), shuffle=False)
     assert "\nContext: \n" in question
 
 
@@ -133,7 +135,7 @@ def test_the_letter_moves_with_its_option():
         assert f"\n{letter}. knife\n" in question
     # Of two options with the same words only the right one's letter counts.
     twins = {**FIELDS["vqa-multiple-choice"], "options": ["two", "two", "one"], "answer": "B"}
-    instructions, turns = Instructions(), record("aokvqa", **twins)
+    instructions, turns = wording(), record("aokvqa", **twins)
     before = str(turns)
     for seed in range(50):
         instructize(turns, instructions, random.Random(seed))
@@ -142,12 +144,12 @@ def test_the_letter_moves_with_its_option():
 
 
 def test_option_marks_and_answers_with_text():
-    seen = drawn(record("aokvqa"), shuffle_options=False, option_marks="random", answer_with_text=True)
+    seen = drawn(record("aokvqa"), shuffle=False, marks="random", answer_with_text=True)
     assert {answer for _, answer in seen} == {
         "B. knife", "B) knife", "(B) knife", "b. knife", "b) knife", "(b) knife", "2. knife", "2) knife", "(2) knife"
     }  # fmt: skip
     for mark in OPTION_MARKS:
-        ((question, answer),) = drawn(record("aokvqa"), 5, shuffle_options=False, option_marks=mark)
+        ((question, answer),) = drawn(record("aokvqa"), 5, shuffle=False, marks=mark)
         assert f"{mark} fork\n" in question and answer in ("B", "b", "2")
 
 
@@ -160,7 +162,7 @@ def test_one_wording_for_all_turns_of_a_sample():
 
 def test_the_random_numbers_given_decide_alone():
     for dataset in WORDED:
-        instructions = Instructions(diversity="multi+flip", option_marks="random")
+        instructions = wording(diversity="multi+flip", marks="random")
         random.seed(1)
         first = [instructize(record(dataset), instructions, random.Random(seed)) for seed in range(20)]
         random.seed(2)
@@ -168,7 +170,7 @@ def test_the_random_numbers_given_decide_alone():
 
 
 def test_captions():
-    sample = instructize(record("coyo", answer="  words\n"), Instructions(), random.Random(0))
+    sample = instructize(record("coyo", answer="  words\n"), wording(), random.Random(0))
     assert sample["chat_template"] == "caption"
     assert worded(sample) == ["<image>", "  words\n"]
     assert normalize_conversation(sample)[1] == ["a.jpg"]
@@ -192,7 +194,7 @@ def dialogue(*turns, dataset="llava150k", image="a.jpg"):
     ],
 )
 def test_where_the_image_of_a_dialogue_stands(question, expected):
-    sample = instructize(dialogue((question, "a"), ("And?", "b")), Instructions(), random.Random(0))
+    sample = instructize(dialogue((question, "a"), ("And?", "b")), wording(), random.Random(0))
     assert worded(sample)[1:] == [*expected, "a", "And?", "b"]
     assert worded(sample)[0].startswith(SYSTEM_BASE + " The assistant gives")
     normalize_conversation(sample)
@@ -200,13 +202,13 @@ def test_where_the_image_of_a_dialogue_stands(question, expected):
 
 def test_dialogues_keep_who_speaks_when():
     turns = [(None, "I begin"), ("a <image>", None), ("b", "c")]
-    sample = instructize(dialogue(*turns, dataset="sharegpt", image=None), Instructions(), random.Random(0))
+    sample = instructize(dialogue(*turns, dataset="sharegpt", image=None), wording(), random.Random(0))
     assert [message["role"] for message in sample["messages"]] == ["system", "assistant", "user", "assistant"]
     assert worded(sample)[1:] == ["I begin", "a <image>", "b", "c"], "without an image it is but text"
 
 
 def test_the_last_question_may_stay_unanswered():
-    sample = instructize(dialogue(("a", "b"), ("c", None)), Instructions(), random.Random(0))
+    sample = instructize(dialogue(("a", "b"), ("c", None)), wording(), random.Random(0))
     assert sample["messages"][-1] == {"role": "user", "content": [{"type": "text", "text": "c"}], "unanswered": True}
     assert normalize_conversation(sample)[0] == sample["messages"]
 
@@ -215,10 +217,10 @@ def test_bad_turns_are_left_out_and_named():
     of = record("vqav2")
     good = of["turns"][0]
     of["turns"] = [{**good, "answer": " "}, {**good, "question": None}, good]
-    sample = instructize(of, Instructions(), random.Random(0))
+    sample = instructize(of, wording(), random.Random(0))
     assert sample["skipped"] == ["empty answer", "malformed record"]
     assert worded(sample)[1:] == ["<image>", SHORT + "What {is} it?", "a {dog}"]
-    sample = instructize(dialogue(("<image>\nWhat?", ""), ("And?", "b")), Instructions(), random.Random(0))
+    sample = instructize(dialogue(("<image>\nWhat?", ""), ("And?", "b")), wording(), random.Random(0))
     assert sample["skipped"] == ["empty answer"] and worded(sample)[1:] == ["<image>", "And?", "b"]
 
 
@@ -242,24 +244,15 @@ def test_bad_turns_are_left_out_and_named():
     ],
 )  # fmt: skip
 def test_nothing_to_learn(of, reason):
-    with pytest.raises(BadSample) as caught:
-        instructize(of, Instructions(), random.Random(0))
+    with pytest.raises(BadSampleError) as caught:
+        instructize(of, wording(), random.Random(0))
     assert caught.value.reason == reason
 
 
 def test_samples_with_words_of_their_own_keep_them():
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    sample = instructize({"messages": messages, "images": None}, Instructions(diversity="multi"), random.Random(0))
+    sample = instructize({"messages": messages, "images": None}, wording(diversity="multi"), random.Random(0))
     assert sample["messages"] == messages and sample["images"] == [] and sample["chat_template"] == "default"
-
-
-def test_settings_are_checked_at_once():
-    with pytest.raises(ValueError, match="granularity='rough' is not one of fine, coarse; diversity='many'"):
-        Instructions(granularity="rough", diversity="many")
-    with pytest.raises(ValueError, match="leave them at fine and single"):
-        Instructions(identifiers="task-name", diversity="multi")
-    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
-        Instructions(templates="nowhere.yaml")
 
 
 def test_templates_are_checked_at_once(tmp_path):
@@ -270,9 +263,11 @@ def test_templates_are_checked_at_once(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(templates))
     with pytest.raises(ValueError) as caught:
-        load_templates(str(path))
+        wording(templates=str(path))
     for fault in ("unknown field {query}", "tasks.vqa-multiple-choice.flip", "datasets.vg should be a dict"):
         assert fault in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        wording(templates="nowhere.yaml")
     templates = yaml.safe_load(TEMPLATES.read_text(encoding="utf-8"))
     templates["datasets"]["gqa"]["fine"] = [{"answer": "{answer}", "single": "{question}!", "multi": ["?"]}]
     path.write_text(yaml.safe_dump(templates))

@@ -7,8 +7,9 @@ import pytest
 from datasets import Dataset, IterableDataset, load_from_disk
 
 from tests.tiny import picture
+from training.conversations import load_conversations
 from training.recipe.files import FILES, annotation_files
-from training.recipe.readers import FEATURES, READERS, TASKS, read_messages, split_options
+from training.recipe.readers import FEATURES, GENERATORS, TASKS, read, split_options
 from training.recipe.readers import as_question as question
 from training.recipe.turns import merge_turns
 
@@ -30,8 +31,8 @@ def turns(record) -> list[dict]:
 
 
 def test_every_dataset_has_a_reader_a_task_and_files():
-    assert READERS.keys() == TASKS.keys() == FILES.keys()
-    assert len(READERS) == 14
+    assert GENERATORS.keys() == TASKS.keys() == FILES.keys()
+    assert len(GENERATORS) == 14
 
 
 @pytest.mark.parametrize(
@@ -69,9 +70,9 @@ def test_options_without_a_beginning(text):
 
 def test_missing_files_are_all_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="questions.json, .*annotations.json; put the files there"):
-        READERS["vqav2"](str(tmp_path))
+        read("vqav2", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"blip_laion/\*\.tar"):
-        READERS["blip"](str(tmp_path))
+        read("blip", str(tmp_path))
     with pytest.raises(ValueError, match="'vqa' has no reader; there are blip"):
         annotation_files("vqa", str(tmp_path))
 
@@ -121,7 +122,7 @@ BROKEN = {
 def test_rows_that_cannot_be_understood_stay_as_records_without_turns(name, tmp_path):
     for file in FILES[name]:
         write(tmp_path, file, BROKEN[name] if file == FILES[name][0] else [])
-    dataset = READERS[name](str(tmp_path))
+    dataset = read(name, str(tmp_path))
     assert isinstance(dataset, Dataset) and dataset.features == FEATURES
     assert [len(record["turns"]) for record in dataset] == [0, 0, 1]
     assert {(record["dataset"], record["task"]) for record in dataset} == {(name, TASKS[name])}
@@ -132,7 +133,7 @@ def test_vg_rows_that_cannot_be_understood(tmp_path):
     region = {"x": 1, "y": 2, "width": 3, "height": 4, "phrase": "p"}
     rows = [{"regions": None}, 5, {"regions": [{**region, "image_id": 2}, {**region, "image_id": 1}, "x"]}]
     write(tmp_path, FILES["vg"][1], rows)
-    found = [turns(record) for record in READERS["vg"](str(tmp_path))]
+    found = [turns(record) for record in read("vg", str(tmp_path))]
     assert found == [[], [], [], [{"phrase": "p", "bbox": "[0.100,0.200,0.400,0.600]"}], []]
 
 
@@ -142,7 +143,7 @@ def test_questions_and_annotations_of_unequal_length(tmp_path):
     told = [{"question_id": i, "multiple_choice_answer": "a"} for i in (0, 7)]
     write(tmp_path, questions, {"questions": asked})
     write(tmp_path, annotations, {"info": {"annotations": [0]}, "annotations": told})
-    assert [len(record["turns"]) for record in READERS["vqav2"](str(tmp_path))] == [1, 0, 0]
+    assert [len(record["turns"]) for record in read("vqav2", str(tmp_path))] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("count", [0, 999, 1000, 2001])
@@ -151,7 +152,7 @@ def test_any_number_of_rows(tmp_path, count):
         {"imageURL": ".jpg", "questions": [f"{row}"] * (row % 3), "answers": ["a"] * (row % 3)} for row in range(count)
     ]
     write(tmp_path, FILES["ocrvqa"][0], {f"key{row}": entry for row, entry in enumerate(rows)})
-    dataset = READERS["ocrvqa"](str(tmp_path))
+    dataset = read("ocrvqa", str(tmp_path))
     assert dataset.features == FEATURES
     assert [[turn["question"] for turn in record["turns"]] for record in dataset] == [row["questions"] for row in rows]
     assert len(merge_turns(dataset, 10)) == count
@@ -161,7 +162,7 @@ def test_dialogues_as_turns(tmp_path):
     said = [("human", "a"), ("human", "b"), ("gpt", "c"), ("gpt", "d"), ("human", "unanswered")]
     rows = [{"conversations": [{"from": role, "value": text} for role, text in said]}]
     write(tmp_path, FILES["sharegpt"][0], rows)
-    (record,) = READERS["sharegpt"](str(tmp_path))
+    (record,) = read("sharegpt", str(tmp_path))
     assert turns(record) == [
         {"question": "a"},
         {"question": "b", "answer": "c"},
@@ -172,10 +173,10 @@ def test_dialogues_as_turns(tmp_path):
 
 def test_the_second_start_reads_the_cache_and_an_edited_file_is_read_again(tmp_path):
     path = write(tmp_path, FILES["gqa"][0], {"a": {"imageId": 1, "question": "old", "answer": "a"}})
-    first = READERS["gqa"](str(tmp_path))
-    assert READERS["gqa"](str(tmp_path)).cache_files == first.cache_files
+    first = read("gqa", str(tmp_path))
+    assert read("gqa", str(tmp_path)).cache_files == first.cache_files
     path.write_text(json.dumps({"a": {"imageId": 1, "question": "a new one", "answer": "a"}}))
-    assert READERS["gqa"](str(tmp_path))[0]["turns"][0]["question"] == "a new one"
+    assert read("gqa", str(tmp_path))[0]["turns"][0]["question"] == "a new one"
 
 
 def test_tars_stream(tmp_path):
@@ -193,7 +194,7 @@ def test_tars_stream(tmp_path):
                     info = tarfile.TarInfo(f"{sample}.{extension}")
                     info.size = len(content)
                     tar.addfile(info, BytesIO(content))
-    dataset = READERS["coyo"](str(tmp_path))
+    dataset = read("coyo", str(tmp_path))
     assert isinstance(dataset, IterableDataset) and dataset.num_shards == 2
     records = list(dataset)
     assert [turns(record) for record in records] == [[{"answer": " words\n"}], [{"answer": " words\n"}], []] * 2
@@ -202,7 +203,7 @@ def test_tars_stream(tmp_path):
     whole = (folder / "00000.tar").read_bytes()
     (folder / "00000.tar").write_bytes(whole.replace(b" words\n", b" w\xffrds\n", 1))
     (folder / "00001.tar").write_bytes(whole[: whole.index(b"1.txt") + 600])
-    records = list(READERS["coyo"](str(tmp_path)))
+    records = list(read("coyo", str(tmp_path)))
     assert [len(record["turns"]) for record in records] == [0, 1, 0, 1, 0], "text that is none, and a tar cut short"
     assert records[-1]["image"] is None
 
@@ -211,18 +212,17 @@ def test_conversational_datasets_by_their_columns(tmp_path):
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     Dataset.from_list([{"talk": messages, "pictures": ["a.jpg"], "messages": "noise"}]).save_to_disk(tmp_path / "one")
     columns = {"messages": "talk", "images": "pictures"}
-    (sample,) = read_messages(str(tmp_path / "one"), columns=columns)
+    (sample,) = load_conversations(str(tmp_path / "one"), columns=columns)
     assert sample == {"messages": messages, "images": ["a.jpg"]}
 
     plain = [{"ask": "q", "completion": "a"}]
     (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, plain)))
-    for streaming in (False, True):
-        (sample,) = read_messages(str(tmp_path / "two.jsonl"), columns={"prompt": "ask"}, streaming=streaming)
-        assert sample["messages"] == messages
+    (sample,) = load_conversations(str(tmp_path / "two.jsonl"), columns={"prompt": "ask"})
+    assert sample["messages"] == messages
 
     Dataset.from_list([{"prompt": messages[:1], "completion": messages[1:]}]).save_to_disk(tmp_path / "three")
-    assert read_messages(str(tmp_path / "three"))[0]["messages"] == messages
+    assert load_conversations(str(tmp_path / "three"))[0]["messages"] == messages
     assert "messages" not in load_from_disk(tmp_path / "three").column_names
 
     with pytest.raises(ValueError, match="'speech' is not one of messages.*no column 'words', it has prompt"):
-        read_messages(str(tmp_path / "three"), columns={"speech": "words"})
+        load_conversations(str(tmp_path / "three"), columns={"speech": "words"})

@@ -126,6 +126,11 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
         (["own=[{name: blip, path: x/y}]"], ["name of a dataset of the paper"]),
         (["turns.max_turns.vsr=0"], ["turns.max_turns.vsr=0", "at least 1"]),
         (["turns.deduplicate.vg=area"], ["'area'", "bbox"]),
+        (
+            ["identifiers=task-name", "diversity=multi"],
+            ["diversity=multi choose nothing", "leave them at fine and single"],
+        ),
+        (["options.marks=A-"], ["options.marks='A-'", "(A)"]),
         (["turns.keep=last"], ["turns.keep='last'", "first"]),
         (["turns=merged"], ["turns='merged' must be a mapping"]),
         (["one_dataset_per_task=1"], ["must be true or false"]),
