@@ -5,7 +5,7 @@
 
 The output is complete: config, sharded safetensors, tokenizer, processor, chat templates, generation config, model code.
 Weights stream from the checkpoint's files, which are memory-mapped, to the output's shard by shard: the memory that is
-needed is at most one tensor more than what one shard holds (--max-shard-size), whatever the size of the model.
+needed beside them stays under twice --max-shard-size, whatever the size of the model.
 
 With `--verify REFERENCE` the result is loaded by a process of its own and compared with reference data of the official
 code (`io.safetensors`, `io.json`, `projector_grads.safetensors`).
@@ -14,6 +14,7 @@ code (`io.safetensors`, `io.json`, `projector_grads.safetensors`).
 import argparse
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
+from hub_upload.export_check import read_json
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
 from processing import HoneybeeProcessor, prepare_tokenizer
 from processing.prepare_tokenizer import IMAGE_PROCESSOR_CLASS
@@ -40,7 +42,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 # Official name -> ours, by projector; the first pattern that matches the whole name counts.
 _MLP = [(r"net\.(\d+\..*)", r"mlp.\1")]
-_NORM = {"bn": "norm"}
 PROJECTOR_NAMES = {
     "linear": _MLP,
     "mlp": _MLP,
@@ -123,16 +124,6 @@ def our_name(name: str, projector_type: str) -> str | None:
     return name
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds a {type(content).__name__} and no mapping; download it again")
-    return content
-
-
 def read_config(checkpoint: Path) -> tuple[HoneybeeConfig, dict]:
     """Our configuration of an official checkpoint, and the official one.
 
@@ -141,7 +132,7 @@ def read_config(checkpoint: Path) -> tuple[HoneybeeConfig, dict]:
     path = checkpoint / "config.json"
     if not path.is_file():
         raise ConversionError(f"{checkpoint} has no config.json; give the folder of an official checkpoint")
-    official = _read_json(path)
+    official = read_json(path, ConversionError, "download it again")
     projector = official.get("projector_config") or official.get("visual_projector_config")
     if not projector or "vision_config" not in official or "text_config" not in official:
         raise ConversionError(
@@ -214,7 +205,7 @@ def weight_files(checkpoint: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = checkpoint / f"{name}.index.json"
         if index.is_file():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            names = sorted(set(read_json(index, ConversionError, "download it again").get("weight_map", {}).values()))
             if not names:
                 raise ConversionError(f"{index} names no file (weight_map); download it again")
             missing = [shard for shard in names if not (checkpoint / shard).is_file()]
@@ -255,9 +246,7 @@ def open_weights(files: list[Path]):
             raise
         except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, AttributeError) as error:
             raise ConversionError(f"{file} cannot be read ({error}); download it again") from error
-        except Exception as error:
-            if type(error).__name__ != "UnpicklingError":
-                raise
+        except pickle.UnpicklingError as error:
             raise ConversionError(
                 f"{file} holds more than tensors, which would run code when loaded, and is refused "
                 f"({str(error).splitlines()[0]}); use a safetensors copy from a source you trust"
@@ -436,7 +425,7 @@ def main():
     parser.add_argument("--output", type=Path, required=True, help="new folder to write")
     parser.add_argument("--tokenizer", help="folder or Hub name of the tokenizer, where the checkpoint has none")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights; default: as they are")
-    parser.add_argument("--max-shard-size", default="5GB", help="of one weight file, and so of the memory needed")
+    parser.add_argument("--max-shard-size", default="5GB", help="of one weight file; twice as much memory is enough")
     parser.add_argument("--verify", type=Path, metavar="REFERENCE", help="compare the result with reference data")
     args = parser.parse_args()
     try:

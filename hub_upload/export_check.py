@@ -28,20 +28,20 @@ CODE = {
 }
 PROCESSOR_CODE = "processing_honeybee.py"
 PUBLISHED = (
-    *("config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors"),
-    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
-    *("processor_config.json", "preprocessor_config.json", "chat_template.jinja"),
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("LICENSE*", "NOTICE*"),
-    *CODE,
-)
-# What training leaves behind and `push.py` leaves out without a question, pickles included.
+    "config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors",
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+    "processor_config.json", "preprocessor_config.json", "chat_template.jinja",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "LICENSE*", "NOTICE*", *CODE,
+)  # fmt: skip
+# What training leaves behind and `push.py` leaves out without a question, pickles included. Some of it names places on
+# the disk of whoever trained; the card says what may be known of it.
 BY_PRODUCTS = (
-    *("training_args.bin", "trainer_state.json", "mixture.json", "honeybee_run.json", "honeybee_conversion.json"),
+    "training_args.bin", "trainer_state.json", "honeybee_run.json", "honeybee_conversion.json",
+    "loss.png", "run_summary.md", "checkpoint-*", "runs", "README.md", ".git", ".gitattributes", ".cache",
     # transformers 4 cannot load a repository that has it; `load_in_fresh_process` sees to it that no template is lost.
     "additional_chat_templates",
-    *("checkpoint-*", "runs", "README.md", ".git", ".gitattributes", ".cache"),
-)
+)  # fmt: skip
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill"}
 
 
@@ -117,13 +117,18 @@ def sort_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     return files, left_out
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, error_class: type[ValueError] = ExportError, remedy: str = "save the model again") -> dict:
+    """The mapping in a JSON file.
+
+    Raises:
+        error_class: there is none, with the remedy.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ExportError(f"{path} is not valid JSON ({error}); save the model again") from error
+        raise error_class(f"{path} is not valid JSON ({error}); {remedy}") from error
     if not isinstance(content, dict):
-        raise ExportError(f"{path} holds a {type(content).__name__} and no mapping; save the model again")
+        raise error_class(f"{path} holds a {type(content).__name__} and no mapping; {remedy}")
     return content
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from .export_check import Export, ExportError, read_json
+from hub_upload.export_check import Export, ExportError, read_json
 
-# What a broken connection raises: requests' base class with huggingface_hub 0, httpx's with later ones.
+# With huggingface_hub 1 the base class of its HTTP library's errors, those of a broken connection among them. Version 0
+# has requests, where this is narrower, but whose errors are all OSErrors: catch that as well.
 NetworkError = HfHubHTTPError.__mro__[1]
 RUN_FILE, STATE_FILE, CONVERSION_FILE = "honeybee_run.json", "trainer_state.json", "honeybee_conversion.json"
 # A card that carries this line is written anew by the next push; without it, it is somebody's own and is kept.

@@ -223,23 +223,17 @@ def push(
 
 
 def print_use(repo_id: str, commit: str, endpoint: str, adapter: bool) -> None:
-    print(f"""
-Published: {endpoint}/{repo_id}, commit {commit}
-""")
+    print(f"\nPublished: {endpoint}/{repo_id}, commit {commit}\n")
+    print("Load it:\n")
     if adapter:
-        print(f"""Load it:
-
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(base, "{repo_id}", revision="{commit}")""")
+        print("    from peft import PeftModel")
+        print(f'    model = PeftModel.from_pretrained(base, "{repo_id}", revision="{commit}")')
         return
-    print(f"""Load it:
-
-    from transformers import pipeline
-    ask = pipeline("image-text-to-text", model="{repo_id}", revision="{commit}", trust_remote_code=True)
-
-Serve it (OpenAI API on this machine):
-
-    python serving/serve.py --model {repo_id}""")
+    print("    from transformers import pipeline")
+    named = f'model="{repo_id}", revision="{commit}"'
+    print(f'    ask = pipeline("image-text-to-text", {named}, trust_remote_code=True)\n')
+    print("Serve it (OpenAI API on this machine):\n")
+    print(f"    python serving/serve.py --model {repo_id}")
 
 
 def main(arguments: list[str] | None = None):

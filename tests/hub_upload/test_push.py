@@ -59,6 +59,8 @@ def world(tmp_path_factory):
     (folder / "honeybee_run.json").write_text(json.dumps(run))
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": 7, "log_history": [{"loss": 1.25}]}))
     torch.save({"learning_rate": 1}, folder / "training_args.bin")
+    (folder / "run_summary.md").write_text(f"From {root / 'secret_place'}.")
+    (folder / "loss.png").write_bytes(b"a plot")
     (folder / "checkpoint-5").mkdir()
     torch.save({}, folder / "checkpoint-5" / "optimizer.pt")
     (folder / "notes.txt").write_text("mine")
@@ -117,8 +119,9 @@ def test_what_is_published(hub, world, pushed):
         assert files[name].content == path.read_bytes()
     for path in world["folder"].glob("*.safetensors"):
         assert files[path.name].lfs and files[path.name].content == path.read_bytes()
-    left = {"honeybee_run.json", "trainer_state.json", "training_args.bin", "notes.txt", "checkpoint-5/optimizer.pt"}
-    assert not left & set(files) and all(name in pushed["output"] for name in ("training_args.bin", "notes.txt"))
+    left = {"honeybee_run.json", "loss.png", "run_summary.md", "trainer_state.json", "training_args.bin", "notes.txt"}
+    assert not left & set(files) and all(name in pushed["output"] for name in left)
+    assert "checkpoint-5/optimizer.pt" not in files and "checkpoint-5/" in pushed["output"]
     assert b"secret_place" not in b"".join(blob.content for blob in files.values())
     sha = hub.repos["bee/tiny"].branches["main"]
     assert f"commit {sha}" in pushed["output"] and 'model="bee/tiny"' in pushed["output"]
