@@ -50,7 +50,7 @@ def test_shapes(projector_type, num_patches):
             assert torch.equal(features, before), "the caller's features were changed"
 
 
-# golden/NOTES.md, section 10.
+# Parameters of the official projectors in front of a language model of width 4096 and of 5120.
 @pytest.mark.parametrize(
     ("settings", "small", "large"),
     [
@@ -136,7 +136,7 @@ def test_multi_level_d_abstractor():
 
 @pytest.mark.parametrize("projector_type", PROJECTORS)
 def test_initialization_follows_the_official_model(projector_type):
-    """golden/NOTES.md, "Official initialisation"; resampler queries start apart instead of at 0."""
+    """But for the resampler's queries, which start apart instead of at 0."""
     # One wide model, so that the spread of the weights is measured well.
     projector = tiny_model(
         projector_type,

@@ -163,7 +163,7 @@ def test_documented_commands_parse():
             parsed(words)
 
 
-# DESIGN.md, sections 1 and 4: the published models, and the rates of stage 1 and 2.
+# The published models, and the learning rates of their stage 1.
 PUBLISHED = {
     "7b-c-abs-m144": ("7b", None, "c-abs", 144, 3e-4),
     "7b-d-abs-m144": ("7b", None, "d-abs", 144, 1e-4),
@@ -223,7 +223,7 @@ def test_a_7b_model_is_counted_without_its_weights(world, tmp_path, monkeypatch)
         *("--vision_model", tmp_path / "vision", "--text_model", tmp_path / "text", "--projector", projector),
         *("--output_dir", tmp_path / "out", "--dry_run"),
     )
-    assert re.search(r"projector +37,070,336 parameters, trained", text)  # golden NOTES.md, section 3
+    assert re.search(r"projector +37,070,336 parameters, trained", text)  # the official one's count
     assert re.search(r"language_model +6,607,343,616 parameters, frozen", text)  # Llama 7B without its head
     assert re.search(r"lm_head +131,072,000 parameters, frozen", text)
     assert re.search(r"weights +14\.2 GB", text) and re.search(r"optimizer +0\.3 GB", text)
