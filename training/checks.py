@@ -100,9 +100,9 @@ def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Mod
             check_dataset(dataset, collator.image_root, args.stage == "align", collator.check_length)
         else:
             # What does not fit into max_length is the mixture's to skip and count.
-            mixture = open_mixture(
-                recipe, training_args.max_steps * global_batch_size(training_args), collator=collator
-            )
+            samples = training_args.max_steps * global_batch_size(training_args)
+            path = args.mixture if isinstance(args.mixture, str) else "mixture"
+            mixture = open_mixture(recipe, samples, path, collator)
             if args.stage == "align" and {source.task for source in mixture.sources} == {"text-instruction"}:
                 raise ValueError(
                     "the mixture has no dataset with images, and alignment trains the projector alone, which reads "

@@ -163,13 +163,17 @@ def test_broken_files_are_counted_and_too_many_stop_the_run(world, tmp_path):
         ),
         (["--set", "balancing=per-task", "--max_steps", 4, "--dataset", "x.jsonl"], ["--set", "--mixture"]),
         (
+            ["--mixture", "{recipe}", "--max_steps", 4, "--set", "templates={recipe}"],
+            ["recipe.yaml: a problem", "should be a dict that is not empty"],
+        ),
+        (
             ["--mixture", "{recipe}", "--max_steps", 4, "--stage", "align", "--set", "datasets=[sharegpt]", "own=[]"],
             ["sharegpt"],
         ),
     ],
 )
 def test_wrong_mixtures_are_named_before_training(arguments, words, world, tmp_path, monkeypatch):
-    arguments = [world / "data" / "recipe.yaml" if a == "{recipe}" else a for a in arguments]
+    arguments = [str(a).replace("{recipe}", str(world / "data" / "recipe.yaml")) for a in arguments]
     monkeypatch.setattr(
         sys, "argv", ["sft.py", *map(str, [*new_model(world), *arguments, "--output_dir", tmp_path / "out"])]
     )
