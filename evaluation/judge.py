@@ -129,7 +129,7 @@ class Judge:
         return text.replace(self._key, "[key]") if self._key else text
 
     def _send(self, body: dict) -> dict:
-        """The reply as an object. Raises OSError or ValueError where another attempt may help, else JudgeRefusedError."""
+        """The reply as an object. OSError and ValueError: another attempt may help; else JudgeRefusedError."""
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"

@@ -3,8 +3,8 @@
 
     lmms-eval --model honeybee --model_args pretrained=outputs/instruct,dtype=float32 --tasks mme --batch_size 8
 
-A task's text and images become one user turn after the system line, the images first; tasks in lmms-eval bring their own
-instructions, which are not the ones of prompts.py.
+A task's text and images become one user turn after the system line, the images first; tasks in lmms-eval bring their
+own instructions, which are not the ones of prompts.py.
 """
 
 import torch

@@ -24,7 +24,7 @@ class Question:
         id: unique within the task.
         kind: the instruction in front of it, a key of `INSTRUCTIONS`.
         text: what is asked, with the options where there are any.
-        fields: what goes into the prediction file beside `id`, `pred` and `prompt`: the answer and what the scorer reads.
+        fields: what goes into the prediction file beside `id`, `pred`, `prompt`: the answer and what the scorer reads.
         image: a path, a function that decodes the image when it is needed, or None.
     """
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmarks as lists of questions, read from the files that their authors distribute.
 
-A data root has one folder for each benchmark, named as in `FOLDERS`. In a folder are the original files, or the parquet files
-of its copy on the Hub (the repository that `FOLDERS` names), in any subfolder.
+A data root has one folder for each benchmark, named as in `FOLDERS`. In a folder are the original files, or the parquet
+files of its copy on the Hub (the repository that `FOLDERS` names), in any subfolder.
 
-Every reader takes the root and returns `Question`s in the benchmark's order. Their `fields` are the ones that the official
-code keeps beside a prediction.
+Every reader takes the root and returns `Question`s in the benchmark's order. Their `fields` are the ones that the
+official code keeps beside a prediction.
 """
 
 import ast
@@ -227,8 +227,8 @@ def read_mmbench(root: Path) -> list[Question]:
 def _scienceqa_parts(text: str) -> tuple[str, str, list[str], list[str]]:
     """(question, context, choices, choices as the prompt shows them) of LLaVA's form.
 
-    A letter in brackets opens a choice only when it is the next one. In the official prompt every letter in brackets does,
-    so "(A) vitamin (B)" is shown as more choices than there are; the answer's letter still counts the true ones.
+    A letter in brackets opens a choice only when it is the next one. In the official prompt every letter in brackets
+    does, so "(A) vitamin (B)" is shown as more choices than there are; the answer's letter still counts the true ones.
     """
     question, _, rest = text.removeprefix("<image>\n").partition("\nContext: ")
     context, _, tail = rest.partition("\nOptions: ")

@@ -4,8 +4,8 @@
     python evaluation/run.py --model outputs/instruct --tasks mme,mmbench,seed --data_root data --output outputs/eval
     python evaluation/run.py --tasks mme --predictions predictions.jsonl --output outputs/eval
 
-The same command again continues after an interruption. Several GPUs: `accelerate launch evaluation/run.py ...`, or one model
-over several: `--device_map auto`. Judged tasks: see the variables in judge.py.
+The same command again continues after an interruption. Several GPUs: `accelerate launch evaluation/run.py ...`, or one
+model over several: `--device_map auto`. Judged tasks: see the variables in judge.py.
 """
 
 import argparse

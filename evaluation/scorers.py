@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of saved predictions, as the authors computed them: pure functions from records to a `Score`.
 
-A record is a dict with the question's fields (`answer`, `category` ...) and `pred`, the model's text. The numbers are meant to
-be compared with published ones, so the odd rules of the official scorers are kept. Each has one line in `QUIRKS`, and a
-`Score` counts how many items were decided by it.
+A record is a dict with the question's fields (`answer`, `category` ...) and `pred`, the model's text. The numbers are
+meant to be compared with published ones, so the odd rules of the official scorers are kept. Each has one line in
+`QUIRKS`, and a `Score` counts how many items were decided by it.
 """
 
 import random

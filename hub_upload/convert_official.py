@@ -3,9 +3,9 @@
 
     python hub_upload/convert_official.py --checkpoint 7B-C-Abs-M144/last --tokenizer vicuna-7b-v1.5 --output honeybee-7b
 
-The output is complete: config, sharded safetensors, tokenizer, processor, chat templates, generation config, model code.
-Weights stream from the checkpoint's files, which are memory-mapped, to the output's shard by shard: the memory that is
-needed beside them stays under twice --max-shard-size, whatever the size of the model.
+The output is complete: config, sharded safetensors, tokenizer, processor, chat templates, generation config, model
+code. Weights stream from the checkpoint's files, which are memory-mapped, to the output's shard by shard: the memory
+that is needed beside them stays under twice --max-shard-size, whatever the size of the model.
 
 With `--verify REFERENCE` the result is loaded by a process of its own and compared with reference data of the official
 code (`io.safetensors`, `io.json`, `projector_grads.safetensors`).

@@ -5,8 +5,8 @@
     python hub_upload/push.py --model outputs/instruct --repo_id ORG/NAME
 
 The folder is checked (config, code, safetensors, processor, template), then loaded by a process that has torch,
-transformers and pillow only, and asked one thing. Weights go up file by file, and all files become visible in one commit
-at the end: an interrupted upload shows nothing, and the same command continues it without the files that arrived.
+transformers and pillow only, and asked one thing. Weights go up file by file, and all files become visible in one
+commit at the end: an interrupted upload shows nothing, and the same command continues it with the files that lack.
 """
 
 import argparse

@@ -28,8 +28,8 @@ def as_messages(message: dict, history: list[dict]) -> tuple[list[dict], list[st
 
     Args:
         message: `{"text": str, "files": [path, ...]}`, the new turn.
-        history: turns of `{"role": ..., "content": ...}`, content a string or a list of text and file items. A turn that
-            was refused stands there without an answer, and is left out.
+        history: turns of `{"role": ..., "content": ...}`, content a string or a list of text and file items. A turn
+            that was refused stands there without an answer, and is left out.
     """
     messages, paths, unanswered = [], [], []
     for turn in history:

@@ -16,7 +16,7 @@ class LimitError(ValueError):
 
 @dataclass
 class Limits:
-    """Of one request (one chat). Sizes of images in bytes as sent (after decoding base64) and in pixels (width times height)."""
+    """Of one request (one chat). Images by their bytes as sent, base64 decoded, and by pixels (width times height)."""
 
     max_image_bytes: int = 10_000_000
     max_image_pixels: int = 25_000_000

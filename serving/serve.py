@@ -3,9 +3,9 @@
 
     python serving/serve.py --model outputs/quickstart/model           # http://127.0.0.1:8000/v1/chat/completions
 
-`transformers serve` looks a model's class up by name in transformers, where ours is not; this registers it and then runs
-the command, for one model and with limits on what a request may hold. Needs `pip install -e ".[serve]"`. Flags that are
-not listed here go to `transformers serve` (`--device cuda:0`, `--dtype bfloat16`).
+`transformers serve` looks a model's class up by name in transformers, where ours is not; this registers it and then
+runs the command, for one model and with limits on what a request may hold. Needs `pip install -e ".[serve]"`. Flags
+that are not listed here go to `transformers serve` (`--device cuda:0`, `--dtype bfloat16`).
 """
 
 import argparse
@@ -25,8 +25,8 @@ from serving.limits import LimitError, Limits, add_limit_arguments, limits_from
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 # Everything else of `transformers serve` stays closed: one address loads any model by name, another unloads ours.
 CHAT, MODELS, HEALTH = "/v1/chat/completions", "/v1/models", "/health"
-# Not in it: `generation_config` and `chat_template_kwargs`, which would set any limit aside, and what a chat here has no
-# use for (tools, audio).
+# Not in it: `generation_config` and `chat_template_kwargs`, which would set any limit aside, and what a chat here has
+# no use for (tools, audio).
 FIELDS = {
     "model", "messages", "stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop",
     "frequency_penalty",
@@ -70,7 +70,7 @@ def check_chat(body: dict, model: str, limits: Limits) -> dict:
 
 
 class LimitedApp:
-    """An ASGI application in front of another one: three addresses, requests within `limits`, errors as OpenAI has them."""
+    """An ASGI application in front of another one: three addresses, requests within `limits`, OpenAI's errors."""
 
     def __init__(self, app, model: str, limits: Limits):
         self.app, self.model, self.limits = app, model, limits
@@ -132,7 +132,7 @@ class LimitedApp:
 
 def register() -> None:
     """Makes transformers find our classes by the names that `transformers serve` looks up. Comes after its import."""
-    # The module object itself changes while transformers 5 is imported; the one that the command sees is in sys.modules.
+    # The module object itself changes while transformers 5 is imported; the command sees the one in sys.modules.
     sys.modules["transformers"].HoneybeeForConditionalGeneration = HoneybeeForConditionalGeneration
     modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["honeybee"] = HoneybeeForConditionalGeneration.__name__
     AutoProcessor.register(HoneybeeConfig, HoneybeeProcessor, exist_ok=True)
@@ -144,7 +144,7 @@ def register() -> None:
 
 
 def limit_uvicorn(model: str, limits: Limits) -> None:
-    """Puts [`LimitedApp`] before whatever application uvicorn is given: the command takes no application from outside."""
+    """Puts [`LimitedApp`] before whatever application uvicorn is given: the command takes none from outside."""
     import uvicorn
 
     original = uvicorn.Config.__init__

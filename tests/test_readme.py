@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's Python blocks compile, and what they and its commands name exists. The commands of the first section are run
-by .ci/run."""
+"""The README's Python blocks compile, and what they and its commands name exists. Of the commands, .ci/run runs those
+that install, test, make the quickstart and evaluate it on made-up benchmarks."""
 
 import ast
 import importlib

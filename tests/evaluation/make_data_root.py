@@ -3,8 +3,8 @@
 
 python tests/evaluation/make_data_root.py FOLDER
 
-The images are the quickstart's test scenes. MME and POPE ask what the quickstart's model was trained to answer, in its words
-("is there a two ?"); the other tasks have words that it has never seen.
+The images are the quickstart's test scenes. MME and POPE ask what the quickstart's model was trained to answer, in its
+words ("is there a two ?"); the other tasks have words that it has never seen.
 """
 
 import base64

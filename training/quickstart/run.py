@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart from stand-ins to a table of accuracies. Everything that is trained here goes through `training/sft.py`."""
+"""The quickstart from stand-ins to a table of accuracies. All training here goes through `training/sft.py`."""
 
 import json
 import os

@@ -41,7 +41,7 @@ REASONS = (
     "malformed conversation",
     "too long",
 )
-# Columns of the counts: records used, answers in them, records not used; then what was not used by reason, turns included.
+# Columns of the counts: records used, answers in them, records not used; then the reasons, also of turns.
 _USED, _ANSWERS, _UNUSABLE, _REASONS = 0, 1, 2, 3
 
 _BLOCK = 1 << 16  # draws whose sources are drawn in one go

@@ -7,13 +7,14 @@ A record is
 
 and a turn has the fields of `TURN`, None where its task has no use for them:
 
-    question, answer   vqa-open, and the two sides of a conversation (an answer None: the user speaks again or has the last
-                       word; a question None: the assistant speaks first); a caption is an answer
+    question, answer   vqa-open, and the two sides of a conversation (an answer None: the user speaks again or last;
+                       a question None: the assistant speaks first); a caption is an answer
     options, context   vqa-multiple-choice; there the answer is the letter of the right one in the order of `options`
-    phrase, bbox       referring-expression: "[x1,y1,x2,y2]" in parts of the image's width and height; VSR keeps its caption as phrase
+    phrase, bbox       referring-expression: "[x1,y1,x2,y2]" in parts of the image's width and height; VSR
+                       keeps its caption as phrase
 
-A row that cannot be understood is a record without turns, so that whoever reads it can count it. Sources: the files that
-each dataset's authors publish, at the places of `files.FILES` below the data root.
+A row that cannot be understood is a record without turns, so that whoever reads it can count it. Sources: the files
+that each dataset's authors publish, at the places of `files.FILES` below the data root.
 """
 
 import hashlib
@@ -87,7 +88,7 @@ _CODE = tuple(
     for name in ("readers.py", "json_stream.py", "turns.py")
 )
 
-# `datasets` takes most of a minute to encode a million rows of nested values one by one, and little for columns of them.
+# `datasets` takes most of a minute to encode a million rows of nested values one by one, and little for columns.
 _BLOCK_ROWS = 1000
 _BLOCK = Features(
     {"images": List(_STRING), "lengths": List(Value("int32")), **{name: List(kind) for name, kind in TURN.items()}}
@@ -192,8 +193,8 @@ def _generate_vsr(name, root, paths):
 def split_options(text: str) -> list[str]:
     """ScienceQA's "(A) one (B) two" as ["one", "two"].
 
-    Markers count in the order of the letters, each the last one before the next, so that a "(B)" that an option speaks of
-    makes no option.
+    Markers count in the order of the letters, each the last one before the next, so that a "(B)" that an option speaks
+    of makes no option.
 
     Raises:
         ValueError: no marker "(A)" at the beginning.
@@ -376,7 +377,7 @@ def read(name: str, root: str) -> Dataset | IterableDataset:
     if TASKS[name] == "captioning":
         arguments = {"name": name, "root": root, "paths": paths}
         return IterableDataset.from_generator(GENERATORS[name], features=STREAMED_FEATURES, gen_kwargs=arguments)
-    # The cache knows the arguments alone: with these an edited file is read again, and so is every file by another reader.
+    # The cache knows the arguments alone: with these an edited file is read again, and all files by an edited reader.
     stamp = tuple((os.path.getsize(path), os.path.getmtime(path)) for path in paths) + _CODE
     blocks = Dataset.from_generator(
         _generate_blocks,

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class MixtureTrainer(HoneybeeTrainer):
-    """A HoneybeeTrainer whose `train_dataset` is `Mixture.as_dataset()`: read in order, since it is shuffled already."""
+    """A HoneybeeTrainer whose `train_dataset` is `Mixture.as_dataset()`: read in order, as it is shuffled already."""
 
     def _get_train_sampler(self, train_dataset=None) -> SequentialSampler:
         # transformers 5 has train_sampling_strategy="sequential" for this, 4 has nothing.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The questions of one image become conversations.
 
-Two steps, because the second is drawn anew each epoch: `merge_turns` decides, once and cached, which questions belong to a
-conversation, duplicates included; `choose_turns` keeps one of each set of duplicates when the conversation is read.
+Two steps, because the second is drawn anew each epoch: `merge_turns` decides, once and cached, which questions belong
+to a conversation, duplicates included; `choose_turns` keeps one of each set of duplicates when it is read.
 """
 
 import random
@@ -79,7 +79,7 @@ def merge_turns(
             _merge,
             batched=True,
             batch_size=None,
-            # Made anew: the cache goes by their pickle, which differs between a dataset just written and the same one loaded.
+            # Made anew: the cache goes by their pickle, which differs between a dataset just written and one loaded.
             features=Features.from_dict(dataset.features.to_dict()),
             fn_kwargs={"max_turns": max_turns, "key": key if max_turns != 1 else None, "shuffle_seed": shuffle_seed},
             desc="Merging turns",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reader, turns and words against the official code's output: every line of its samples, and how it groups questions."""
+"""Reader, turns and words against the official code's output: each line of its samples, and how it groups questions."""
 
 import json
 import random
