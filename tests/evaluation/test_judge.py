@@ -97,7 +97,7 @@ def serve():
 
 
 def judge_of(server, tmp_path, **settings):
-    settings = {"timeout": 0.4, "attempts": 3, "first_wait": 0.01, "longest_wait": 0.05, **settings}
+    settings = {"timeout": 1.5, "attempts": 3, "first_wait": 0.01, "longest_wait": 0.05, **settings}
     return Judge(server.url, "gpt-x", KEY, tmp_path / "cache.jsonl", **settings)
 
 
