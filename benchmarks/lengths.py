@@ -17,7 +17,7 @@ from tokenizers.decoders import Metaspace
 from transformers import PreTrainedTokenizerFast
 
 from processing import HoneybeeProcessor, prepare_tokenizer
-from processing.prepare_tokenizer import IMAGE_PROCESSOR_CLASS
+from processing.prepare_tokenizer import square_image_processor
 from training.recipe.config import DATASETS, Recipe, load_recipe
 from training.recipe.instructize import TEMPLATES, Instructions
 from training.recipe.mixture import Mixture, Source, sampling_weights
@@ -66,8 +66,7 @@ def processor(num_image_tokens: int = 144, image_size: int = 224) -> HoneybeePro
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=4096
     )
-    size = {"height": image_size, "width": image_size}
-    images = IMAGE_PROCESSOR_CLASS(size=size, crop_size=size, do_center_crop=False)
+    images = square_image_processor(image_size)
     return HoneybeeProcessor(images, prepare_tokenizer(tokenizer), num_image_tokens=num_image_tokens)
 
 

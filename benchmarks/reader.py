@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from processing import HoneybeeProcessor, prepare_tokenizer
-from processing.prepare_tokenizer import IMAGE_PROCESSOR_CLASS
+from processing.prepare_tokenizer import square_image_processor
 from training.collator import HoneybeeDataCollator
 from training.recipe.config import parse_recipe
 from training.recipe.sources import open_mixture
@@ -49,9 +49,7 @@ def make_processor(size: int) -> HoneybeeProcessor:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=2048
     )
-    square = {"height": size, "width": size}
-    images = IMAGE_PROCESSOR_CLASS(size=square, crop_size=square, do_center_crop=False)
-    return HoneybeeProcessor(images, prepare_tokenizer(tokenizer), num_image_tokens=144)
+    return HoneybeeProcessor(square_image_processor(size), prepare_tokenizer(tokenizer), num_image_tokens=144)
 
 
 def make_data(root: Path, count: int, pixels: tuple[int, int], questions: int) -> None:

@@ -34,7 +34,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from hub_upload.export_check import read_json
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
 from processing import HoneybeeProcessor, prepare_tokenizer
-from processing.prepare_tokenizer import IMAGE_PROCESSOR_CLASS
+from processing.prepare_tokenizer import square_image_processor
 
 # Tensors of old transformers versions that are computed, not learned.
 COMPUTED = re.compile(r"position_ids$|rotary_emb\.inv_freq$")
@@ -363,9 +363,8 @@ def build_processor(config: HoneybeeConfig, official: dict, checkpoint: Path, to
             "give the tokenizer of the language model that the checkpoint was trained with"
         )
     vision = official["vision_config"]
-    size = {"height": vision["image_size"], "width": vision["image_size"]}
     statistics = {name: vision[name] for name in ("image_mean", "image_std") if vision.get(name)}
-    image_processor = IMAGE_PROCESSOR_CLASS(size=size, crop_size=size, do_center_crop=False, **statistics)
+    image_processor = square_image_processor(vision["image_size"], **statistics)
     return HoneybeeProcessor(image_processor, prepared, num_image_tokens=config.num_image_tokens)
 
 

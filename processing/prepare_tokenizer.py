@@ -92,6 +92,13 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     return prepared
 
 
+def square_image_processor(size: int, **settings) -> ImageProcessingMixin:
+    """Resizes straight to `size` x `size` pixels, bicubic, without a crop. Other settings, such as `image_mean`, are
+    the class's own: CLIP's by default."""
+    square = {"height": size, "width": size}
+    return IMAGE_PROCESSOR_CLASS(size=square, crop_size=square, do_center_crop=False, **settings)
+
+
 def processor_from_vision_text_pretrained(
     vision: str, text: str, num_image_tokens: int, image_size: int | None = None
 ) -> HoneybeeProcessor:
@@ -117,12 +124,8 @@ def processor_from_vision_text_pretrained(
             f"the preprocessor_config.json of {vision!r} has no {' and no '.join(missing)}; complete it with what the vision "
             "model was trained with"
         )
-    image_processor = IMAGE_PROCESSOR_CLASS(
-        size={"height": size, "width": size},
-        crop_size={"height": size, "width": size},
-        do_center_crop=False,
-        image_mean=preprocessing["image_mean"],
-        image_std=preprocessing["image_std"],
+    image_processor = square_image_processor(
+        size, image_mean=preprocessing["image_mean"], image_std=preprocessing["image_std"]
     )
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(text))
     return HoneybeeProcessor(image_processor, tokenizer, num_image_tokens=num_image_tokens)

@@ -26,7 +26,7 @@ from transformers import (
 
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, prepare_tokenizer
-from processing.prepare_tokenizer import IMAGE_PROCESSOR_CLASS
+from processing.prepare_tokenizer import square_image_processor
 
 PROJECTORS = ("linear", "mlp", "resampler", "c-abs", "d-abs")
 IMAGE_SIZE, PATCH_SIZE = 32, 8
@@ -149,8 +149,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def image_processor():
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return IMAGE_PROCESSOR_CLASS(size=size, crop_size=size, do_center_crop=False)
+    return square_image_processor(IMAGE_SIZE)
 
 
 def tiny_processor(num_image_tokens: int = 4, tokenizer=None) -> HoneybeeProcessor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from processing.prepare_tokenizer import IMAGE_PROCESSOR_CLASS
+from processing.prepare_tokenizer import square_image_processor
 from tests.golden import FULL
 from tests.tiny import tiny_processor
 
@@ -20,8 +20,7 @@ def test_pixel_values():
     rows = json.loads((FOLDER / "index.json").read_text())["images"]
     assert len(rows) > 10
     for row in rows:
-        size = {"height": row["image_size"], "width": row["image_size"]}
-        processor.image_processor = IMAGE_PROCESSOR_CLASS(size=size, crop_size=size, do_center_crop=False)
+        processor.image_processor = square_image_processor(row["image_size"])
         pixels = processor(images=str(FOLDER / row["file"]), return_tensors="pt")["pixel_values"][0]
         assert list(pixels.shape) == row["shape"]
         # The official float values are these bytes, scaled and normalised; equal bytes show an equal resize.

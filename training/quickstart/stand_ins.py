@@ -24,18 +24,13 @@ from transformers import (
 )
 
 from processing import HoneybeeProcessor, prepare_tokenizer
-from processing.prepare_tokenizer import IMAGE_PROCESSOR_CLASS
+from processing.prepare_tokenizer import square_image_processor
 from processing.processing_honeybee import SYSTEM_BASE, make_tokenizer_portable
 from training.collator import HoneybeeDataCollator
 from training.quickstart.digit_scenes import CELL_NAMES, CELL_PIXELS, DIGIT_WORDS, EMPTY, GRID, SceneMaker, vocabulary
 
 WIDTH = 64
 PATCH_PIXELS = 8
-
-
-def _image_processor():
-    size = {"height": GRID * CELL_PIXELS, "width": GRID * CELL_PIXELS}
-    return IMAGE_PROCESSOR_CLASS(size=size, crop_size=size, do_center_crop=False)
 
 
 def make_vision_tower(folder: str, seed: int, steps: int = 400, batch_size: int = 48) -> None:
@@ -51,7 +46,7 @@ def make_vision_tower(folder: str, seed: int, steps: int = 400, batch_size: int 
         patch_size=PATCH_PIXELS,
     )
     tower, head = CLIPVisionModel(config), nn.Linear(WIDTH, len(DIGIT_WORDS) + 1)
-    image_processor = _image_processor()
+    image_processor = square_image_processor(GRID * CELL_PIXELS)
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     maker = SceneMaker("train", seed)
@@ -91,7 +86,9 @@ class SymbolicScenes:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int):
         self.maker = SceneMaker("train", seed + 1)
-        processor = HoneybeeProcessor(_image_processor(), prepare_tokenizer(tokenizer), num_image_tokens=GRID**2)
+        processor = HoneybeeProcessor(
+            square_image_processor(GRID * CELL_PIXELS), prepare_tokenizer(tokenizer), num_image_tokens=GRID**2
+        )
         self.collator = HoneybeeDataCollator(processor)
         self.image_id = processor.image_token_id
         self.digit_ids = torch.tensor(processor.tokenizer.convert_tokens_to_ids([*DIGIT_WORDS, EMPTY]))
