@@ -23,6 +23,11 @@ RECORDED = [
     "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size",
     "gradient_accumulation_steps", "world_size", "max_length", "bf16", "fp16", "gradient_checkpointing", "seed",
 ]  # fmt: skip
+# What of these may change when a run goes on: its length, and how the same batch is spread.
+CHANGEABLE = (
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
+    "gradient_checkpointing",
+)  # fmt: skip
 NOT_THE_RUN = ("mixture_settings", "resume", "merge", "dry_run")
 
 
@@ -42,6 +47,11 @@ def describe_run(
         "use_peft": model_args.use_peft,
         "global_batch_size": global_batch_size(training_args),
     }
+
+
+def recorded(training_args: SFTConfig) -> dict:
+    """The settings in `RECORDED`, as JSON keeps them."""
+    return json.loads(json.dumps({name: getattr(training_args, name) for name in RECORDED}))
 
 
 def is_whole(checkpoint: str, processes: int = 1) -> bool:
@@ -77,7 +87,7 @@ def find_checkpoint(run: dict, training_args: SFTConfig) -> str | None:
     """The checkpoint to resume from, or None for a new run.
 
     Raises:
-        ValueError: the output folder holds another run, or nothing to resume.
+        ValueError: the output folder holds another run, a finished one, or nothing to resume.
     """
     folder, resume = training_args.output_dir, training_args.resume_from_checkpoint
     mark = os.path.join(folder, RUN_FILE)
@@ -100,13 +110,21 @@ def find_checkpoint(run: dict, training_args: SFTConfig) -> str | None:
     if os.path.isfile(mark):
         with open(mark, encoding="utf-8") as file:
             before = json.load(file)
-        changed = sorted(key for key in run if before.get(key) != run[key])
+        now = {**run, **recorded(training_args)}
+        before |= {name: value for name, value in before.get("training", {}).items() if name not in CHANGEABLE}
+        changed = sorted(key for key in now if key not in CHANGEABLE and before.get(key) != now[key])
         if changed:
             raise ValueError(
                 f"output_dir {folder!r} holds another run: "
-                + ", ".join(f"{key} was {before.get(key)!r} and is {run[key]!r}" for key in changed)
+                + ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
                 + "; resume with the same settings or use another folder"
             )
+    steps = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")).global_step
+    if 0 < training_args.max_steps <= steps:
+        raise ValueError(
+            f"--resume: {checkpoint} is after step {steps} of max_steps={training_args.max_steps}, so nothing is left to "
+            "train; it holds the finished model. Raise --max_steps to train on"
+        )
     return checkpoint
 
 
@@ -114,7 +132,7 @@ def mark_run(run: dict, training_args: SFTConfig) -> None:
     """Says in the output folder which run it holds."""
     os.makedirs(training_args.output_dir, exist_ok=True)
     with open(os.path.join(training_args.output_dir, RUN_FILE), "w", encoding="utf-8") as file:
-        json.dump({**run, "training": {name: getattr(training_args, name) for name in RECORDED}}, file, indent=2)
+        json.dump({**run, "training": recorded(training_args)}, file, indent=2)
 
 
 def check_output_dir(folder: str) -> str:

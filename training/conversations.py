@@ -195,7 +195,7 @@ def load_conversations(name: str, split: str = "train", columns: dict[str, str] 
         kind = {"jsonl": "json"}.get(extension, extension)
         try:
             dataset = load_dataset(kind, data_files=name, split="train")
-        except DatasetsError as error:
+        except (DatasetsError, ValueError) as error:  # pandas' own, where rows do not have one form
             raise ValueError(
                 f"dataset {name!r} cannot be read ({error.__cause__ or error}); repair the file"
             ) from error

@@ -26,18 +26,29 @@ def new_model(args: HoneybeeArguments) -> dict:
 def load_config_and_processor(
     args: HoneybeeArguments, model_args: ModelConfig
 ) -> tuple[HoneybeeConfig, HoneybeeProcessor]:
-    """Config and processor of the model that the arguments name; of a new one as it will be made."""
+    """Config and processor of the model that the arguments name; of a new one as it will be made.
+
+    Raises:
+        ValueError: parts that do not fit.
+        OSError: a name that is neither a folder nor on the Hub, or cannot be had from there.
+    """
     path = model_args.model_name_or_path
-    if path is None:
-        config = HoneybeeForConditionalGeneration.config_from_vision_text_pretrained(
-            args.vision_model, args.text_model, **new_model(args)
-        )
-        processor = processor_from_vision_text_pretrained(
-            args.vision_model, args.text_model, config.num_image_tokens, args.image_size
-        )
-    else:
-        config = HoneybeeConfig.from_pretrained(path, revision=model_args.model_revision)
-        processor = HoneybeeProcessor.from_pretrained(path, revision=model_args.model_revision)
+    try:
+        if path is None:
+            config = HoneybeeForConditionalGeneration.config_from_vision_text_pretrained(
+                args.vision_model, args.text_model, **new_model(args)
+            )
+            processor = processor_from_vision_text_pretrained(
+                args.vision_model, args.text_model, config.num_image_tokens, args.image_size
+            )
+        else:
+            config = HoneybeeConfig.from_pretrained(path, revision=model_args.model_revision)
+            processor = HoneybeeProcessor.from_pretrained(path, revision=model_args.model_revision)
+    except OSError as error:
+        names = [repr(name) for name in (path, args.vision_model, args.text_model) if name and not os.path.isdir(name)]
+        if not names:
+            raise
+        raise OSError(f"{' and '.join(names)}: no folder here, and not to be had from the Hub ({error})") from error
     return config, processor
 
 

@@ -19,6 +19,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from functools import partial
 
 from trl import ModelConfig, SFTConfig, get_peft_config
@@ -96,8 +97,11 @@ def prepare(
     return trainer, plan.checkpoint
 
 
-def run(trainer: HoneybeeTrainer, checkpoint: str | None) -> None:
+def run(trainer: HoneybeeTrainer, checkpoint: str | None, how_to_go_on: str = "the same command with --resume") -> None:
     """Trains and saves model, processor and trainer state in the output folder.
+
+    Args:
+        how_to_go_on: said where a signal stops the run.
 
     Raises:
         SystemExit: with code 0, after a SIGTERM or SIGINT and the checkpoint that it asked for.
@@ -109,13 +113,15 @@ def run(trainer: HoneybeeTrainer, checkpoint: str | None) -> None:
         if trainer.is_world_process_zero():
             print(
                 f"Stopped by {name} after step {stop.stopped_at} of {trainer.state.max_steps}; saved "
-                f"{os.path.join(trainer.args.output_dir, f'checkpoint-{stop.stopped_at}')}. The same command with "
-                "--resume goes on from there.",
+                f"{os.path.join(trainer.args.output_dir, f'checkpoint-{stop.stopped_at}')}. Go on from there: "
+                f"{how_to_go_on}.",
                 flush=True,
             )
         sys.exit(0)
     trainer.save_model(trainer.args.output_dir)
     trainer.save_state()
+    if trainer.is_world_process_zero():
+        print(f"Finished after {trainer.state.global_step} steps; saved {trainer.args.output_dir}", flush=True)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
 
@@ -123,6 +129,8 @@ def run(trainer: HoneybeeTrainer, checkpoint: str | None) -> None:
 def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # transformers 5 has another name for it, which 4 does not know.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     if len(sys.argv) == 1:
         from training.quickstart.run import run_quickstart  # which imports this module
 
@@ -136,6 +144,8 @@ def main():
         trainer, checkpoint = prepare(args, training_args, model_args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted before the first step")
     try:
         run(trainer, checkpoint)
     except TooManyBadSamplesError as error:

@@ -52,6 +52,9 @@ def parts_table(counts: dict[str, tuple[int, int]]) -> list[str]:
     """A line for each part: its parameters, and what of it is trained."""
     lines = []
     for part, (total, trained) in counts.items():
+        if part == "lm_head" and not total:
+            lines.append(f"{part:<15} tied to the embedding")
+            continue
         what = "frozen" if not trained else "trained" if trained == total else f"{trained:,} trained, the rest frozen"
         lines.append(f"{part:<15} {total:>15,} parameters, {what}")
     return lines

@@ -22,6 +22,9 @@ class HoneybeeTrainer(ThroughputMixin, SFTTrainer):
     position, and most of a row (images, questions, padding) is never learned. Here it gets the others only. The loss
     is the same."""
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """None: TRL's tells how to ask a text model. `hub_upload/push.py` writes ours."""
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # These read logits of all positions; and a batch split along its tokens brings its own labels.
         reads_all = return_outputs or self.label_smoother is not None or self.compute_loss_func is not None

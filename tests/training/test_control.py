@@ -82,7 +82,9 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(world, tmp_path):
     run_script(SFT, *arguments, "--output_dir", tmp_path / "whole")
     result = run_script(RUN_SFT, "stop", 5, *arguments, "--output_dir", tmp_path / "out")
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
-    assert f"saved {checkpoint}" in result.stdout and "--resume goes on" in result.stdout
+    assert (
+        f"saved {checkpoint}" in result.stdout and "Go on from there: the same command with --resume" in result.stdout
+    )
     assert "Traceback" not in result.stdout
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert "stopped after" in (tmp_path / "out" / "run_summary.md").read_text()
@@ -90,6 +92,20 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(world, tmp_path):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
     page = (tmp_path / "out" / "run_summary.md").read_text()
     assert "finished after 30 steps" in page and "| coyo |" in page and "Skipped by the first process" in page
+    assert not (tmp_path / "out" / "README.md").exists(), "TRL's card, of a text model"
+
+
+def test_what_cannot_be_resumed_is_refused(world, tmp_path):
+    arguments = [*with_mixture(world[0], steps=4), "--output_dir", tmp_path / "out", "--save_strategy", "steps"]
+    arguments += ["--save_steps", 2]
+    run_script(SFT, *arguments)
+    trained = weights(tmp_path / "out")
+    finished = run_script(SFT, *arguments, "--resume", check=False)
+    assert finished.returncode and "step 4 of max_steps=4" in finished.stdout and "Raise --max_steps" in finished.stdout
+    other = ["--max_steps", 6, "--learning_rate", 5e-3, "--resume"]
+    changed = run_script(SFT, *arguments, *other, check=False)
+    assert changed.returncode and "learning_rate was 0.01 and is 0.005" in changed.stdout
+    assert same(trained, weights(tmp_path / "out"))
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(world, tmp_path):

@@ -16,6 +16,7 @@ from trl import ModelConfig, SFTConfig
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor
 from training.arguments import HoneybeeArguments
+from training.checkpoints import last_whole_checkpoint
 from training.quickstart.digit_scenes import QUESTION_WEIGHTS, SceneMaker
 from training.quickstart.stand_ins import make_stand_ins
 from training.sft import prepare, run
@@ -60,10 +61,12 @@ def make_dataset(folder: str, stage: str, seed: int, blind: bool) -> None:
 
 
 def train_stage(folder: str, stage: str, dataset: str, seed: int, **model) -> str:
-    """Trains a stage into `folder` unless it is finished there; returns `folder`."""
+    """Trains a stage into `folder` unless it is finished there, or what is left of it; returns `folder`."""
     if os.path.isfile(os.path.join(folder, "model.safetensors")):
         return folder
-    shutil.rmtree(folder, ignore_errors=True)
+    stopped = last_whole_checkpoint(folder) is not None
+    if not stopped:
+        shutil.rmtree(folder, ignore_errors=True)
     model_name_or_path = model.pop("model_name_or_path", None)
     trainer, checkpoint = prepare(
         HoneybeeArguments(stage=stage, dataset=dataset, **model),
@@ -83,10 +86,11 @@ def train_stage(folder: str, stage: str, dataset: str, seed: int, **model) -> st
             save_strategy="no",
             report_to="none",
             seed=seed,
+            resume_from_checkpoint="true" if stopped else None,
         ),
         ModelConfig(model_name_or_path=model_name_or_path, dtype="float32"),
     )
-    run(trainer, checkpoint)
+    run(trainer, checkpoint, how_to_go_on="the same command again")
     return folder
 
 
