@@ -15,6 +15,13 @@ from hub_upload.export_check import Export, ExportError, read_json
 # has requests, where this is narrower, but whose errors are all OSErrors: catch that as well.
 NetworkError = HfHubHTTPError.__mro__[1]
 RUN_FILE, STATE_FILE, CONVERSION_FILE = "honeybee_run.json", "trainer_state.json", "honeybee_conversion.json"
+# Words of the cards that other tools leave beside the weights; one that has all of a row is such a card. peft rewrites
+# the tags of TRL's card, so that the Trainer's own does not tell it.
+GENERATED = (
+    ("[More Information Needed]",),  # peft's: the Hub's template with nothing filled in
+    ("generated_from_trainer",),
+    ("It has been trained using [TRL](https://github.com/huggingface/trl).", "If you had a time machine,"),
+)
 # A card that carries this line is written anew by the next push; without it, it is somebody's own and is kept.
 MARK = "<!-- Written by hub_upload/push.py. Remove this line to keep changes that you make. -->"
 CODE_LICENSE = "apache-2.0"
@@ -347,7 +354,7 @@ def _setting_rows(settings: dict, hub_names: set[str]) -> list[tuple[str, str]]:
         value = _public(value, hub_names)
         if isinstance(value, dict) and name == "mixture":
             rows += _setting_rows({f"mixture: {key}": inner for key, inner in value.items()}, hub_names)
-        elif value not in (None, False, {}, []):
+        elif value is not False and value not in (None, {}, []):  # 0 == False, and a seed of 0 is a setting
             shown = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
             rows.append((name, "`" + shown.replace("|", "\\|").replace("\n", " ") + "`"))
     return rows
@@ -450,5 +457,4 @@ def own_card(folder: Path) -> str | None:
     if not path.is_file():
         return None
     text = path.read_text(encoding="utf-8")
-    by_tools = (MARK, "[More Information Needed]", "generated_from_trainer")
-    return None if any(words in text for words in by_tools) else text
+    return None if any(all(words in text for words in row) for row in ((MARK,), *GENERATED)) else text

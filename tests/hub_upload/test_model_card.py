@@ -5,6 +5,8 @@ import json
 
 import pytest
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from trl.trainer.utils import generate_model_card
 
 from hub_upload.convert_official import convert
 from hub_upload.export_check import ExportError, check_folder
@@ -125,6 +127,31 @@ def test_a_card_that_somebody_wrote_is_kept(tmp_path):
         (f"---\nlicense: mit\n---\n{MARK}\n", False),
         ("# Model Card\n[More Information Needed]", False),
         ("---\ntags: [trl, generated_from_trainer]\n---\n", False),
+        ("Mine. It has been trained using [TRL](https://github.com/huggingface/trl).", True),
     ):
         (tmp_path / "README.md").write_text(text)
         assert (own_card(tmp_path) is not None) == kept
+
+
+@pytest.mark.parametrize("trl_was_first", [True, False])
+def test_the_cards_of_trl_and_peft_are_not_somebodys(tmp_path, trl_was_first):
+    """As the libraries here write them: peft rewrites the tags of TRL's, and makes one of its own where there is none."""
+    if trl_was_first:
+        generate_model_card(
+            base_model=None, model_name="adapter", hub_model_id=None, dataset_name=None, trainer_name="SFT",
+            tags=["generated_from_trainer", "sft", "trl"], wandb_url=None, trackio_url=None,
+        ).save(tmp_path / "README.md")  # fmt: skip
+        assert own_card(tmp_path) is None
+    get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "library_name: peft" in text and "generated_from_trainer" not in text
+    assert own_card(tmp_path) is None
+
+
+def test_a_setting_of_zero_is_told(tmp_path):
+    save_tiny(tmp_path / "model")
+    training = {"seed": 0, "weight_decay": 0.0, "warmup_steps": 0, "bf16": False, "gradient_checkpointing": True}
+    run_file(tmp_path / "model", stage="align", model_name_or_path=None, dataset=None, training=training)
+    card = write_card(check_folder(tmp_path / "model"), read_provenance(tmp_path / "model"), "bee/tiny")
+    assert all(row in card for row in ("| seed | `0` |", "| weight_decay | `0.0` |", "| warmup_steps | `0` |"))
+    assert "bf16" not in card and "| gradient_checkpointing | `True` |" in card
