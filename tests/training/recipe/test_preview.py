@@ -98,6 +98,11 @@ def test_without_arguments_it_makes_a_recipe(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "outputs" / "recipe" / "preview.html").read_text()
     assert page.count('<img src="data:image/jpeg;base64,') == 14 and 'class="no"' not in page
     assert page.count("no image") == 2, "of ShareGPT"
+    cached = set((tmp_path / "cache").rglob("*.arrow"))
+    preview.main([])
+    assert cached and set((tmp_path / "cache").rglob("*.arrow")) == cached, (
+        "made anew, the recipe's files are cached anew"
+    )
 
 
 def test_the_length_of_the_run(tmp_path):
