@@ -290,6 +290,8 @@ def load_recipe(source: str | dict, overrides: list[str] = ()) -> Recipe:
         settings, twice, path = source, [], "mixture"
     else:
         (settings, twice), path = _read_section(source), source
+    if overrides:  # what is wrong may be there and not in the file
+        path += f" with --set {' '.join(overrides)}"
     given = _overridden(settings, overrides, [])
     try:
         recipe = parse_recipe(settings, overrides)

@@ -163,7 +163,7 @@ def test_a_file_is_read_with_its_overrides(tmp_path):
     settings = {**SETTINGS, "data_root": str(tmp_path), "datasets": ["vsr"]}
     path.write_text(yaml.safe_dump({"learning_rate": 1e-4, "mixture": settings}))
     assert load_recipe(str(path), ["diversity=multi"]).diversity == "multi"
-    with pytest.raises(RecipeError, match="'gone' is not a folder"):
+    with pytest.raises(RecipeError, match=r"run\.yaml with --set data_root=gone: a problem\n.*'gone' is not a folder"):
         load_recipe(str(path), ["data_root=gone"])
     with pytest.raises(RecipeError, match="2 problems\n  - .*'sqa' lacks .*LEPA.json.*\n.*'gqa' lacks"):
         load_recipe(str(path), ["datasets=[vsr, sqa, gqa, vg]", "exclude=[vg]"])
