@@ -359,6 +359,9 @@ def main(argv=None) -> None:
             evaluate(arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted: the answers so far are saved; the same command continues", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -151,6 +151,17 @@ def test_killed_and_run_again(place, monkeypatch):
     assert asked == []
 
 
+def test_interrupted_by_hand_it_says_that_it_continues(place, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation.generate, "answer", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run_here(place, "interrupted", "pope")
+    assert stop.value.code == 130
+    assert "interrupted: the answers so far are saved; the same command continues" in capsys.readouterr().err
+
+
 def test_two_processes(place):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = run_script(*torchrun, *arguments(place, "two", "mme,seed", "--batch_size", "4"), env=ENVIRONMENT)
