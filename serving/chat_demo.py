@@ -18,6 +18,7 @@ from threading import Thread
 import torch
 from transformers import TextIteratorStreamer
 
+from evaluation.generate import model_folder
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor
 from serving.limits import LimitError, Limits, add_limit_arguments, limits_from
@@ -28,14 +29,15 @@ def as_messages(message: dict, history: list[dict]) -> tuple[list[dict], list[st
 
     Args:
         message: `{"text": str, "files": [path, ...]}`, the new turn.
-        history: turns of `{"role": ..., "content": ...}`, content a string or a list of text and file items. A turn
+        history: turns of `{"role": ..., "content": ...}`, content an item (see [`_item`]) or a list of them. A turn
             that was refused stands there without an answer, and is left out.
     """
     messages, paths, unanswered = [], [], []
     for turn in history:
-        content = turn["content"] if isinstance(turn["content"], list) else [{"type": "text", "text": turn["content"]}]
-        files = [item["file"]["path"] for item in content if item["type"] == "file"]
-        texts = [item["text"] for item in content if item["type"] == "text" and item["text"]]
+        content = turn["content"] if isinstance(turn["content"], list) else [turn["content"]]
+        items = [_item(item) for item in content]
+        files = [value for kind, value in items if kind == "file"]
+        texts = [value for kind, value in items if kind == "text" and value]
         if turn["role"] == "user":
             unanswered += [("image", path) for path in files] + [("text", text) for text in texts]
         elif unanswered and texts:
@@ -45,6 +47,16 @@ def as_messages(message: dict, history: list[dict]) -> tuple[list[dict], list[st
     new = [("image", path) for path in message.get("files") or []]
     new += [("text", message["text"])] if message.get("text") else []
     return [*messages, _user(new)], paths + [value for kind, value in new if kind == "image"]
+
+
+def _item(item: str | dict) -> tuple[str, str | None]:
+    """Kind (text, file or another) and value. The page's history has `{"type": ...}`, that of gradio_client's calls plain
+    strings and `{"path": ...}`."""
+    if isinstance(item, str):
+        return "text", item
+    if "type" not in item:
+        return "file", item["path"]
+    return item["type"], item["file"]["path"] if item["type"] == "file" else item.get("text")
 
 
 def _user(items: list[tuple[str, str]]) -> dict:
@@ -137,8 +149,9 @@ def main():
         sys.exit('error: the chat page needs gradio; install with: pip install -e ".[serve]"')
     try:
         limits = limits_from(args)
-        model = HoneybeeForConditionalGeneration.from_pretrained(args.model, dtype="auto").eval().to(args.device)
-        processor = HoneybeeProcessor.from_pretrained(args.model)
+        folder = model_folder(args.model)
+        model = HoneybeeForConditionalGeneration.from_pretrained(folder, dtype="auto").eval().to(args.device)
+        processor = HoneybeeProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")

@@ -7,7 +7,7 @@ import binascii
 import io
 from dataclasses import dataclass, fields
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 
 class LimitError(ValueError):
@@ -46,7 +46,9 @@ class Limits:
             with Image.open(io.BytesIO(content)) as image:
                 width, height = image.size
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise LimitError(f"an image cannot be read ({error}); send a PNG, JPEG or WebP file") from error
+            # Pillow's own words for these bytes are "cannot identify image file <_io.BytesIO object at 0x...>".
+            why = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+            raise LimitError(f"an image cannot be read ({why}); send a PNG, JPEG or WebP file") from error
         if width * height > self.max_image_pixels:
             raise LimitError(
                 f"an image has {width} x {height} = {width * height:,} pixels; the limit is {self.max_image_pixels:,}"

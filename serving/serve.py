@@ -18,6 +18,7 @@ import transformers
 from transformers import AutoProcessor
 from transformers.models.auto import modeling_auto
 
+from evaluation.generate import model_folder
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor
 from serving.limits import LimitError, Limits, add_limit_arguments, limits_from
@@ -43,7 +44,7 @@ def check_chat(body: dict, model: str, limits: Limits) -> dict:
         raise LimitError('the request must be a JSON object with a list of at least one message under "messages"')
     if unknown := sorted(set(body) - FIELDS):
         raise LimitError(f"fields that this server does not take: {', '.join(unknown)}")
-    if body.get("model", model) != model:
+    if body.get("model", model) not in (model, f"{model}@main"):  # the second is what the command's replies say
         raise LimitError(f"this server has one model, {model!r}, and not {body['model']!r}")
     images, characters = 0, 0
     for message in body["messages"]:
@@ -164,9 +165,7 @@ def main():
     args, more = parser.parse_known_args()
     try:
         limits = limits_from(args)
-        found = HoneybeeConfig.get_config_dict(args.model)[0].get("model_type")
-        if found != HoneybeeConfig.model_type:
-            sys.exit(f"error: {args.model} is not a Honeybee model but has model_type={found!r}")
+        model_folder(args.model)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if missing := [name for name in ("fastapi", "uvicorn", "openai", "pydantic") if find_spec(name) is None]:

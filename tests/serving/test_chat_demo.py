@@ -51,6 +51,11 @@ def test_conversation():
         {"role": "assistant", "content": "yes"},
         {"role": "user", "content": [image, {"type": "text", "text": "and this ?"}]},
     ]
+    unnormalised = [
+        {"role": "user", "content": [{"path": "a"}, {"path": "b"}, "two"]},
+        {"role": "assistant", "content": "yes"},
+    ]
+    assert as_messages({"text": "and this ?", "files": ["c"]}, unnormalised) == (messages, paths)
     messages, paths = as_messages({"text": "again", "files": []}, history)
     assert paths == ["a", "b"] and messages[-1]["content"] == [{"type": "text", "text": "again"}]
 

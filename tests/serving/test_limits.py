@@ -4,11 +4,14 @@
 import base64
 import io
 import json
+import re
+import sys
 import zlib
 
 import pytest
 from PIL import Image
 
+from serving import chat_demo, serve
 from serving.limits import LimitError, Limits
 from serving.serve import check_chat
 from tests.tiny import picture
@@ -41,6 +44,8 @@ def test_what_keeps_the_limits_passes():
     body = check_chat(chat(image(data_url(png())), image(data_url(png())), TEXT, max_tokens=16), "m", LIMITS)
     assert body["model"] == "m" and body["max_tokens"] == 16
     assert check_chat(chat(TEXT), "m", LIMITS)["max_tokens"] == 16
+    for name in ("m", "m@main"):  # as it was given, and as the replies have it
+        assert check_chat(chat(TEXT, model=name), "m", LIMITS)["model"] == "m"
     assert check_chat(chat(TEXT, max_tokens=None), "m", LIMITS)["max_tokens"] == 16
     assert check_chat({"messages": [{"role": "user", "content": "x" * 50}]}, "m", LIMITS)
 
@@ -61,7 +66,7 @@ def bomb() -> bytes:
         (chat(image(data_url(png((80, 80)))), TEXT), "80 x 80 = 6,400 pixels; the limit is 5,000"),
         (chat(image(data_url(bomb())), TEXT), "pixels"),
         (chat(image(data_url(b"x" * 20_003)), TEXT), "bytes; the limit is 20,000"),
-        (chat(image(data_url(b"no image")), TEXT), "cannot be read"),
+        (chat(image(data_url(b"no image")), TEXT), "an image cannot be read (of no known format); send"),
         (chat(image("data:image/png;base64,???"), TEXT), "not valid base64"),
         (chat(image("http://127.0.0.1/secret.png"), TEXT), "not an address"),
         (chat(image("file:///etc/passwd"), TEXT), "not an address"),
@@ -79,6 +84,7 @@ def bomb() -> bytes:
         (chat(TEXT, generation_config=json.dumps({"max_new_tokens": 10**6})), "generation_config"),
         (chat(TEXT, chat_template_kwargs={"chat_template": "x"}), "chat_template_kwargs"),
         (chat(TEXT, model="other/model"), "'other/model'"),
+        (chat(TEXT, model="m@other"), "'m@other'"),
         ({"messages": []}, "at least one message"),
         ([], "JSON object"),
         ({"messages": ["hello"]}, "role"),
@@ -86,7 +92,7 @@ def bomb() -> bytes:
     ],
 )  # fmt: skip
 def test_what_is_refused(body, words):
-    with pytest.raises(LimitError, match=words.replace("(", r"\(")):
+    with pytest.raises(LimitError, match=re.escape(words)):
         check_chat(body, "m", LIMITS)
 
 
@@ -108,3 +114,19 @@ def test_a_palette_or_webp_image_is_fine():
         file = io.BytesIO()
         Image.new("RGB", (8, 8)).save(file, kind)
         LIMITS.check_image(file.getvalue())
+
+
+@pytest.mark.parametrize("script", [serve, chat_demo], ids=["serve", "chat_demo"])
+def test_a_model_that_cannot_be_served_is_named(script, tmp_path, monkeypatch):
+    def error(model) -> str:
+        monkeypatch.setattr(sys, "argv", ["script", "--model", str(model)])
+        with pytest.raises(SystemExit) as stop:
+            script.main()
+        return str(stop.value)
+
+    monkeypatch.setattr(chat_demo, "find_spec", lambda name: "there")
+    assert "--model outputs/nonexist is no folder, and cannot be downloaded as a Hub name" in error("outputs/nonexist")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "an adapter is merged first" in error(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "is of type 'llama'" in error(tmp_path)
