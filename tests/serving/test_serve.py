@@ -115,6 +115,13 @@ def test_a_second_turn_sees_the_first_ones_image(served):
     assert say(served, again).strip() == expected(served, ours, [picture(3)]).strip()
 
 
+def test_the_name_in_a_reply_is_taken(served):
+    body = {"messages": [{"role": "user", "content": "a dog ?"}], "max_tokens": 2}
+    _, text = ask(served, "POST", "/v1/chat/completions", body)
+    first = next(line for line in text.splitlines() if line)
+    assert say(served, body["messages"], model=json.loads(first.removeprefix("data: "))["model"])
+
+
 def test_over_the_limit_the_answer_is_clear(served):
     chat = "/v1/chat/completions"
     large = {"messages": [{"role": "user", "content": [image(served, size=(100, 60)), TEXT]}]}
