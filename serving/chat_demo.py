@@ -50,8 +50,8 @@ def as_messages(message: dict, history: list[dict]) -> tuple[list[dict], list[st
 
 
 def _item(item: str | dict) -> tuple[str, str | None]:
-    """Kind (text, file or another) and value. The page's history has `{"type": ...}`, that of gradio_client's calls plain
-    strings and `{"path": ...}`."""
+    """Kind (text, file or another) and value. The page's history has `{"type": ...}`, that of gradio_client's calls
+    plain strings and `{"path": ...}`."""
     if isinstance(item, str):
         return "text", item
     if "type" not in item:

@@ -269,7 +269,7 @@ def main(arguments: list[str] | None = None):
     args = parse_arguments(arguments)
     if args.config is None:
         args.config = os.path.join(DEMO, "recipe.yaml")
-        # Written last. Files that are made again are new ones to the cache of `datasets`, which would grow with each run.
+        # Written last. Files that are made again are new to the cache of `datasets`, which would grow with each run.
         if not os.path.isfile(args.config):
             write_recipe_data(DEMO)
         args.html = args.html or os.path.join(DEMO, "preview.html")

@@ -135,7 +135,7 @@ def test_a_card_that_somebody_wrote_is_kept(tmp_path):
 
 @pytest.mark.parametrize("trl_was_first", [True, False])
 def test_the_cards_of_trl_and_peft_are_not_somebodys(tmp_path, trl_was_first):
-    """As the libraries here write them: peft rewrites the tags of TRL's, and makes one of its own where there is none."""
+    """As the libraries write them: peft rewrites the tags of TRL's, and makes one of its own where there is none."""
     if trl_was_first:
         generate_model_card(
             base_model=None, model_name="adapter", hub_model_id=None, dataset_name=None, trainer_name="SFT",
