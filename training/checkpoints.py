@@ -28,6 +28,7 @@ CHANGEABLE = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
     "gradient_checkpointing",
 )  # fmt: skip
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 NOT_THE_RUN = ("mixture_settings", "resume", "merge", "dry_run")
 
 
@@ -83,6 +84,19 @@ def last_whole_checkpoint(folder: str, processes: int = 1) -> str | None:
     return next((steps[step] for step in sorted(steps, reverse=True) if is_whole(steps[step], processes)), None)
 
 
+def is_finished(checkpoint: str, training_args: SFTConfig) -> bool:
+    """Whether the run's last step is in a checkpoint: the trainer would still make one more. Of a run that is counted
+    in epochs it knows the end by itself."""
+    steps = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")).global_step
+    return 0 < training_args.max_steps <= steps
+
+
+def copy_model(checkpoint: str, folder: str) -> None:
+    """Copies a checkpoint's model or adapter, with its processor, and not what only resuming needs."""
+    ignored = shutil.ignore_patterns("optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*")
+    shutil.copytree(checkpoint, folder, ignore=ignored, dirs_exist_ok=True)
+
+
 def find_checkpoint(run: dict, training_args: SFTConfig) -> str | None:
     """The checkpoint to resume from, or None for a new run.
 
@@ -92,7 +106,8 @@ def find_checkpoint(run: dict, training_args: SFTConfig) -> str | None:
     folder, resume = training_args.output_dir, training_args.resume_from_checkpoint
     mark = os.path.join(folder, RUN_FILE)
     if not resume:
-        if os.path.isdir(folder) and os.listdir(folder):
+        # A start that failed later leaves its mark, and a tracker's folder.
+        if os.path.isdir(folder) and set(os.listdir(folder)) - {RUN_FILE, "runs"}:
             raise ValueError(
                 f"output_dir {folder!r} already holds another run or other files; continue it with "
                 "--resume (--resume_from_checkpoint true), or give another folder"
@@ -119,11 +134,10 @@ def find_checkpoint(run: dict, training_args: SFTConfig) -> str | None:
                 + ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
                 + "; resume with the same settings or use another folder"
             )
-    steps = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")).global_step
-    if 0 < training_args.max_steps <= steps:
+    if is_finished(checkpoint, training_args) and any(os.path.isfile(os.path.join(folder, name)) for name in WEIGHTS):
         raise ValueError(
-            f"--resume: {checkpoint} is after step {steps} of max_steps={training_args.max_steps}, so nothing is left to "
-            "train; it holds the finished model. Raise --max_steps to train on"
+            f"--resume: {checkpoint} is after the last step (max_steps={training_args.max_steps}), and {folder!r} holds "
+            "the finished model; raise --max_steps to train on"
         )
     return checkpoint
 

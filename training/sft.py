@@ -25,7 +25,7 @@ from functools import partial
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from training.arguments import HoneybeeArguments, parse_arguments
-from training.checkpoints import global_batch_size, mark_run
+from training.checkpoints import copy_model, global_batch_size, is_finished, mark_run
 from training.checks import Plan, check_run
 from training.dry_run import dry_run
 from training.interruption import StopOnSignal
@@ -70,9 +70,6 @@ def prepare(
             logger.info("  %s", line)
     else:
         freeze_for_stage(model, args.stage)
-    if training_args.bf16 or training_args.fp16:
-        keep_trained_in_float32(model)
-
     # The collator prepares samples on the fly and needs their columns as they are.
     training_args.remove_unused_columns = False
     training_args.dataset_kwargs = {**(training_args.dataset_kwargs or {}), "skip_prepare_dataset": True}
@@ -90,6 +87,8 @@ def prepare(
         peft_config=get_peft_config(model_args),
         callbacks=callbacks,
     )
+    if training_args.bf16 or training_args.fp16:
+        keep_trained_in_float32(trainer.model)  # now, because TRL casts what is trained beside quantized weights
     # Marked only now: a start that failed leaves the folder as it was, and every rank has seen it without the mark.
     trainer.accelerator.wait_for_everyone()
     if plan.checkpoint is None and trainer.is_world_process_zero():
@@ -106,6 +105,11 @@ def run(trainer: HoneybeeTrainer, checkpoint: str | None, how_to_go_on: str = "t
     Raises:
         SystemExit: with code 0, after a SIGTERM or SIGINT and the checkpoint that it asked for.
     """
+    if checkpoint is not None and is_finished(checkpoint, trainer.args):
+        if trainer.is_world_process_zero():
+            copy_model(checkpoint, trainer.args.output_dir)
+            print(f"Nothing was left to train; saved {trainer.args.output_dir} from {checkpoint}", flush=True)
+        return
     trainer.train(resume_from_checkpoint=checkpoint)
     stop = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopOnSignal))
     if stop.stopped_at is not None:

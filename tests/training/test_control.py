@@ -2,6 +2,11 @@
 """What one sees of a run and how it is stopped: log, plot, summary, signals, resuming, LoRA's outputs."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -101,11 +106,44 @@ def test_what_cannot_be_resumed_is_refused(world, tmp_path):
     run_script(SFT, *arguments)
     trained = weights(tmp_path / "out")
     finished = run_script(SFT, *arguments, "--resume", check=False)
-    assert finished.returncode and "step 4 of max_steps=4" in finished.stdout and "Raise --max_steps" in finished.stdout
+    assert finished.returncode and "max_steps=4" in finished.stdout and "raise --max_steps" in finished.stdout
     other = ["--max_steps", 6, "--learning_rate", 5e-3, "--resume"]
     changed = run_script(SFT, *arguments, *other, check=False)
     assert changed.returncode and "learning_rate was 0.01 and is 0.005" in changed.stdout
     assert same(trained, weights(tmp_path / "out"))
+    (tmp_path / "out" / "model.safetensors").unlink()  # killed between the last checkpoint and the end
+    run_script(SFT, *arguments, "--resume")
+    assert same(trained, weights(tmp_path / "out")) and not (tmp_path / "out" / "optimizer.pt").exists()
+
+
+def test_a_signal_to_the_whole_group_with_workers_saves(world, tmp_path):
+    arguments = [*with_mixture(world[0], steps=3000), "--output_dir", tmp_path / "out", "--dataloader_num_workers", 2]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(SFT), *map(str, arguments)],
+            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 300
+        while "'loss'" not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(120) == 0, log.read_text()[-3000:]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert is_whole(str(checkpoint)) and f"saved {checkpoint}" in log.read_text()
+
+
+def test_a_start_that_failed_may_be_repeated(world, tmp_path):
+    arguments = [*world[1], "--output_dir", tmp_path / "out"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "honeybee_run.json").write_text("{}")  # all that is left of it
+    run_script(SFT, *arguments)
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(world, tmp_path):
