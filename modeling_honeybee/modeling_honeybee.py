@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.quantizers import AutoQuantizationConfig
+from transformers.utils import find_adapter_config_file
 
 from .configuration_honeybee import HoneybeeConfig, HoneybeeProjectorConfig
 from .deformable_attention_honeybee import HoneybeeDeformableAttention  # noqa: F401  transformers 4 copies code from a local folder only where this file itself imports it
@@ -161,7 +162,9 @@ class HoneybeePreTrainedModel(PreTrainedModel):
             # Otherwise the default model, of 7B parameters, would be built for the weights of another kind.
             hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
             found = HoneybeeConfig.get_config_dict(pretrained_model_name_or_path, **hub)[0].get("model_type")
-            if found != HoneybeeConfig.model_type:
+            # An adapter's folder has no config: transformers loads the model that it names, and then the adapter.
+            adapter = found is None and find_adapter_config_file(str(pretrained_model_name_or_path), **hub)
+            if found != HoneybeeConfig.model_type and not adapter:
                 raise ValueError(
                     f"{pretrained_model_name_or_path} is not a Honeybee model but has model_type={found!r}; join a "
                     "vision tower and a language model with from_vision_text_pretrained first"

@@ -4,6 +4,7 @@
 import glob
 import json
 import logging
+import math
 import os
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import datasets
 import torch
 from peft import get_peft_model
 from safetensors import safe_open
+from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, SFTConfig, get_peft_config
@@ -23,6 +25,7 @@ from training.checkpoints import check_disk, check_output_dir, describe_run, fin
 from training.collator import HoneybeeDataCollator
 from training.conversations import check_dataset, load_conversations
 from training.loading import DTYPES, bytes_of, load_config_and_processor
+from training.packed_attention import PACKABLE
 from training.recipe.config import load_recipe
 from training.recipe.mixture import Mixture
 from training.recipe.sources import open_mixture
@@ -74,6 +77,11 @@ def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Mod
     config, processor = load_config_and_processor(args, model_args)
     check_processor(config, processor)
     check_length(training_args, processor)
+    if args.batching == "packed" and config.text_config.model_type not in PACKABLE:
+        raise ValueError(
+            f"batching=packed is known to keep conversations apart in {', '.join(PACKABLE)}, and this LLM is of type "
+            f"{config.text_config.model_type!r}; use --batching grouped"
+        )
     with torch.device("meta"):
         skeleton = HoneybeeForConditionalGeneration(config)
     if model_args.use_peft:
@@ -228,13 +236,36 @@ def _check_model_folder(path: str) -> None:
 
 def _check_trainer_arguments(training_args: SFTConfig) -> None:
     rate, floor = training_args.learning_rate, (training_args.lr_scheduler_kwargs or {}).get("min_lr", 0)
-    if not rate > 0:
+    if not 0 < rate < math.inf:
         raise ValueError(f"learning_rate={rate} must be more than 0; stage 1 uses 3e-4, stage 2 2e-5")
+    if not isinstance(floor, (int, float)) or floor < 0:
+        raise ValueError(f"lr_scheduler_kwargs: the floor min_lr={floor!r} must be a number of at least 0")
     if floor > rate:
         raise ValueError(
             f"lr_scheduler_kwargs: the floor min_lr={floor} is above learning_rate={rate}; lower it, for instance to "
             f"{rate / 30:.1e}"
         )
+    optimizer, schedule = training_args.optim.value, training_args.lr_scheduler_type.value
+    if optimizer.startswith("adamw"):  # others want to see the model
+        try:
+            kind, settings = Trainer.get_optimizer_cls_and_kwargs(training_args)
+            settings = {**settings, "weight_decay": training_args.weight_decay}
+            get_scheduler(
+                schedule,
+                kind([torch.zeros(1, requires_grad=True)], **settings),
+                num_warmup_steps=0,
+                num_training_steps=max(training_args.max_steps, 1),
+                scheduler_specific_kwargs=training_args.lr_scheduler_kwargs,
+            )
+        except (ImportError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"optim={optimizer} with betas, epsilon and weight_decay, or lr_scheduler_type={schedule} with "
+                f"lr_scheduler_kwargs={training_args.lr_scheduler_kwargs} cannot be: {error}; correct what it names"
+            ) from error
+    if training_args.max_steps <= 0 and training_args.num_train_epochs <= 0:
+        raise ValueError(f"num_train_epochs={training_args.num_train_epochs} must be more than 0, or give --max_steps")
+    if training_args.max_grad_norm < 0:
+        raise ValueError(f"max_grad_norm={training_args.max_grad_norm} must be at least 0 (0: no clipping)")
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
         if getattr(training_args, name) <= 0:
             raise ValueError(f"{name}={getattr(training_args, name)} must be more than 0")

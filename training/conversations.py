@@ -44,6 +44,8 @@ def normalize_conversation(example: dict) -> tuple[list[dict], list]:
     if template not in ("default", "caption"):
         raise ValueError(f"chat_template={template!r} is unknown; use default or caption")
     normalized = []
+    if isinstance(messages, str) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"messages={str(messages)[:80]!r} is not a list of {{role, content}}; convert the dataset")
     for turn, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         roles = ("user", "assistant") if template == "caption" or turn else ("system", "user", "assistant")
@@ -51,6 +53,13 @@ def normalize_conversation(example: dict) -> tuple[list[dict], list]:
             raise ValueError(f"message {turn} has the role {role!r}; here it can be {' or '.join(roles)}")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
+        if not isinstance(content, (list, tuple, type(None))) or not all(
+            isinstance(item, dict) for item in content or ()
+        ):
+            raise ValueError(
+                f"message {turn} ({role}) has the content {str(content)[:80]!r}; it can be a text or a list of items of "
+                "type text or image"
+            )
         # Arrow fills the keys that an item does not have with None.
         content = [{key: value for key, value in item.items() if value is not None} for item in content or ()]
         types = ("image", "text") if role == "user" else ("text",)

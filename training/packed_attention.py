@@ -13,6 +13,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "sdpa_packed"
+# Language models whose packed rows give what the same conversations give apart (tests/training/test_packing.py). Others
+# find their positions or their state (convolutions, recurrences) elsewhere, and would mix conversations without a word.
+PACKABLE = (
+    "gemma3_text", "gpt_neox", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2",
+)  # fmt: skip
 
 
 def packed_attention(

@@ -22,6 +22,7 @@ import sys
 import warnings
 from functools import partial
 
+import yaml
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from training.arguments import HoneybeeArguments, parse_arguments
@@ -146,7 +147,7 @@ def main():
             print(dry_run(args, training_args, model_args))
             return
         trainer, checkpoint = prepare(args, training_args, model_args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, yaml.YAMLError, TooManyBadSamplesError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted before the first step")

@@ -3,12 +3,12 @@
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl import SFTConfig, SFTTrainer
 
-from modeling_honeybee import HoneybeeForConditionalGeneration
-from tests.tiny import picture, save_clip, save_qwen2, tiny_model, tiny_processor
+from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
+from tests.tiny import clip_config, picture, projector_settings, save_clip, save_qwen2, tiny_model, tiny_processor
 from training import packed_attention
 from training.collator import HoneybeeDataCollator
 from training.packed_attention import use_packed_attention
@@ -215,3 +215,28 @@ def as_dataset(samples):
         lambda batch: {name: [samples[index][name] for index in batch["index"]] for name in ("messages", "images")}
     )
     return rows
+
+
+@pytest.mark.parametrize("model_type", packed_attention.PACKABLE)
+def test_families_that_may_be_packed(model_type):
+    """The LLM inside our model, as training calls it: two conversations in a row as each by itself."""
+    text = AutoConfig.for_model(
+        model_type, vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    for name in ("attention_dropout", "hidden_dropout", "residual_dropout", "embedding_dropout", "resid_pdrop"):
+        if hasattr(text, name):
+            setattr(text, name, 0.0)
+    torch.manual_seed(0)
+    config = HoneybeeConfig(clip_config(), text, projector_settings("c-abs"), image_token_id=63)
+    model = HoneybeeForConditionalGeneration(config).train()
+    use_packed_attention(model.model.language_model)
+    rows = [torch.randint(1, 60, (1, length)) for length in (9, 5, 13)]
+    alone = [model(input_ids=row, labels=row, logits_to_keep=0, use_cache=False).logits for row in rows]
+    ends = torch.tensor([0, 9, 14, 27], dtype=torch.int32)
+    packed = model(
+        input_ids=torch.cat(rows, dim=1), labels=torch.cat(rows, dim=1), logits_to_keep=0, use_cache=False,
+        position_ids=torch.cat([torch.arange(row.shape[1]) for row in rows])[None],
+        cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=13, max_length_k=13,
+    ).logits  # fmt: skip
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), atol=1e-5, rtol=1e-4)

@@ -137,6 +137,8 @@ def test_lora_trains_saves_reloads_and_merges(world, tmp_path):
     model = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
     adapted = model(**inputs).logits
     assert (adapted - before).abs().max() > 1e-3
+    by_name = HoneybeeForConditionalGeneration.from_pretrained(tmp_path / "lora").eval()
+    torch.testing.assert_close(by_name(**inputs).logits, adapted, atol=1e-5, rtol=1e-4)
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(**inputs).logits, adapted, atol=1e-5, rtol=1e-4)
     merged.save_pretrained(tmp_path / "merged")

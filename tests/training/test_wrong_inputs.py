@@ -39,6 +39,7 @@ def things(tmp_path_factory):
         "empty": dataset("empty", {"messages": [], "images": []}),
         "user_last": dataset("user_last", {**sample(1), "messages": sample(1)["messages"][:1]}),
         "counts": dataset("counts", {**sample(1), "images": ["images/0.png", "images/0.png"]}),
+        "text_messages": root / "text_messages.jsonl",
         "many_images": dataset("many_images", sample(1, images=20)),
         "text_only": write_dataset(root / "text_only", [sample(i, image=False) for i in range(3)]),
         "no_columns": root / "no_columns.jsonl",
@@ -49,6 +50,7 @@ def things(tmp_path_factory):
     }
     path = root / "truncated" / "images" / "1.png"
     path.write_bytes(path.read_bytes()[:-500])
+    made["text_messages"].write_text('{"messages": ["hello"]}\n' * 2)
     made["broken"].write_text('{"messages": [')
     made["no_columns"].write_text('{"question": "what", "answer": "that"}\n')
     made["a_file"].write_text("")
@@ -94,6 +96,7 @@ def new(**projector):
         (["--dataset", "{truncated}"], ["sample 1", "1.png", "truncated", "replace the file"]),
         (["--dataset", "{empty}"], ["sample 1", "conversation is empty"]),
         (["--dataset", "{user_last}"], ["sample 1", "ends with the user", "assistant"]),
+        (["--dataset", "{text_messages}"], ["sample 0", "not a list of {role, content}"]),
         (["--dataset", "{counts}"], ["sample 1", "1 image placeholders", "2 images"]),
         (["--dataset", "{text_only}", "--stage", "align"], ["none of the 3 samples has an image", "--stage instruct"]),
         (["--set", "balancing=per-task"], ["--set balancing=per-task", "--mixture"]),
@@ -143,6 +146,10 @@ def new(**projector):
             ["--learning_rate", "1e-6", "--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-5}'],
             ["min_lr=1e-05", "learning_rate=1e-06", "lower it"],
         ),
+        (["--adam_beta1", "2"], ["betas", "beta"]),
+        (["--weight_decay=-1"], ["weight_decay"]),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], ["cosine_with_min_lr", "min_lr"]),
+        (["--max_grad_norm=-1"], ["max_grad_norm=-1"]),
         (["--warmup_steps", "150"], ["warm-up of 150 steps", "max_steps=4", "--warmup_steps"]),
         (["--per_device_train_batch_size", "0"], ["per_device_train_batch_size=0"]),
         (["--per_device_train_batch_size", "3", "--global_batch_size", "8"], ["global_batch_size=8", "multiple of 3"]),
