@@ -122,6 +122,9 @@ def run(trainer: HoneybeeTrainer, checkpoint: str | None, how_to_go_on: str = "t
                 f"{how_to_go_on}.",
                 flush=True,
             )
+        # Together: a process that leaves while another still talks to it may be aborted.
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
         sys.exit(0)
     trainer.save_model(trainer.args.output_dir)
     trainer.save_state()
