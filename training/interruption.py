@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and SIGINT (Ctrl-C) end a run with a checkpoint instead of in the middle of a step."""
+"""SIGTERM and SIGINT (Ctrl-C) end a run with a checkpoint instead of in the middle of a step, which takes data-loader
+workers that live on."""
 
+import atexit
 import logging
+import multiprocessing
 import os
 import signal
 import threading
 import time
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
@@ -34,7 +39,7 @@ class StopOnSignal(TrainerCallback):
 
         def note(number, frame):
             nonlocal first
-            if os.getpid() != process:  # a worker of the data loader, which the main process will end
+            if os.getpid() != process:  # a worker of the data loader, forked just now, before `start_worker`
                 return
             if first is None:
                 first, self.signal = time.monotonic(), number
@@ -65,3 +70,25 @@ class StopOnSignal(TrainerCallback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+def start_worker(init, worker_id: int) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if init is not None:
+        init(worker_id)
+
+
+def end_workers() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def protect_workers(loader: DataLoader) -> None:
+    """Lets the loader's workers outlive the signals that tell their process to save: what stops a process group stops
+    the workers first, and without them the step does not end."""
+    loader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
+    # A failed run may leave workers that were not told to end. Python then sends them SIGTERM and waits for ever.
+    atexit.unregister(end_workers)
+    atexit.register(end_workers)

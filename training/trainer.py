@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRL's SFTTrainer, its head applied where a label is learned, and its speed in the log."""
 
-import signal
-from functools import partial
-
 import torch
 from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
-from training.interruption import SIGNALS
+from training.interruption import protect_workers
 from training.throughput import ThroughputMixin
 
 
@@ -22,15 +19,6 @@ def learned_only(inputs: dict) -> dict:
     return {**inputs, "states_to_keep": learned, "shift_labels": next_labels[learned][None]}
 
 
-def start_worker(init, worker_id: int) -> None:
-    """Lets a worker of the data loader outlive the signals that tell its process to save: what stops a process group
-    stops the workers first, and without them the step does not end."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    if init is not None:
-        init(worker_id)
-
-
 class HoneybeeTrainer(ThroughputMixin, SFTTrainer):
     """TRL scores hidden states without ever holding all logits, but on anything without Triton it scores every
     position, and most of a row (images, questions, padding) is never learned. Here it gets the others only. The loss
@@ -38,11 +26,10 @@ class HoneybeeTrainer(ThroughputMixin, SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        init = partial(start_worker, loader.worker_init_fn)
         # accelerate reads batches from the one inside, and makes another of the outer one's settings to skip batches.
         for each in (loader, getattr(loader, "base_dataloader", None)):
             if each is not None:
-                each.worker_init_fn = init
+                protect_workers(each)
         return loader
 
     def create_model_card(self, *args, **kwargs) -> None:
