@@ -4,6 +4,8 @@
 import json
 import sys
 from dataclasses import dataclass, field
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from trl import ModelConfig, SFTConfig, TrlParser
@@ -79,8 +81,40 @@ class HoneybeeArguments:
                 raise ValueError(f"--projector {self.projector!r} is not JSON ({error})") from error
         if isinstance(self.vision_feature_layer, int):  # of a YAML file
             self.vision_feature_layer = [self.vision_feature_layer]
+        if isinstance(self.mixture_settings, str):
+            self.mixture_settings = [self.mixture_settings]
         if not isinstance(self.projector, (dict, type(None))):
             raise ValueError(f"--projector {self.projector!r} is not a mapping of settings to values")
+
+
+def fits(value, hint) -> bool:
+    """Whether a value of a YAML file can be a setting of this type. argparse reads text, as from the command line."""
+    if hint is Any or value is None or isinstance(value, (str, bool)):
+        return True
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if kind is list:
+        return isinstance(value, list) and all(fits(item, part) for part in parts for item in value)
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def kinds(hint) -> str:
+    """A type in words: `mapping or str` of `dict | str | None`."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    names = [str(part) if get_origin(part) else part.__name__ for part in parts if part is not type(None)]
+    return " or ".join(names).replace("dict", "mapping")
+
+
+class Parser(TrlParser):
+    """Refuses values in the YAML file that argparse does not look at, such as a list in place of a name."""
+
+    def set_defaults_with_config(self, **settings) -> list[str]:
+        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        for name, value in settings.items():
+            if not fits(value, hints.get(name, Any)):
+                raise ValueError(f"{name}: {value!r} in the YAML file should be {kinds(hints[name])}; correct it")
+        return super().set_defaults_with_config(**settings)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[HoneybeeArguments, SFTConfig, ModelConfig]:
@@ -94,10 +128,12 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[HoneybeeArgumen
         SystemExit: what argparse refuses.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    own, _ = TrlParser((HoneybeeArguments,)).parse_args_and_config(arguments, return_remaining_strings=True)
+    # Without its own --help, which would list these settings alone.
+    parser = Parser((HoneybeeArguments,), add_help=False)
+    own, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     if own.dry_run and not torch.cuda.is_available():
         arguments += ["--use_cpu", "True"]  # bf16 is refused where there is neither a GPU nor this
-    parser = TrlParser((HoneybeeArguments, SFTConfig, ModelConfig))
+    parser = Parser((HoneybeeArguments, SFTConfig, ModelConfig))
     args, training_args, model_args = parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
     if training_args.device.type == "cpu":
         # Of several processes accelerate numbers the CPU, and transformers 4 loads the optimizer onto that name ("cpu:0"),

@@ -17,7 +17,7 @@ from training.arguments import HoneybeeArguments
 from training.recipe.config import Recipe
 
 RUN_FILE = "honeybee_run.json"
-# What of `SFTConfig` is recorded in it for the model card and the summary.
+# What of `SFTConfig` is recorded in it, for the model card, for the summary, and to resume with the same settings.
 RECORDED = [
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size",
@@ -27,6 +27,10 @@ RECORDED = [
 CHANGEABLE = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
     "gradient_checkpointing",
+)  # fmt: skip
+LORA = (
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora",
+    "load_in_4bit", "load_in_8bit",
 )  # fmt: skip
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 NOT_THE_RUN = ("mixture_settings", "resume", "merge", "dry_run")
@@ -46,6 +50,7 @@ def describe_run(
         "mixture": asdict(recipe) if recipe else None,
         "model_name_or_path": model_args.model_name_or_path,
         "use_peft": model_args.use_peft,
+        **({name: getattr(model_args, name) for name in LORA} if model_args.use_peft else {}),
         "global_batch_size": global_batch_size(training_args),
     }
 
@@ -126,8 +131,8 @@ def find_checkpoint(run: dict, training_args: SFTConfig) -> str | None:
         with open(mark, encoding="utf-8") as file:
             before = json.load(file)
         now = {**run, **recorded(training_args)}
-        before |= {name: value for name, value in before.get("training", {}).items() if name not in CHANGEABLE}
-        changed = sorted(key for key in now if key not in CHANGEABLE and before.get(key) != now[key])
+        before |= before.get("training", {})
+        changed = sorted(key for key in now if key not in CHANGEABLE and before.get(key, now[key]) != now[key])
         if changed:
             raise ValueError(
                 f"output_dir {folder!r} holds another run: "
@@ -155,6 +160,8 @@ def check_output_dir(folder: str) -> str:
     Raises:
         ValueError: the path leads through a file, or nothing can be written there.
     """
+    if not folder:
+        raise ValueError("output_dir is empty; give the folder that the run writes to")
     existing = os.path.abspath(folder)
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)
@@ -190,7 +197,7 @@ def check_disk(training_args: SFTConfig, model_bytes: int, optimizer_bytes: int,
         number = -(-training_args.max_steps // int(interval))
     elif training_args.save_strategy != SaveStrategy.NO:
         number = 1 if training_args.save_strategy == SaveStrategy.STEPS else int(training_args.num_train_epochs)
-    if training_args.save_total_limit:
+    if training_args.save_total_limit and training_args.save_total_limit > 0:
         number = min(number, training_args.save_total_limit + 1)  # the oldest goes after the newest has come
     checkpoint = model_bytes + (0 if training_args.save_only_model else optimizer_bytes)
     number = max(0, number - len(checkpoints(folder)))

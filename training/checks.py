@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 import datasets
@@ -13,6 +14,7 @@ import torch
 from peft import get_peft_model
 from safetensors import safe_open
 from transformers import Trainer, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, SFTConfig, get_peft_config
@@ -27,13 +29,19 @@ from training.conversations import check_dataset, load_conversations
 from training.loading import DTYPES, bytes_of, load_config_and_processor
 from training.packed_attention import PACKABLE
 from training.recipe.config import load_recipe
-from training.recipe.mixture import Mixture
+from training.recipe.mixture import Mixture, UnusableRecordError
 from training.recipe.sources import open_mixture
 from training.stages import TRAINED, linear_names, lora_modules, parameter_counts, set_trained
 
 logger = logging.getLogger(__name__)
 
 OPTIMIZER_BYTES = 8  # AdamW's two moments of a parameter, in float32
+LOOKED_AT = 256  # samples of a mixture, for one with an image
+# With these TRL prepares text. Here the collator prepares samples, with the model's own processor.
+PREPARED_BY_TRL = (
+    "eos_token", "pad_token", "chat_template_path", "dataset_text_field", "truncation_mode", "shuffle_dataset",
+    "pad_to_multiple_of", "completion_only_loss", "assistant_only_loss", "model_init_kwargs",
+)  # fmt: skip
 
 
 @dataclass
@@ -111,13 +119,23 @@ def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Mod
             samples = training_args.max_steps * global_batch_size(training_args)
             path = args.mixture if isinstance(args.mixture, str) else "mixture"
             mixture = open_mixture(recipe, samples, path, collator)
-            if args.stage == "align" and {source.task for source in mixture.sources} == {"text-instruction"}:
-                raise ValueError(
-                    "the mixture has no dataset with images, and alignment trains the projector alone, which reads "
-                    "nothing else; add a captioning dataset, or use --stage instruct"
-                )
+            if args.stage == "align":
+                _check_images(mixture)
             dataset = mixture.as_dataset()
     return Plan(run, checkpoint, dataset, mixture, collator, config, parameters, disk_bytes)
+
+
+def _check_images(mixture: Mixture) -> None:
+    draws = range(min(LOOKED_AT, len(mixture)))
+    images = []
+    for draw in draws:
+        with suppress(UnusableRecordError):
+            images.append(mixture.glance(draw)["images"])
+    if images and not any(images):
+        raise ValueError(
+            f"none of the mixture's first {len(draws)} samples has an image, and alignment trains the projector alone, "
+            "which reads nothing else; add a captioning dataset, or use --stage instruct"
+        )
 
 
 def check_arguments(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
@@ -174,6 +192,17 @@ def _check_data_arguments(args: HoneybeeArguments, training_args: SFTConfig) -> 
             "TRL's packing and padding_free are not available for samples with images; leave them out and use "
             "--batching packed"
         )
+    for name in PREPARED_BY_TRL:
+        value = getattr(training_args, name)
+        if value not in (None, SFTConfig.__dataclass_fields__[name].default):
+            raise ValueError(
+                f"{name}={value!r} is for data and models that TRL prepares; here the model's own processor prepares the "
+                "samples, and it would change nothing; leave it out"
+            )
+    # The trainer's own grouping, of transformers 4 and of 5.
+    sampling = getattr(training_args, "train_sampling_strategy", None) == "group_by_length"
+    if sampling or getattr(training_args, "group_by_length", False):
+        raise ValueError("group_by_length does not know how long a sample is; use --batching grouped")
     if args.batching not in BATCHINGS:
         raise ValueError(f"batching={args.batching!r} is unknown; use one of {', '.join(BATCHINGS)}")
     if training_args.eval_strategy != IntervalStrategy.NO:
@@ -187,6 +216,10 @@ def _check_model_arguments(args: HoneybeeArguments, model_args: ModelConfig) -> 
     if model_args.dtype not in DTYPES:
         raise ValueError(f"dtype={model_args.dtype!r} is unknown; use one of {', '.join(filter(None, DTYPES))}")
     parts = (args.vision_model, args.text_model)
+    if args.image_size is not None and args.image_size < 1:
+        raise ValueError(f"image_size={args.image_size} must be at least one patch; leave it out for the tower's own")
+    if model_args.use_peft and model_args.lora_alpha <= 0:
+        raise ValueError(f"lora_alpha={model_args.lora_alpha} would scale LoRA away; use twice lora_r, for instance")
     path = model_args.model_name_or_path
     if path:
         new = (*parts, args.image_size, args.vision_feature_layer, args.projector or None)
@@ -237,7 +270,7 @@ def _check_model_folder(path: str) -> None:
 def _check_trainer_arguments(training_args: SFTConfig) -> None:
     rate, floor = training_args.learning_rate, (training_args.lr_scheduler_kwargs or {}).get("min_lr", 0)
     if not 0 < rate < math.inf:
-        raise ValueError(f"learning_rate={rate} must be more than 0; stage 1 uses 3e-4, stage 2 2e-5")
+        raise ValueError(f"learning_rate={rate} must be more than 0 and finite; stage 1 uses 3e-4, stage 2 2e-5")
     if not isinstance(floor, (int, float)) or floor < 0:
         raise ValueError(f"lr_scheduler_kwargs: the floor min_lr={floor!r} must be a number of at least 0")
     if floor > rate:
@@ -245,32 +278,19 @@ def _check_trainer_arguments(training_args: SFTConfig) -> None:
             f"lr_scheduler_kwargs: the floor min_lr={floor} is above learning_rate={rate}; lower it, for instance to "
             f"{rate / 30:.1e}"
         )
-    optimizer, schedule = training_args.optim.value, training_args.lr_scheduler_type.value
-    if optimizer.startswith("adamw"):  # others want to see the model
-        try:
-            kind, settings = Trainer.get_optimizer_cls_and_kwargs(training_args)
-            settings = {**settings, "weight_decay": training_args.weight_decay}
-            get_scheduler(
-                schedule,
-                kind([torch.zeros(1, requires_grad=True)], **settings),
-                num_warmup_steps=0,
-                num_training_steps=max(training_args.max_steps, 1),
-                scheduler_specific_kwargs=training_args.lr_scheduler_kwargs,
-            )
-        except (ImportError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"optim={optimizer} with betas, epsilon and weight_decay, or lr_scheduler_type={schedule} with "
-                f"lr_scheduler_kwargs={training_args.lr_scheduler_kwargs} cannot be: {error}; correct what it names"
-            ) from error
+    _check_optimizer(training_args)
+    _check_trackers(training_args)
     if training_args.max_steps <= 0 and training_args.num_train_epochs <= 0:
         raise ValueError(f"num_train_epochs={training_args.num_train_epochs} must be more than 0, or give --max_steps")
-    if training_args.max_grad_norm < 0:
+    if not training_args.max_grad_norm >= 0:
         raise ValueError(f"max_grad_norm={training_args.max_grad_norm} must be at least 0 (0: no clipping)")
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
         if getattr(training_args, name) <= 0:
             raise ValueError(f"{name}={getattr(training_args, name)} must be more than 0")
     if training_args.max_length is not None and training_args.max_length < 1:
         raise ValueError(f"max_length={training_args.max_length} must be at least 1, or none")
+    if training_args.dataloader_num_workers < 0:
+        raise ValueError(f"dataloader_num_workers={training_args.dataloader_num_workers} must be at least 0")
     steps, warmup = training_args.max_steps, training_args.get_warmup_steps(max(training_args.max_steps, 0))
     if 0 < steps <= warmup:
         raise ValueError(
@@ -284,6 +304,40 @@ def _check_trainer_arguments(training_args: SFTConfig) -> None:
         )
     if training_args.save_strategy == SaveStrategy.STEPS and training_args.save_steps <= 0:
         raise ValueError(f"save_steps={training_args.save_steps} must be more than 0, or --save_strategy no")
+    if training_args.save_strategy == SaveStrategy.BEST or training_args.load_best_model_at_end:
+        raise ValueError(
+            "save_strategy=best and load_best_model_at_end: nothing is evaluated while training; leave them out, and "
+            "score checkpoints with evaluation/run.py"
+        )
+
+
+def _check_optimizer(training_args: SFTConfig) -> None:
+    optimizer, schedule = training_args.optim.value, training_args.lr_scheduler_type.value
+    if not optimizer.removeprefix("paged_").startswith("adamw"):  # others want to see the model
+        return
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(training_args)
+        settings = {**settings, "weight_decay": training_args.weight_decay}
+        get_scheduler(
+            schedule,
+            kind([torch.zeros(1, requires_grad=True)], **settings),
+            num_warmup_steps=0,
+            num_training_steps=max(training_args.max_steps, 1),
+            scheduler_specific_kwargs=training_args.lr_scheduler_kwargs,
+        )
+    except (ImportError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"optim={optimizer} with betas, epsilon and weight_decay, or lr_scheduler_type={schedule} with "
+            f"lr_scheduler_kwargs={training_args.lr_scheduler_kwargs} cannot be: {error}; correct what it names"
+        ) from error
+
+
+def _check_trackers(training_args: SFTConfig) -> None:
+    try:
+        for callback in get_reporting_integration_callbacks(training_args.report_to):
+            callback()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(f"report_to={training_args.report_to}: {error} Or give --report_to none") from error
 
 
 def settle_batch_size(args: HoneybeeArguments, training_args: SFTConfig) -> None:
@@ -367,7 +421,8 @@ def count_parameters(
                 get_peft_model(skeleton, get_peft_config(model_args))
         except ValueError as error:
             raise ValueError(
-                f"lora_target_modules={model_args.lora_target_modules!r} do not fit this model ({error}); the LLM's "
+                f"LoRA with lora_r={model_args.lora_r}, lora_dropout={model_args.lora_dropout} and "
+                f"lora_target_modules={model_args.lora_target_modules!r} cannot be put into this model ({error}); its LLM's "
                 f"linear layers are named {', '.join(linear_names(skeleton.model.language_model))}"
             ) from error
     counts = parameter_counts(skeleton)
@@ -383,7 +438,7 @@ def complete_lora(stage: str, model_args: ModelConfig, skeleton: HoneybeeForCond
     """Sets where LoRA goes, and that the projector is trained beside it: see [`lora_modules`].
 
     Raises:
-        ValueError: a name that no layer of the LLM has.
+        ValueError: a name that no layer has.
     """
     targets, language_model = model_args.lora_target_modules, skeleton.model.language_model
     if targets == "all-linear":
@@ -397,4 +452,10 @@ def complete_lora(stage: str, model_args: ModelConfig, skeleton: HoneybeeForCond
     modules = lora_modules(stage, targets) if targets else lora_modules(stage)
     model_args.lora_target_modules = modules["target_modules"]
     given = model_args.lora_modules_to_save or []
+    for name in given:
+        if not any(f".{module}".endswith(f".{name}") for module, _ in skeleton.named_modules()):
+            raise ValueError(
+                f"lora_modules_to_save: the model has no {name!r}; the projector is trained without being named, and "
+                "others that may be are lm_head and embed_tokens"
+            )
     model_args.lora_modules_to_save = modules["modules_to_save"] + [name for name in given if name != "projector"]

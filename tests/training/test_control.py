@@ -161,6 +161,9 @@ def test_lora_is_killed_resumed_and_merged(world, tmp_path):
     run_script(RUN_SFT, "kill", 1, 5, *arguments, "--output_dir", tmp_path / "killed")
     whole, killed = (weights(tmp_path / name, "adapter_model.safetensors") for name in ("whole", "killed"))
     assert same(whole, killed) and any("lora_B" in name and tensor.any() for name, tensor in whole.items())
+    other = ["--lora_r", 8, "--max_steps", 30, "--resume", "--output_dir", tmp_path / "whole"]
+    changed = run_script(SFT, *arguments, *other, check=False)
+    assert changed.returncode == 1 and "lora_r was 4 and is 8" in changed.stdout and "Traceback" not in changed.stdout
 
     base = HoneybeeForConditionalGeneration.from_pretrained(root / "model")
     inputs = tiny_inputs(base)

@@ -170,6 +170,20 @@ def test_broken_files_are_counted_and_too_many_stop_the_run(world, tmp_path):
             ["--mixture", "{recipe}", "--max_steps", 4, "--stage", "align", "--set", "datasets=[sharegpt]", "own=[]"],
             ["sharegpt"],
         ),
+        (
+            [
+                "--mixture",
+                "{recipe}",
+                "--max_steps",
+                4,
+                "--stage",
+                "align",
+                "--set",
+                "datasets=[]",
+                "exclude=[questions]",
+            ],
+            ["first 32 samples has an image", "captioning dataset", "--stage instruct"],
+        ),
     ],
 )
 def test_wrong_mixtures_are_named_before_training(arguments, words, world, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import processor_from_vision_text_pretrained
@@ -76,6 +76,12 @@ def things(tmp_path_factory):
     return made
 
 
+# transformers 5 and 4
+GROUPED_BY_THE_TRAINER = (
+    ["--train_sampling_strategy", "group_by_length"]
+    if "train_sampling_strategy" in SFTConfig.__dataclass_fields__
+    else ["--group_by_length"]
+)
 NEW = ["--vision_model", "{vision}", "--text_model", "{text}", "--model_name_or_path", None]
 
 
@@ -104,6 +110,9 @@ def new(**projector):
         (["--dataset", "{many_images}", "--max_length", "70"], ["sample 1", "max_length=70 would cut an image", "raise max_length to 266"]),
         (["--dataset", "{text_only}", "--max_length", "30"], ["sample 0", "question fills max_length=30", "raise max_length"]),
         (["--packing"], ["packing", "leave them out"]),
+        (["--pad_token", "<pad>"], ["pad_token='<pad>'", "leave it out"]),
+        (["--assistant_only_loss"], ["assistant_only_loss=True", "leave it out"]),
+        (GROUPED_BY_THE_TRAINER, ["group_by_length", "--batching grouped"]),
         (["--eval_strategy", "steps"], ["eval", "evaluation/run.py"]),
         # Model
         (["--model_name_or_path", None], ["no model", "--vision_model and --text_model"]),
@@ -125,6 +134,7 @@ def new(**projector):
         (new(projector_type="c-abs", num_query_tokens=4, depht=3), ["unknown projector settings depht", "depth"]),
         (new(projector_type="linear", num_query_tokens=9), ["num_query_tokens=9", "16"]),
         ([*new(**PROJECTOR), "--image_size", "45"], ["image_size=45", "patch_size=8", "use 40"]),
+        ([*new(**PROJECTOR), "--image_size", "0"], ["image_size=0", "leave it out"]),
         ([*new(**PROJECTOR), "--vision_feature_layer", "-9"], ["vision_feature_layer=-9", "3 blocks"]),
         ([*NEW, "--projector", "c-abs"], ["--projector 'c-abs'", "JSON"]),
         # Training
@@ -136,12 +146,21 @@ def new(**projector):
             ["--use_peft", "--lora_target_modules", ".*(q_proj|v_proj)"],
             ["lora_target_modules='.*(q_proj|v_proj)'", "vision tower", "names alone"],
         ),
+        (["--use_peft", "--lora_r", "0"], ["lora_r=0", "positive"]),
+        (["--use_peft", "--lora_alpha", "0"], ["lora_alpha=0", "lora_r"]),
+        (["--use_peft", "--lora_modules_to_save", "lm_hed"], ["lora_modules_to_save", "no 'lm_hed'", "lm_head"]),
         (["--trust_remote_code"], ["trust_remote_code", "leave it out"]),
         (["--merge"], ["--merge", "--use_peft"]),
         (["--load_in_4bit"], ["load_in_4bit", "--use_peft"]),
         ([*new(**PROJECTOR), "--use_peft", "--load_in_4bit"], ["load_in_4bit", "--model_name_or_path"]),
         (["--no_such_setting", "1"], ["no_such_setting"]),
         (["--learning_rate=-1e-4"], ["learning_rate=-0.0001", "more than 0"]),
+        (["--learning_rate", "inf"], ["learning_rate=inf", "finite"]),
+        (["--max_grad_norm", "nan"], ["max_grad_norm=nan", "at least 0"]),
+        (["--dataloader_num_workers=-1"], ["dataloader_num_workers=-1", "at least 0"]),
+        (["--report_to", "carrier-pigeon"], ["report_to=", "carrier-pigeon", "--report_to none"]),
+        (["--report_to", "swanlab"], ["report_to=", "pip install swanlab", "--report_to none"]),
+        (["--save_strategy", "best", "--metric_for_best_model", "loss"], ["save_strategy=best", "evaluation/run.py"]),
         (
             ["--learning_rate", "1e-6", "--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-5}'],
             ["min_lr=1e-05", "learning_rate=1e-06", "lower it"],
@@ -159,6 +178,7 @@ def new(**projector):
         ),
         # Output
         (["--output_dir", "{other_run}"], ["other_run", "already holds", "--resume_from_checkpoint"]),
+        (["--output_dir", ""], ["output_dir is empty", "give the folder"]),
         (["--output_dir", "{a_file}/out"], ["a_file", "is a file", "another folder"]),
         (["--output_dir", "/proc/honeybee"], ["/proc/honeybee", "cannot be written", "another folder"]),
         (["--resume"], ["no whole checkpoint found", "--save_strategy steps"]),
@@ -199,6 +219,12 @@ def refusal(arguments, things, monkeypatch, capsys) -> str:
         ({"stage": "pretrain"}, ["'pretrain'", "align, instruct"]),
         ({"projector": ["c-abs"]}, ["c-abs", "mapping"]),
         ({"learning_rate": 0}, ["learning_rate=0", "more than 0"]),
+        ({"text_model": ["one", "two"]}, ["text_model", "['one', 'two']", "str"]),
+        ({"max_length": 12.5}, ["max_length", "12.5", "int"]),
+        ({"per_device_train_batch_size": [2]}, ["per_device_train_batch_size", "[2]", "int"]),
+        ({"lora_target_modules": 5, "use_peft": True}, ["lora_target_modules", "5", "list[str]"]),
+        ({"lr_scheduler_kwargs": 3}, ["lr_scheduler_kwargs", "3", "mapping"]),
+        ({"mixture_settings": "balancing=per-task"}, ["--set balancing=per-task", "--mixture"]),
     ],
 )
 def test_wrong_yaml(settings, words, things, tmp_path, monkeypatch, capsys):
@@ -254,3 +280,8 @@ def test_errors_end_the_script_with_one_sentence(things, tmp_path):
     assert result.returncode == 1
     assert result.stdout.strip().splitlines()[-1].startswith("error: sample 1: image file")
     assert not (tmp_path / "out").exists()
+
+
+def test_help_names_all_settings():
+    text = run_script(SFT, "--help").stdout
+    assert all(name in text for name in ("--projector", "--learning_rate", "--lora_r", "--dry_run"))
