@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig
 
+from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
 from modeling_honeybee.modeling_honeybee import UNQUANTIZED, _keep_unquantized
-from tests.tiny import tiny_inputs, tiny_model
+from tests.tiny import clip_config, llama_config, projector_settings, tiny_inputs
 
 
 def config_of(kind: str):
@@ -39,7 +40,10 @@ def linears(module: torch.nn.Module) -> list[bool]:
 def test_only_the_language_model_is_quantized(kind, projector_type, tmp_path):
     quantization_config = config_of(kind)
     # Wide enough for blocks of 64 weights.
-    model = tiny_model(projector_type)
+    torch.manual_seed(0)
+    text = llama_config(hidden_size=64, intermediate_size=128)
+    config = HoneybeeConfig(clip_config(), text, projector_settings(projector_type), image_token_id=299)
+    model = HoneybeeForConditionalGeneration(config).eval()
     model.save_pretrained(tmp_path)
     loading = {"quantization_config": quantization_config, "device_map": "cpu", "dtype": torch.float32}
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, **loading)
