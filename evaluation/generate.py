@@ -2,52 +2,20 @@
 """Greedy answers of a Honeybee to the questions of a benchmark, in batches, over one or several processes."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 
 from evaluation.prompts import Question, render
-from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
+from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, check_processor
 
 # Files of a model that say what it computes; preprocessor_config.json is there where transformers 4 saved it.
 SETTINGS = (
     "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json",
 )  # fmt: skip
-
-
-def model_folder(name: str) -> Path:
-    """A local folder as it is, or the snapshot of a Hub name.
-
-    Raises:
-        ValueError: it is not there, or holds no Honeybee.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise ValueError(f"--model {name} does not exist; give a folder with a saved Honeybee, or a Hub name")
-        try:
-            folder = Path(snapshot_download(name))
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            raise ValueError(f"--model {name} is no folder, and cannot be downloaded as a Hub name: {error}") from error
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ValueError(
-            f"--model {name} has no config.json; give a folder that save_pretrained wrote "
-            "(an adapter is merged first: README, Train your own)"
-        )
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    if kind != HoneybeeConfig.model_type:
-        raise ValueError(
-            f"--model {name} is of type {kind!r}, not {HoneybeeConfig.model_type!r}; give a saved Honeybee "
-            "(an official checkpoint is converted first: README, Use an official checkpoint)"
-        )
-    return folder
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -11,8 +11,9 @@ import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from evaluation.generate import answer, load, model_folder
+from evaluation.generate import answer, load
 from evaluation.prompts import Question
+from modeling_honeybee.model_folder import model_folder
 
 manifest = ModelManifest("honeybee", simple_class_path="evaluation.lmms_eval_bridge.HoneybeeForLmmsEval")
 

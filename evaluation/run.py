@@ -238,7 +238,8 @@ def score_predictions(arguments) -> None:
         )
     model, model_name, published = marks.pop(), None, arguments.paper_row
     if arguments.model is not None:
-        from evaluation.generate import fingerprint, model_folder
+        from evaluation.generate import fingerprint
+        from modeling_honeybee.model_folder import model_folder
 
         folder = model_folder(arguments.model)
         if model != fingerprint(folder):
@@ -270,7 +271,8 @@ def evaluate(arguments) -> None:
     from filelock import FileLock, Timeout
     from tqdm.auto import tqdm
 
-    from evaluation.generate import answer, fingerprint, load, model_folder, share
+    from evaluation.generate import answer, fingerprint, load, share
+    from modeling_honeybee.model_folder import model_folder
 
     # The first process waits for the slowest one; the default of ten minutes is too short for that.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()

@@ -18,8 +18,8 @@ from threading import Thread
 import torch
 from transformers import TextIteratorStreamer
 
-from evaluation.generate import model_folder
 from modeling_honeybee import HoneybeeForConditionalGeneration
+from modeling_honeybee.model_folder import model_folder
 from processing import HoneybeeProcessor
 from serving.limits import LimitError, Limits, add_limit_arguments, limits_from
 

@@ -18,8 +18,8 @@ import transformers
 from transformers import AutoProcessor
 from transformers.models.auto import modeling_auto
 
-from evaluation.generate import model_folder
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
+from modeling_honeybee.model_folder import model_folder
 from processing import HoneybeeProcessor
 from serving.limits import LimitError, Limits, add_limit_arguments, limits_from
 

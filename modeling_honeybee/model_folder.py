@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of the saved Honeybee that a script is given as `--model`."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from .configuration_honeybee import HoneybeeConfig
+
+
+def model_folder(name: str) -> Path:
+    """A local folder as it is, or the snapshot of a Hub name.
+
+    Raises:
+        ValueError: it is not there, or holds no Honeybee.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise ValueError(f"--model {name} does not exist; give a folder with a saved Honeybee, or a Hub name")
+        try:
+            folder = Path(snapshot_download(name))
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise ValueError(f"--model {name} is no folder, and cannot be downloaded as a Hub name: {error}") from error
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(
+            f"--model {name} has no config.json; give a folder that save_pretrained wrote "
+            "(an adapter is merged first: README, Train your own)"
+        )
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    if kind != HoneybeeConfig.model_type:
+        raise ValueError(
+            f"--model {name} is of type {kind!r}, not {HoneybeeConfig.model_type!r}; give a saved Honeybee "
+            "(an official checkpoint is converted first: README, Use an official checkpoint)"
+        )
+    return folder
