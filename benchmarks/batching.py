@@ -5,7 +5,8 @@
 
 The padding shares are those of 2,048 samples in batches of 16, as in `training/configs/instruct.yaml`. The times are of
 whole steps (tower, projector, LLM, loss, backward, AdamW) of a small model, 8 samples a batch; the ways take turns batch by
-batch on the same samples, and what is compared is the time of one core for each token that is not padding.
+batch, on the same samples (but `grouped`, which is a choice of samples), and what is compared is the time of one core for
+each token that is not padding.
 """
 
 import argparse

@@ -4,8 +4,7 @@
     python hub_upload/verify_conversion.py FOLDER REFERENCE NAMES.json [FOLDER REFERENCE NAMES.json ...]
 
 Imports nothing of this project: the folder is loaded with the code that it carries. Prints one line a quantity and
-exits with 1 where a limit is passed. The D-Abstractor's limits are wider: its float32 reference is that far
-from float64.
+exits with 1 where a limit is passed. The D-Abstractor's limits are wider: its float32 reference is that far from float64.
 """
 
 import json
