@@ -362,7 +362,7 @@ def main(argv=None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\ninterrupted: the answers so far are saved; the same command continues", file=sys.stderr)
+        print("\ninterrupted; the same command continues behind the answers that are saved", file=sys.stderr)
         sys.exit(130)
 
 

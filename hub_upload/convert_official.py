@@ -31,8 +31,8 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from hub_upload.export_check import read_json
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
+from modeling_honeybee.model_folder import read_json
 from processing import HoneybeeProcessor, prepare_tokenizer
 from processing.prepare_tokenizer import square_image_processor
 

@@ -18,6 +18,7 @@ import modeling_honeybee
 import processing
 from modeling_honeybee import HoneybeeConfig
 from modeling_honeybee.configuration_honeybee import AUTO_MAP
+from modeling_honeybee.model_folder import read_json
 from processing import HoneybeeProcessor, check_processor
 
 # The code that travels with a checkpoint, by file name.
@@ -117,25 +118,10 @@ def sort_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     return files, left_out
 
 
-def read_json(path: Path, error_class: type[ValueError] = ExportError, remedy: str = "save the model again") -> dict:
-    """The mapping in a JSON file.
-
-    Raises:
-        error_class: there is none, with the remedy.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise error_class(f"{path} is not valid JSON ({error}); {remedy}") from error
-    if not isinstance(content, dict):
-        raise error_class(f"{path} holds a {type(content).__name__} and no mapping; {remedy}")
-    return content
-
-
 def _check_config(folder: Path, files: dict[str, Path]) -> HoneybeeConfig:
     if "config.json" not in files:
         raise ExportError(f"{folder} has no config.json; give a folder that save_pretrained or training/sft.py wrote")
-    saved = read_json(files["config.json"])
+    saved = read_json(files["config.json"], ExportError)
     if saved.get("model_type") != HoneybeeConfig.model_type:
         raise ExportError(
             f"{folder} is not a Honeybee model: its config.json has model_type={saved.get('model_type')!r}"
@@ -178,7 +164,7 @@ def _check_weights(folder: Path, files: dict[str, Path], name: str) -> None:
     index = f"{name}.index.json"
     if index in files:
         expected: dict[str, set] = {}
-        for tensor, file in read_json(files[index]).get("weight_map", {}).items():
+        for tensor, file in read_json(files[index], ExportError).get("weight_map", {}).items():
             expected.setdefault(file, set()).add(tensor)
         if name in files:
             raise ExportError(f"{folder} has both {name} and {index}; remove the one that is not the model's")
@@ -239,7 +225,7 @@ def check_folder(folder: Path) -> Export:
     files, left_out = sort_files(folder)
     export = Export(folder, files, left_out, processor=None)
     if "adapter_config.json" in files:
-        export.adapter = read_json(files["adapter_config.json"])
+        export.adapter = read_json(files["adapter_config.json"], ExportError)
         _check_weights(folder, files, "adapter_model.safetensors")
         changed = _check_code(folder, files, {PROCESSOR_CODE})
     else:

@@ -9,7 +9,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from hub_upload.export_check import Export, ExportError, read_json
+from hub_upload.export_check import Export, ExportError
+from modeling_honeybee.model_folder import read_json
 
 # With huggingface_hub 1 the base class of its HTTP library's errors, those of a broken connection among them. Version 0
 # has requests, where this is narrower, but whose errors are all OSErrors: catch that as well.
@@ -95,7 +96,7 @@ def read_provenance(folder: Path) -> Provenance:
     while folder.resolve() not in seen:
         seen.add(folder.resolve())
         if (folder / CONVERSION_FILE).is_file():
-            conversion = read_json(folder / CONVERSION_FILE)
+            conversion = read_json(folder / CONVERSION_FILE, ExportError)
             provenance.conversion = conversion
             provenance.parts.append(Part("official checkpoint", conversion["checkpoint"], False, conversion["license"]))
             for role in ("vision tower", "language model"):
@@ -106,9 +107,9 @@ def read_provenance(folder: Path) -> Provenance:
             if provenance.runs:
                 _add_part(provenance, "Honeybee model it was trained from", str(folder))
             break
-        run = read_json(folder / RUN_FILE)
+        run = read_json(folder / RUN_FILE, ExportError)
         if (folder / STATE_FILE).is_file():
-            run["state"] = read_json(folder / STATE_FILE)
+            run["state"] = read_json(folder / STATE_FILE, ExportError)
         provenance.runs.insert(0, run)
         start = run.get("model_name_or_path")
         if not start:
@@ -181,13 +182,13 @@ def read_results(path: Path, model: str) -> list[EvalResult]:
     found = []
     if path.is_dir():
         for file in sorted(path.glob("*/scores.json")):
-            task, scores = file.parent.name, read_json(file)
+            task, scores = file.parent.name, read_json(file, ExportError)
             name = BENCHMARKS.get(task, task)
             if "questions" in scores:  # not always all of a benchmark's
                 name += f", {scores['questions']} questions"
             found += [(task, name, metric, value) for metric, value in (scores.get("summary") or {}).items()]
     elif path.is_file():
-        row = read_json(path).get(model)
+        row = read_json(path, ExportError).get(model)
         found = [("digit-scenes", "Held-out digit scenes", f"accuracy ({kind})", v) for kind, v in (row or {}).items()]
     found = [entry for entry in found if isinstance(entry[3], (int, float)) and not isinstance(entry[3], bool)]
     if not found:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of the saved Honeybee that a script is given as `--model`."""
+"""What scripts read of a saved model's folder without loading it."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,23 @@ from huggingface_hub.errors import HfHubHTTPError
 from .configuration_honeybee import HoneybeeConfig
 
 
+def read_json(path: Path, error_class: type[ValueError] = ValueError, remedy: str = "save the model again") -> dict:
+    """The mapping in a JSON file.
+
+    Raises:
+        error_class: there is none, with the remedy.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise error_class(f"{path} is not valid JSON ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise error_class(f"{path} holds a {type(content).__name__} and no mapping; {remedy}")
+    return content
+
+
 def model_folder(name: str) -> Path:
-    """A local folder as it is, or the snapshot of a Hub name.
+    """What a script was given as `--model`: a local folder as it is, or the snapshot of a Hub name.
 
     Raises:
         ValueError: it is not there, or holds no Honeybee.
@@ -30,7 +45,7 @@ def model_folder(name: str) -> Path:
             f"--model {name} has no config.json; give a folder that save_pretrained wrote "
             "(an adapter is merged first: README, Train your own)"
         )
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    kind = read_json(config).get("model_type")
     if kind != HoneybeeConfig.model_type:
         raise ValueError(
             f"--model {name} is of type {kind!r}, not {HoneybeeConfig.model_type!r}; give a saved Honeybee "

@@ -532,6 +532,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             "vision_config": vision_config,
             "projector_config": projector_config,
             "vision_feature_layer": vision_feature_layer,
+            "dtype": getattr(text_config, "dtype", None),
         }
         strategy = vision_feature_select_strategy or "default"
         config = HoneybeeConfig(
@@ -607,8 +608,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         vision_config = AutoConfig.from_pretrained(vision)
         vision_config = getattr(vision_config, "vision_config", vision_config)
         own_size = vision_config.image_size
-        text_config = AutoConfig.from_pretrained(text)
-        dtype = dtype or getattr(text_config, "dtype", None) or torch.float32
+        dtype = dtype or planned.dtype or torch.float32
         loading = {"dtype": dtype}
         if attn_implementation is not None:
             loading["attn_implementation"] = attn_implementation

@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from trl import ModelConfig, SFTConfig, TrlParser
@@ -79,41 +79,58 @@ class HoneybeeArguments:
                 self.projector = json.loads(self.projector)
             except json.JSONDecodeError as error:
                 raise ValueError(f"--projector {self.projector!r} is not JSON ({error})") from error
-        if isinstance(self.vision_feature_layer, int):  # of a YAML file
-            self.vision_feature_layer = [self.vision_feature_layer]
-        if isinstance(self.mixture_settings, str):
-            self.mixture_settings = [self.mixture_settings]
         if not isinstance(self.projector, (dict, type(None))):
             raise ValueError(f"--projector {self.projector!r} is not a mapping of settings to values")
 
 
+def parts_of(hint) -> tuple:
+    """The types of a union, or the one type."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
 def fits(value, hint) -> bool:
-    """Whether a value of a YAML file can be a setting of this type. argparse reads text, as from the command line."""
-    if hint is Any or value is None or isinstance(value, (str, bool)):
-        return True
-    kind, parts = get_origin(hint) or hint, get_args(hint)
+    """Whether a value is of this type; a whole number is a float, too."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
-        return any(fits(value, part) for part in parts)
+        return any(fits(value, part) for part in inner)
+    if kind is Any:
+        return True
+    if kind is Literal:
+        return value in inner
+    if isinstance(value, bool):
+        return kind is bool
     if kind is list:
-        return isinstance(value, list) and all(fits(item, part) for part in parts for item in value)
+        return isinstance(value, list) and all(fits(item, part) for part in inner for item in value)
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def kinds(hint) -> str:
+def in_words(hint) -> str:
     """A type in words: `mapping or str` of `dict | str | None`."""
-    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    names = [str(part) if get_origin(part) else part.__name__ for part in parts if part is not type(None)]
+    names = [str(part) if get_origin(part) else part.__name__ for part in parts_of(hint) if part is not type(None)]
     return " or ".join(names).replace("dict", "mapping")
 
 
 class Parser(TrlParser):
-    """Refuses values in the YAML file that argparse does not look at, such as a list in place of a name."""
+    """Reads one value where a setting is a list, and refuses values of the YAML file that argparse does not look at,
+    such as a list in place of a name. Text it reads as from the command line."""
 
     def set_defaults_with_config(self, **settings) -> list[str]:
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         for name, value in settings.items():
-            if not fits(value, hints.get(name, Any)):
-                raise ValueError(f"{name}: {value!r} in the YAML file should be {kinds(hints[name])}; correct it")
+            hint = hints.get(name, Any)
+            lists = any(get_origin(part) is list for part in parts_of(hint))
+            if lists and value is not None and not fits(value, hint):
+                value = settings[name] = value if isinstance(value, list) else [value]
+            elif isinstance(value, str):
+                continue
+            # "last" and true are one to the trainer, though its type says text.
+            if not (
+                value is None or fits(value, hint) or (name == "resume_from_checkpoint" and value in (True, False))
+            ):
+                raise ValueError(
+                    f"{name}: {value!r} in the YAML file should be {in_words(hint)}; correct it (true, no, 7 and the like "
+                    "are text in quotes only)"
+                )
         return super().set_defaults_with_config(**settings)
 
 
@@ -125,9 +142,12 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[HoneybeeArgumen
 
     Raises:
         ValueError: an unknown setting, or one that cannot be.
+        OSError, yaml.YAMLError: a YAML file that is not there, or is none.
         SystemExit: what argparse refuses.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[-1:] == ["--config"]:
+        raise ValueError("--config needs the path of a YAML file behind it")
     # Without its own --help, which would list these settings alone.
     parser = Parser((HoneybeeArguments,), add_help=False)
     own, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)

@@ -22,6 +22,7 @@ RECORDED = [
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size",
     "gradient_accumulation_steps", "world_size", "max_length", "bf16", "fp16", "gradient_checkpointing", "seed",
+    "data_seed", "label_smoothing_factor", "neftune_noise_alpha",
 ]  # fmt: skip
 # What of these may change when a run goes on: its length, and how the same batch is spread.
 CHANGEABLE = (
@@ -49,6 +50,8 @@ def describe_run(
         **{name: value for name, value in asdict(args).items() if name not in NOT_THE_RUN},
         "mixture": asdict(recipe) if recipe else None,
         "model_name_or_path": model_args.model_name_or_path,
+        "model_revision": model_args.model_revision,
+        "dtype": model_args.dtype,
         "use_peft": model_args.use_peft,
         **({name: getattr(model_args, name) for name in LORA} if model_args.use_peft else {}),
         "global_batch_size": global_batch_size(training_args),
@@ -57,7 +60,10 @@ def describe_run(
 
 def recorded(training_args: SFTConfig) -> dict:
     """The settings in `RECORDED`, as JSON keeps them."""
-    return json.loads(json.dumps({name: getattr(training_args, name) for name in RECORDED}))
+    settings = {name: getattr(training_args, name) for name in RECORDED}
+    # transformers 5 takes a warm-up below 1 as a share of the run; 4 has a setting of its own for that.
+    settings["warmup_steps"] = settings["warmup_steps"] or getattr(training_args, "warmup_ratio", 0)
+    return json.loads(json.dumps(settings))
 
 
 def is_whole(checkpoint: str, processes: int = 1) -> bool:

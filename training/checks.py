@@ -2,17 +2,18 @@
 """All that can be wrong with a run, found before a weight is read: settings, output folder, model, data, space."""
 
 import glob
-import json
 import logging
 import math
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import torch
 from peft import get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -21,12 +22,13 @@ from trl import ModelConfig, SFTConfig, get_peft_config
 
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
 from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS
+from modeling_honeybee.model_folder import read_json
 from processing import HoneybeeProcessor, check_processor
 from training.arguments import BATCHINGS, HoneybeeArguments
-from training.checkpoints import check_disk, check_output_dir, describe_run, find_checkpoint, global_batch_size
+from training.checkpoints import LORA, check_disk, check_output_dir, describe_run, find_checkpoint, global_batch_size
 from training.collator import HoneybeeDataCollator
-from training.conversations import check_dataset, load_conversations
-from training.loading import DTYPES, bytes_of, load_config_and_processor
+from training.conversations import check_dataset, image_root, load_conversations
+from training.loading import DTYPES, bytes_of, load_config_and_processor, state_bytes
 from training.packed_attention import PACKABLE
 from training.recipe.config import load_recipe
 from training.recipe.mixture import Mixture, UnusableRecordError
@@ -35,7 +37,6 @@ from training.stages import TRAINED, linear_names, lora_modules, parameter_count
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZER_BYTES = 8  # AdamW's two moments of a parameter, in float32
 LOOKED_AT = 256  # samples of a mixture, for one with an image
 # With these TRL prepares text. Here the collator prepares samples, with the model's own processor.
 PREPARED_BY_TRL = (
@@ -97,13 +98,13 @@ def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Mod
     if model_args.model_name_or_path:
         check_weights(model_args.model_name_or_path, skeleton)
     parameters = count_parameters(skeleton, args.stage, model_args)
-    trained = sum(trained for _, trained in parameters.values())
-    whole = sum(total for total, _ in parameters.values()) * bytes_of(model_args.dtype, config)
+    sizes = state_bytes(parameters, config, training_args, model_args)
+    merged = sum(total for total, _ in parameters.values()) * bytes_of(model_args.dtype, config)
     disk_bytes = check_disk(
         training_args,
-        model_bytes=trained * 4 if model_args.use_peft else whole,
-        optimizer_bytes=trained * OPTIMIZER_BYTES,
-        extra_bytes=whole if args.merge else 0,
+        model_bytes=sizes["trained"] if model_args.use_peft else sizes["weights"],
+        optimizer_bytes=sizes["optimizer"],
+        extra_bytes=merged if args.merge else 0,
     )
 
     collator = HoneybeeDataCollator(processor, max_length=training_args.max_length, pack=args.batching == "packed")
@@ -111,8 +112,7 @@ def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Mod
     with training_args.main_process_first(desc="opening the data"):
         if recipe is None:
             dataset, mixture = load_conversations(args.dataset, args.dataset_split), None
-            if os.path.isfile(args.dataset):
-                collator.image_root = os.path.dirname(os.path.abspath(args.dataset))
+            collator.image_root = image_root(args.dataset)
             check_dataset(dataset, collator.image_root, args.stage == "align", collator.check_length)
         else:
             # What does not fit into max_length is the mixture's to skip and count.
@@ -155,9 +155,11 @@ def check_arguments(args: HoneybeeArguments, training_args: SFTConfig, model_arg
             "carries its own code alone; leave it out"
         )
     if model_args.use_peft:
-        lora_modules(args.stage)
+        _check_lora_arguments(args, model_args)
     elif args.merge:
         raise ValueError("--merge writes a LoRA adapter and its base as one model, and there is none; add --use_peft")
+    elif given := [name for name in LORA if _is_set(model_args, name) and not name.startswith("load_in")]:
+        raise ValueError(f"{', '.join(given)}: a setting of LoRA, which is not used; add --use_peft or leave it out")
     if model_args.load_in_4bit or model_args.load_in_8bit:
         if not model_args.use_peft:
             raise ValueError("load_in_4bit and load_in_8bit: a quantized model cannot be trained; add --use_peft")
@@ -167,6 +169,23 @@ def check_arguments(args: HoneybeeArguments, training_args: SFTConfig, model_arg
             )
         if not is_bitsandbytes_available():
             raise ValueError("load_in_4bit and load_in_8bit need bitsandbytes: pip install bitsandbytes")
+
+
+def _is_set(settings, name: str) -> bool:
+    return getattr(settings, name) not in (None, type(settings).__dataclass_fields__[name].default)
+
+
+def _check_lora_arguments(args: HoneybeeArguments, model_args: ModelConfig) -> None:
+    lora_modules(args.stage)
+    if model_args.lora_alpha <= 0:
+        raise ValueError(f"lora_alpha={model_args.lora_alpha} would scale LoRA away; use twice lora_r, for instance")
+    if _is_set(model_args, "lora_target_parameters"):
+        raise ValueError(
+            f"lora_target_parameters={model_args.lora_target_parameters}: LoRA goes into the LLM's linear layers; name them "
+            "with --lora_target_modules"
+        )
+    if _is_set(model_args, "lora_task_type"):
+        raise ValueError(f"lora_task_type={model_args.lora_task_type!r}: a Honeybee is a CAUSAL_LM; leave it out")
 
 
 def _check_data_arguments(args: HoneybeeArguments, training_args: SFTConfig) -> None:
@@ -181,6 +200,10 @@ def _check_data_arguments(args: HoneybeeArguments, training_args: SFTConfig) -> 
     if args.mixture is not None:
         if args.dataset is not None:
             raise ValueError(f"--dataset {args.dataset} and --mixture: give one; a mixture takes datasets under `own`")
+        if args.dataset_split != "train":
+            raise ValueError(
+                f"--dataset_split {args.dataset_split} is for --dataset; a mixture's own datasets have a `split` each"
+            )
         if training_args.max_steps <= 0:
             raise ValueError(
                 f"max_steps={training_args.max_steps}: a mixture has no end; give --max_steps the length of the run"
@@ -193,10 +216,9 @@ def _check_data_arguments(args: HoneybeeArguments, training_args: SFTConfig) -> 
             "--batching packed"
         )
     for name in PREPARED_BY_TRL:
-        value = getattr(training_args, name)
-        if value not in (None, SFTConfig.__dataclass_fields__[name].default):
+        if _is_set(training_args, name):
             raise ValueError(
-                f"{name}={value!r} is for data and models that TRL prepares; here the model's own processor prepares the "
+                f"{name}={getattr(training_args, name)!r} is for data and models that TRL prepares; here the model's own processor prepares the "
                 "samples, and it would change nothing; leave it out"
             )
     # The trainer's own grouping, of transformers 4 and of 5.
@@ -218,8 +240,6 @@ def _check_model_arguments(args: HoneybeeArguments, model_args: ModelConfig) -> 
     parts = (args.vision_model, args.text_model)
     if args.image_size is not None and args.image_size < 1:
         raise ValueError(f"image_size={args.image_size} must be at least one patch; leave it out for the tower's own")
-    if model_args.use_peft and model_args.lora_alpha <= 0:
-        raise ValueError(f"lora_alpha={model_args.lora_alpha} would scale LoRA away; use twice lora_r, for instance")
     path = model_args.model_name_or_path
     if path:
         new = (*parts, args.image_size, args.vision_feature_layer, args.projector or None)
@@ -234,6 +254,11 @@ def _check_model_arguments(args: HoneybeeArguments, model_args: ModelConfig) -> 
         raise ValueError(
             "no model: give --model_name_or_path a Honeybee checkpoint, or both --vision_model and --text_model "
             "to join them with a new projector"
+        )
+    if _is_set(model_args, "model_revision"):
+        raise ValueError(
+            f"model_revision={model_args.model_revision!r} is for --model_name_or_path; download the parts that you want "
+            "and give their folders"
         )
     settings = args.projector or {}
     example = 'such as --projector \'{"projector_type": "c-abs", "num_query_tokens": 144}\''
@@ -258,8 +283,7 @@ def _check_model_folder(path: str) -> None:
         )
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise ValueError(f"{path!r} is not a model: it has no config.json; give the output folder of a finished stage")
-    with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
-        model_type = json.load(file).get("model_type")
+    model_type = read_json(Path(path, "config.json")).get("model_type")
     if model_type != "honeybee":
         raise ValueError(
             f"{path!r} is not a Honeybee model but has model_type={model_type!r}; to start from its parts give "
@@ -393,7 +417,7 @@ def check_weights(path: str, skeleton: HoneybeeForConditionalGeneration) -> None
             with safe_open(file, "pt") as tensors:
                 names = tensors.keys()
                 shapes |= {name: tensors.get_slice(name).get_shape() for name in names}
-        except Exception as error:  # safetensors' own, which is no OSError
+        except (OSError, SafetensorError) as error:
             raise ValueError(f"{file!r} cannot be read ({error}); copy or save it again") from error
     needed = {name: list(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     if skeleton.config.tie_word_embeddings:
@@ -416,14 +440,15 @@ def count_parameters(
     # LoRA takes the place of training the LLM; peft makes its own parameters trainable.
     set_trained(skeleton, "align" if model_args.use_peft else stage)
     if model_args.use_peft:
+        names = ", ".join(linear_names(skeleton.model.language_model))
         try:
             with torch.device("meta"):
                 get_peft_model(skeleton, get_peft_config(model_args))
-        except ValueError as error:
+        except (ValueError, re.error) as error:
             raise ValueError(
                 f"LoRA with lora_r={model_args.lora_r}, lora_dropout={model_args.lora_dropout} and "
                 f"lora_target_modules={model_args.lora_target_modules!r} cannot be put into this model ({error}); its LLM's "
-                f"linear layers are named {', '.join(linear_names(skeleton.model.language_model))}"
+                f"linear layers are named {names}"
             ) from error
     counts = parameter_counts(skeleton)
     if counts["vision_tower"][1]:
@@ -452,10 +477,12 @@ def complete_lora(stage: str, model_args: ModelConfig, skeleton: HoneybeeForCond
     modules = lora_modules(stage, targets) if targets else lora_modules(stage)
     model_args.lora_target_modules = modules["target_modules"]
     given = model_args.lora_modules_to_save or []
+    parts = [name for part in ("model.language_model", "lm_head", "model.projector")
+             for name, _ in skeleton.get_submodule(part).named_modules(prefix=part)]  # fmt: skip
     for name in given:
-        if not any(f".{module}".endswith(f".{name}") for module, _ in skeleton.named_modules()):
+        if not any(f".{part}".endswith(f".{name}") for part in parts):
             raise ValueError(
-                f"lora_modules_to_save: the model has no {name!r}; the projector is trained without being named, and "
-                "others that may be are lm_head and embed_tokens"
+                f"lora_modules_to_save: LLM and head have no {name!r}; lm_head and embed_tokens are such names, and the "
+                "projector is trained without being named"
             )
     model_args.lora_modules_to_save = modules["modules_to_save"] + [name for name in given if name != "projector"]

@@ -84,8 +84,8 @@ class HoneybeeDataCollator:
     def tokenize(self, conversations: list[tuple[list[dict], str]]) -> list[dict[str, list[int]]]:
         """`input_ids` and `labels` of (messages, template name) pairs, placeholders expanded, cut, not padded."""
         features = self._tokenize_whole(conversations)
-        for row, feature in enumerate(features):
-            self._truncate(row, feature)
+        for feature in features:
+            self._truncate(feature)
         return features
 
     def lengths(self, examples: list[dict]) -> list[int]:
@@ -154,13 +154,13 @@ class HoneybeeDataCollator:
             raise ValueError(f"chat_template={template!r} is not one of the processor's: {', '.join(templates)}")
         return render(messages, templates[template], tokenizer.bos_token or "", tokenizer.eos_token or "")
 
-    def _truncate(self, row: int, feature: dict[str, list[int]]):
+    def _truncate(self, feature: dict[str, list[int]]):
         length = len(feature["input_ids"])
         if self.max_length is None or length <= self.max_length:
             return
         if self.processor.image_token_id in feature["input_ids"][self.max_length :]:
             raise TooLongError(
-                f"sample {row} of the batch has {length} tokens and max_length={self.max_length} would cut an image; "
+                f"the sample has {length} tokens and max_length={self.max_length} would cut an image; "
                 f"raise max_length to {length} or more, or give the sample fewer images"
             )
         for name in feature:

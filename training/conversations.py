@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
+from PIL.Image import DecompressionBombError
 from tqdm.auto import tqdm
 
 # Decoding is the only way to find a truncated file, and it takes milliseconds an image. Beyond this many images the
@@ -223,9 +224,16 @@ def load_conversations(name: str, split: str = "train", columns: dict[str, str] 
     return dataset
 
 
+def image_root(name: str) -> str:
+    """The folder of relative image paths in a dataset: that of its file, else the working folder."""
+    return os.path.dirname(os.path.abspath(name)) if os.path.isfile(name) else ""
+
+
 def undecoded(dataset: Dataset) -> Dataset:
     """The dataset with its `images` as paths and bytes instead of PIL images."""
     column = dataset.features.get("images") or None
+    if isinstance(column, Image):
+        return dataset.cast_column("images", Image(decode=False))
     if column is not None and isinstance(getattr(column, "feature", None), Image):
         return dataset.cast_column("images", type(column)(Image(decode=False)))
     return dataset
@@ -261,6 +269,8 @@ def check_dataset(
                     open_image(image, image_root)  # says what is wrong
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"sample {index}: {error}") from error
+        except DecompressionBombError as error:
+            raise ValueError(f"sample {index}: {error}; make the image smaller or leave the sample out") from error
     if needs_images and num_images == 0:
         raise ValueError(
             f"none of the {len(dataset)} samples has an image, and alignment trains the projector alone, which reads "

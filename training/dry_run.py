@@ -9,7 +9,7 @@ from training.arguments import HoneybeeArguments
 from training.checkpoints import gigabytes, global_batch_size
 from training.checks import Plan, check_run
 from training.conversations import normalize_conversation
-from training.loading import bytes_of
+from training.loading import state_bytes
 from training.stages import parts_table
 
 MEASURED = 64  # samples whose tokens are counted
@@ -104,28 +104,13 @@ def measure_tokens(plan: Plan) -> Tokens:
 def memory_lines(plan: Plan, tokens: Tokens, training_args: SFTConfig, model_args: ModelConfig) -> list[str]:
     """An estimate of what a device holds, alone and with everything sharded over several.
 
-    Weights: 4 bytes where trained under mixed precision, else those of their dtype, half a byte where quantized to 4
-    bits. Gradients as the trained weights. AdamW: two float32 numbers for each trained weight (8-bit optimizers: two
-    bytes; Adafactor: none). Activations of T tokens (a micro-batch; padded, each sample as long as the longest measured), L
-    layers, widths D and I, a bytes a number: T * D * L * a with gradient checkpointing, and T * (12 D + 4 I) * a for each
-    layer that is held at once (one with, L without); logits T * V * (a + 4), as if all of the tokens were learned.
+    Weights and optimizer: see [`state_bytes`]; gradients as the trained weights. Activations of T tokens (a micro-batch;
+    padded, each sample as long as the longest measured), L layers, widths D and I, a bytes a number: T * D * L * a with
+    gradient checkpointing, and T * (12 D + 4 I) * a for each layer that is held at once (one with, L without); logits
+    T * V * (a + 4), as if all of the tokens were learned.
     """
-    mixed = training_args.bf16 or training_args.fp16
-    weight_bytes, half = bytes_of(model_args.dtype, plan.config), 2 if mixed else 4
-    trained = sum(n for _, n in plan.parameters.values())
-    frozen = sum(n for n, _ in plan.parameters.values()) - trained
-    trained_bytes = 4 if mixed else weight_bytes
-    quantized = 0
-    if model_args.load_in_4bit or model_args.load_in_8bit:
-        total, trained_here = plan.parameters["language_model"]
-        quantized = total - trained_here
-    weights = (
-        trained * trained_bytes
-        + (frozen - quantized) * weight_bytes
-        + quantized * (0.5 if model_args.load_in_4bit else 1)
-    )
-    optimizer = str(getattr(training_args.optim, "value", training_args.optim))
-    moments = trained * (2 if "8bit" in optimizer else 0 if "adafactor" in optimizer else 8)
+    half = 2 if training_args.bf16 or training_args.fp16 else 4
+    sizes = state_bytes(plan.parameters, plan.config, training_args, model_args)
     text = plan.config.text_config
     samples = training_args.per_device_train_batch_size
     count = samples * (tokens.mean if plan.collator.pack else tokens.longest)
@@ -135,7 +120,7 @@ def memory_lines(plan: Plan, tokens: Tokens, training_args: SFTConfig, model_arg
     activations = count * text.hidden_size * layers * half + layer if checkpointed else layer * layers
     activations += count * text.vocab_size * (half + 4)
     devices = training_args.world_size if training_args.world_size > 1 else DEVICES
-    states = {"weights": weights, "gradients": trained * trained_bytes, "optimizer": moments}
+    states = {"weights": sizes["weights"], "gradients": sizes["trained"], "optimizer": sizes["optimizer"]}
     lines = [f"  {name:<12} {gigabytes(size):>12}" for name, size in {**states, "activations": activations}.items()]
     total = sum(states.values())
     return [

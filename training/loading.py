@@ -88,9 +88,36 @@ def merge_adapter(args: HoneybeeArguments, training_args: SFTConfig, model_args:
 
 
 def bytes_of(dtype: str | None, config: HoneybeeConfig) -> int:
-    """Bytes of a weight as the model is loaded."""
+    """Bytes of a weight as the model is loaded; a new one has its language model's dtype."""
     dtype = DTYPES[dtype]
     if dtype in (None, "auto"):
-        dtype = getattr(config, "dtype", None) or torch.float32
+        dtype = config.dtype or torch.float32
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     return dtype.itemsize
+
+
+def state_bytes(
+    parameters: dict[str, tuple[int, int]], config: HoneybeeConfig, training_args: SFTConfig, model_args: ModelConfig
+) -> dict[str, int]:
+    """Bytes of `weights`, of the `trained` ones among them, and of the `optimizer` while training, as they are saved, too.
+
+    Weights: 4 bytes where trained under mixed precision, else those of their dtype, half a byte where quantized to 4
+    bits. AdamW: two float32 numbers for each trained weight (8-bit optimizers: two bytes; Adafactor: none).
+
+    Args:
+        parameters: part of the model -> (all, trained).
+    """
+    size = bytes_of(model_args.dtype, config)
+    total, trained = map(sum, zip(*parameters.values()))
+    trained_bytes = trained * (4 if training_args.bf16 or training_args.fp16 else size)
+    quantized = 0
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        all_here, trained_here = parameters["language_model"]
+        quantized = all_here - trained_here
+    frozen_bytes = (total - trained - quantized) * size + quantized * (0.5 if model_args.load_in_4bit else 1)
+    optimizer = training_args.optim.value
+    return {
+        "weights": int(trained_bytes + frozen_bytes),
+        "trained": trained_bytes,
+        "optimizer": trained * (2 if "8bit" in optimizer else 0 if "adafactor" in optimizer else 8),
+    }

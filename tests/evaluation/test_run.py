@@ -159,7 +159,7 @@ def test_interrupted_by_hand_it_says_that_it_continues(place, monkeypatch, capsy
     with pytest.raises(SystemExit) as stop:
         run_here(place, "interrupted", "pope")
     assert stop.value.code == 130
-    assert "interrupted: the answers so far are saved; the same command continues" in capsys.readouterr().err
+    assert "interrupted; the same command continues behind the answers that are saved" in capsys.readouterr().err
 
 
 def test_two_processes(place):

@@ -157,6 +157,11 @@ def test_broken_files_are_counted_and_too_many_stop_the_run(world, tmp_path):
         (["--mixture", "{recipe}"], ["max_steps=-1", "no end"]),
         (["--mixture", "{recipe}", "--max_steps", 4, "--dataset", "x.jsonl"], ["--dataset x.jsonl", "give one"]),
         (["--mixture", "{recipe}", "--max_steps", 4, "--ignore_data_skip"], ["ignore_data_skip"]),
+        (["--mixture", "{recipe}", "--max_steps", 4, "--dataset_split", "val"], ["--dataset_split val", "`split`"]),
+        (
+            ["--mixture", "{recipe}", "--max_steps", 4, "--set", "turns.max_turns={text: 5}"],
+            ["turns.max_turns='text' is unknown", "coyo"],
+        ),
         (
             ["--mixture", "{recipe}", "--max_steps", 4, "--set", "balancing=fair", "seed=x"],
             ["balancing='fair'", "seed"],
@@ -168,7 +173,7 @@ def test_broken_files_are_counted_and_too_many_stop_the_run(world, tmp_path):
         ),
         (
             ["--mixture", "{recipe}", "--max_steps", 4, "--stage", "align", "--set", "datasets=[sharegpt]", "own=[]"],
-            ["sharegpt"],
+            ["llava_v1_5_sharegpt40k.json"],
         ),
         (
             [

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from trl import SFTConfig, SFTTrainer
 
@@ -16,6 +17,7 @@ from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import processor_from_vision_text_pretrained
 from tests.tiny import REPOSITORY, run_script, sample, save_clip, save_llama, tiny_model, tiny_processor, write_dataset
 from training import sft
+from training.arguments import parse_arguments
 
 SFT = REPOSITORY / "training" / "sft.py"
 SHORT = ["--max_steps", 4, "--bf16", "False", "--report_to", "none", "--save_strategy", "no", "--use_cpu"]
@@ -36,6 +38,7 @@ def things(tmp_path_factory):
         "data": dataset("data", *[sample(i) for i in range(1, 4)]),
         "missing": dataset("missing", {**sample(1), "images": ["images/no_such.png"]}),
         "truncated": dataset("truncated", sample(1)),
+        "bomb": dataset("bomb", sample(1)),
         "empty": dataset("empty", {"messages": [], "images": []}),
         "user_last": dataset("user_last", {**sample(1), "messages": sample(1)["messages"][:1]}),
         "counts": dataset("counts", {**sample(1), "images": ["images/0.png", "images/0.png"]}),
@@ -50,14 +53,25 @@ def things(tmp_path_factory):
     }
     path = root / "truncated" / "images" / "1.png"
     path.write_bytes(path.read_bytes()[:-500])
+    Image.new("1", (20000, 10000)).save(root / "bomb" / "images" / "1.png")
     made["text_messages"].write_text('{"messages": ["hello"]}\n' * 2)
     made["broken"].write_text('{"messages": [')
     made["no_columns"].write_text('{"question": "what", "answer": "that"}\n')
     made["a_file"].write_text("")
-    for name in ("not_a_model", "other_run", "adapter", "no_weights", "disagreeing", "wrong_shape", "cut_weights"):
+    for name in (
+        "cut_config",
+        "not_a_model",
+        "other_run",
+        "adapter",
+        "no_weights",
+        "disagreeing",
+        "wrong_shape",
+        "cut_weights",
+    ):
         made[name] = root / name
         made[name].mkdir()
     (made["other_run"] / "model.safetensors").write_text("weights of another run")
+    (made["cut_config"] / "config.json").write_text('{"model_type": "honeyb')
     (made["adapter"] / "adapter_config.json").write_text("{}")
     tiny_model().save_pretrained(made["disagreeing"])
     tiny_processor(9).save_pretrained(made["disagreeing"])
@@ -100,6 +114,7 @@ def new(**projector):
         (["--dataset_split", "validation"], ["no split 'validation'", "--dataset_split"]),
         (["--dataset", "{missing}"], ["sample 1", "no_such.png", "does not exist"]),
         (["--dataset", "{truncated}"], ["sample 1", "1.png", "truncated", "replace the file"]),
+        (["--dataset", "{bomb}"], ["sample 1", "decompression bomb", "smaller"]),
         (["--dataset", "{empty}"], ["sample 1", "conversation is empty"]),
         (["--dataset", "{user_last}"], ["sample 1", "ends with the user", "assistant"]),
         (["--dataset", "{text_messages}"], ["sample 0", "not a list of {role, content}"]),
@@ -117,6 +132,7 @@ def new(**projector):
         # Model
         (["--model_name_or_path", None], ["no model", "--vision_model and --text_model"]),
         (["--model_name_or_path", "{not_a_model}"], ["not_a_model", "no config.json"]),
+        (["--model_name_or_path", "{cut_config}"], ["config.json", "not valid JSON", "save the model again"]),
         (["--model_name_or_path", "{text}"], ["model_type='llama'", "--vision_model"]),
         (["--model_name_or_path", "{adapter}"], ["LoRA adapter", "--merge"]),
         (["--model_name_or_path", "/no/such/folder"], ["/no/such/folder", "does not exist"]),
@@ -149,6 +165,12 @@ def new(**projector):
         (["--use_peft", "--lora_r", "0"], ["lora_r=0", "positive"]),
         (["--use_peft", "--lora_alpha", "0"], ["lora_alpha=0", "lora_r"]),
         (["--use_peft", "--lora_modules_to_save", "lm_hed"], ["lora_modules_to_save", "no 'lm_hed'", "lm_head"]),
+        (["--use_peft", "--lora_modules_to_save", "vision_tower"], ["lora_modules_to_save", "no 'vision_tower'", "lm_head"]),
+        (["--use_peft", "--lora_target_modules", "*.q_proj"], ["lora_target_modules='*.q_proj'", "nothing to repeat", "v_proj"]),
+        (["--use_peft", "--lora_target_parameters", "q_proj.weight"], ["lora_target_parameters", "--lora_target_modules"]),
+        (["--use_peft", "--lora_task_type", "SEQ_CLS"], ["lora_task_type='SEQ_CLS'", "leave it out"]),
+        (["--lora_r", "64"], ["lora_r", "--use_peft"]),
+        ([*new(**PROJECTOR), "--model_revision", "v1"], ["model_revision='v1'", "--model_name_or_path"]),
         (["--trust_remote_code"], ["trust_remote_code", "leave it out"]),
         (["--merge"], ["--merge", "--use_peft"]),
         (["--load_in_4bit"], ["load_in_4bit", "--use_peft"]),
@@ -165,8 +187,8 @@ def new(**projector):
             ["--learning_rate", "1e-6", "--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-5}'],
             ["min_lr=1e-05", "learning_rate=1e-06", "lower it"],
         ),
-        (["--adam_beta1", "2"], ["betas", "beta"]),
-        (["--weight_decay=-1"], ["weight_decay"]),
+        (["--adam_beta1", "2"], ["Invalid beta parameter", "2.0"]),
+        (["--weight_decay=-1"], ["Invalid weight_decay value: -1"]),
         (["--lr_scheduler_type", "cosine_with_min_lr"], ["cosine_with_min_lr", "min_lr"]),
         (["--max_grad_norm=-1"], ["max_grad_norm=-1"]),
         (["--warmup_steps", "150"], ["warm-up of 150 steps", "max_steps=4", "--warmup_steps"]),
@@ -220,6 +242,10 @@ def refusal(arguments, things, monkeypatch, capsys) -> str:
         ({"projector": ["c-abs"]}, ["c-abs", "mapping"]),
         ({"learning_rate": 0}, ["learning_rate=0", "more than 0"]),
         ({"text_model": ["one", "two"]}, ["text_model", "['one', 'two']", "str"]),
+        ({"vision_feature_layer": ["-2"]}, ["vision_feature_layer", "['-2']", "list[int]"]),
+        ({"text_model": True}, ["text_model", "True", "str", "quotes"]),
+        ({"max_steps": True}, ["max_steps", "True", "int"]),
+        ({"use_peft": True, "lora_modules_to_save": "lm_hed"}, ["lora_modules_to_save", "no 'lm_hed'"]),
         ({"max_length": 12.5}, ["max_length", "12.5", "int"]),
         ({"per_device_train_batch_size": [2]}, ["per_device_train_batch_size", "[2]", "int"]),
         ({"lora_target_modules": 5, "use_peft": True}, ["lora_target_modules", "5", "list[str]"]),
@@ -280,6 +306,20 @@ def test_errors_end_the_script_with_one_sentence(things, tmp_path):
     assert result.returncode == 1
     assert result.stdout.strip().splitlines()[-1].startswith("error: sample 1: image file")
     assert not (tmp_path / "out").exists()
+
+
+def test_yaml_values_are_read_as_meant(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "vision_feature_layer: -2\nresume_from_checkpoint: true\nlearning_rate: 2e-5\nnum_train_epochs: 1\n"
+        "lora_target_modules: q_proj\nmixture_settings: seed=1\nlr_scheduler_kwargs: {min_lr: 1e-6}\nreport_to: [none]\n"
+        "save_strategy: 'no'\nmax_steps: null\nbf16: no\n"
+    )
+    args, training_args, model_args = parse_arguments(["--config", str(path), "--output_dir", "out", "--use_cpu"])
+    assert (args.vision_feature_layer, args.mixture_settings) == ([-2], ["seed=1"])
+    assert (training_args.learning_rate, training_args.num_train_epochs, training_args.bf16) == (2e-5, 1, False)
+    assert str(training_args.resume_from_checkpoint).lower() == "true" and training_args.save_strategy == "no"
+    assert model_args.lora_target_modules == "q_proj"
 
 
 def test_help_names_all_settings():

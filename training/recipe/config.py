@@ -226,13 +226,13 @@ def _problems(recipe: Recipe):
 
     known = {*DATASETS, *own_names}
     for name, turns in recipe.turns.max_turns.items():
-        if name not in known:
-            yield unknown("turns.max_turns", name, known & set(names))
+        if name not in DATASETS:  # an own dataset's conversations stay as they are
+            yield unknown("turns.max_turns", name, set(DATASETS) & set(names))
         if turns < 1:
             yield f"turns.max_turns.{name}={turns}; a conversation has at least 1 turn"
     for name, key in recipe.turns.deduplicate.items():
-        if name not in known:
-            yield unknown("turns.deduplicate", name, known & set(names))
+        if name not in DATASETS:
+            yield unknown("turns.deduplicate", name, set(DATASETS) & set(names))
         if key not in CHOICES["deduplicate"]:
             yield unknown(f"turns.deduplicate.{name}", key, CHOICES["deduplicate"])
     if not 0 <= recipe.max_bad_fraction < 1:

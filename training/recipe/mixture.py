@@ -126,7 +126,9 @@ class Stream:
                 empty = False
                 yield record
             if empty:
-                raise RuntimeError("the stream has no records; check the pattern of its files or leave the dataset out")
+                raise TooManyBadSamplesError(
+                    "the stream has no records; check the pattern of its files or leave the dataset out"
+                )
 
     def __getitem__(self, position: int):
         if position < self._next - len(self._recent):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recipe's settings become a mixture: each dataset read, its turns merged, its wording bound to it."""
 
-import os
 import random
 from functools import partial
 
@@ -9,7 +8,7 @@ from datasets import IterableDataset
 from datasets.exceptions import DatasetsError
 
 from training.collator import HoneybeeDataCollator
-from training.conversations import load_conversations
+from training.conversations import image_root, load_conversations
 from training.recipe.config import DATASETS, OwnDataset, Recipe, RecipeError
 from training.recipe.instructize import Instructions, instructize
 from training.recipe.mixture import Mixture, Source, Stream, sampling_weights
@@ -57,8 +56,8 @@ def _open(name: str, own: OwnDataset | None, recipe: Recipe, instructions: Instr
     deduplicate = recipe.turns.deduplicate.get(name)
     render = partial(render_record, instructions=instructions, deduplicate=deduplicate, keep=recipe.turns.keep)
     if own is not None:
-        root = os.path.dirname(os.path.abspath(own.path)) if os.path.isfile(own.path) else ""
-        return Source(name, own.task, load_conversations(own.path, own.split, own.columns), render, root)
+        dataset = load_conversations(own.path, own.split, own.columns)
+        return Source(name, own.task, dataset, render, image_root(own.path))
     records = read(name, recipe.data_root)
     if isinstance(records, IterableDataset):
         records = Stream(records.shuffle(seed=recipe.seed, buffer_size=SHUFFLE_BUFFER))
