@@ -95,6 +95,8 @@ def fits(value, hint) -> bool:
         return any(fits(value, part) for part in inner)
     if kind is Any:
         return True
+    if value is None:
+        return kind is type(None)
     if kind is Literal:
         return value in inner
     if isinstance(value, bool):
@@ -118,15 +120,14 @@ class Parser(TrlParser):
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         for name, value in settings.items():
             hint = hints.get(name, Any)
-            lists = any(get_origin(part) is list for part in parts_of(hint))
-            if lists and value is not None and not fits(value, hint):
-                value = settings[name] = value if isinstance(value, list) else [value]
-            elif isinstance(value, str):
+            takes_list = any(get_origin(part) is list for part in parts_of(hint))
+            text = isinstance(value, str) and not takes_list
+            # The trainer takes true for "the last one", though its type says text.
+            if text or fits(value, hint) or name == "resume_from_checkpoint":
                 continue
-            # "last" and true are one to the trainer, though its type says text.
-            if not (
-                value is None or fits(value, hint) or (name == "resume_from_checkpoint" and value in (True, False))
-            ):
+            if takes_list and fits([value], hint):
+                settings[name] = [value]
+            else:
                 raise ValueError(
                     f"{name}: {value!r} in the YAML file should be {in_words(hint)}; correct it (true, no, 7 and the like "
                     "are text in quotes only)"

@@ -33,7 +33,7 @@ LORA = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora",
     "load_in_4bit", "load_in_8bit",
 )  # fmt: skip
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+STATE_FILE = "trainer_state.json"  # the trainer writes it last, into a checkpoint and into the output folder
 NOT_THE_RUN = ("mixture_settings", "resume", "merge", "dry_run")
 
 
@@ -67,13 +67,13 @@ def recorded(training_args: SFTConfig) -> dict:
 
 
 def is_whole(checkpoint: str, processes: int = 1) -> bool:
-    """Whether the trainer came to the end of saving: it writes its own state last, in the first process.
+    """Whether the trainer came to the end of saving, in all processes.
 
     Args:
         processes: of the run that goes on; the others may have been stopped before they wrote theirs.
     """
     try:
-        TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        TrainerState.load_from_json(os.path.join(checkpoint, STATE_FILE))
     except (OSError, ValueError):
         return False
     random_states = glob.glob(os.path.join(glob.escape(checkpoint), "rng_state*.pth"))
@@ -95,21 +95,28 @@ def last_whole_checkpoint(folder: str, processes: int = 1) -> str | None:
     return next((steps[step] for step in sorted(steps, reverse=True) if is_whole(steps[step], processes)), None)
 
 
-def is_finished(checkpoint: str, training_args: SFTConfig) -> bool:
-    """Whether the run's last step is in a checkpoint: the trainer would still make one more. Of a run that is counted
-    in epochs it knows the end by itself."""
-    steps = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")).global_step
-    return 0 < training_args.max_steps <= steps
+def is_finished(folder: str, training_args: SFTConfig) -> bool:
+    """Whether the run's last step is in a checkpoint, of which the trainer would still make one more, or in an output
+    folder. Of a run that is counted in epochs the trainer knows the end by itself."""
+    path = os.path.join(folder, STATE_FILE)
+    return os.path.isfile(path) and 0 < training_args.max_steps <= TrainerState.load_from_json(path).global_step
 
 
 def copy_model(checkpoint: str, folder: str) -> None:
     """Copies a checkpoint's model or adapter, with its processor, and not what only resuming needs."""
-    ignored = shutil.ignore_patterns("optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*")
+    ignored = shutil.ignore_patterns("optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*", STATE_FILE)
     shutil.copytree(checkpoint, folder, ignore=ignored, dirs_exist_ok=True)
+    shutil.copy(
+        os.path.join(checkpoint, STATE_FILE), folder
+    )  # last, as the trainer does: it says that the rest is whole
 
 
-def find_checkpoint(run: dict, training_args: SFTConfig) -> str | None:
+def find_checkpoint(run: dict, training_args: SFTConfig, merge: bool = False) -> str | None:
     """The checkpoint to resume from, or None for a new run.
+
+    Args:
+        run: see [`describe_run`].
+        merge: something is left to do of a finished run.
 
     Raises:
         ValueError: the output folder holds another run, a finished one, or nothing to resume.
@@ -145,7 +152,7 @@ def find_checkpoint(run: dict, training_args: SFTConfig) -> str | None:
                 + ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
                 + "; resume with the same settings or use another folder"
             )
-    if is_finished(checkpoint, training_args) and any(os.path.isfile(os.path.join(folder, name)) for name in WEIGHTS):
+    if is_finished(checkpoint, training_args) and is_finished(folder, training_args) and not merge:
         raise ValueError(
             f"--resume: {checkpoint} is after the last step (max_steps={training_args.max_steps}), and {folder!r} holds "
             "the finished model; raise --max_steps to train on"

@@ -14,6 +14,7 @@ import datasets
 import torch
 from peft import get_peft_model
 from safetensors import SafetensorError, safe_open
+from torch.utils.data import DataLoader
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -81,7 +82,7 @@ def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Mod
     check_output_dir(training_args.output_dir)
     recipe = load_recipe(args.mixture, args.mixture_settings) if args.mixture is not None else None
     run = describe_run(args, training_args, model_args, recipe)
-    checkpoint = find_checkpoint(run, training_args)
+    checkpoint = find_checkpoint(run, training_args, args.merge)
 
     config, processor = load_config_and_processor(args, model_args)
     check_processor(config, processor)
@@ -114,6 +115,12 @@ def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Mod
             dataset, mixture = load_conversations(args.dataset, args.dataset_split), None
             collator.image_root = image_root(args.dataset)
             check_dataset(dataset, collator.image_root, args.stage == "align", collator.check_length)
+            at_once = training_args.train_batch_size * training_args.world_size
+            if training_args.dataloader_drop_last and len(dataset) < at_once:
+                raise ValueError(
+                    f"dataloader_drop_last leaves nothing of {len(dataset)} samples in batches of {at_once}; leave it out "
+                    "or lower --per_device_train_batch_size"
+                )
         else:
             # What does not fit into max_length is the mixture's to skip and count.
             samples = training_args.max_steps * global_batch_size(training_args)
@@ -292,11 +299,19 @@ def _check_model_folder(path: str) -> None:
 
 
 def _check_trainer_arguments(training_args: SFTConfig) -> None:
-    rate, floor = training_args.learning_rate, (training_args.lr_scheduler_kwargs or {}).get("min_lr", 0)
+    for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs"):
+        if not isinstance(getattr(training_args, name), (dict, type(None))):
+            raise ValueError(f"{name}={getattr(training_args, name)!r} is not a mapping of settings to values")
+    schedule = training_args.lr_scheduler_kwargs or {}
+    rate, floor, share = training_args.learning_rate, schedule.get("min_lr", 0), schedule.get("min_lr_rate") or 0
     if not 0 < rate < math.inf:
         raise ValueError(f"learning_rate={rate} must be more than 0 and finite; stage 1 uses 3e-4, stage 2 2e-5")
-    if not isinstance(floor, (int, float)) or floor < 0:
-        raise ValueError(f"lr_scheduler_kwargs: the floor min_lr={floor!r} must be a number of at least 0")
+    if not isinstance(floor, (int, float)) or not floor >= 0:
+        raise ValueError(
+            f"lr_scheduler_kwargs: the floor min_lr={floor!r} must be a number of at least 0 (in YAML 1.0e-6, with a point)"
+        )
+    if not 0 <= share <= 1:
+        raise ValueError(f"lr_scheduler_kwargs: min_lr_rate={share} must be a share of learning_rate, from 0 to 1")
     if floor > rate:
         raise ValueError(
             f"lr_scheduler_kwargs: the floor min_lr={floor} is above learning_rate={rate}; lower it, for instance to "
@@ -304,8 +319,14 @@ def _check_trainer_arguments(training_args: SFTConfig) -> None:
         )
     _check_optimizer(training_args)
     _check_trackers(training_args)
-    if training_args.max_steps <= 0 and training_args.num_train_epochs <= 0:
-        raise ValueError(f"num_train_epochs={training_args.num_train_epochs} must be more than 0, or give --max_steps")
+    if training_args.max_steps == 0 or training_args.max_steps < -1:
+        raise ValueError(f"max_steps={training_args.max_steps} must be more than 0, or -1 for --num_train_epochs")
+    if training_args.max_steps < 0 and not 0 < training_args.num_train_epochs < math.inf:
+        raise ValueError(
+            f"num_train_epochs={training_args.num_train_epochs} must be more than 0 and finite, or give --max_steps"
+        )
+    if not 0 <= training_args.label_smoothing_factor < 1:
+        raise ValueError(f"label_smoothing_factor={training_args.label_smoothing_factor} must be from 0 to below 1")
     if not training_args.max_grad_norm >= 0:
         raise ValueError(f"max_grad_norm={training_args.max_grad_norm} must be at least 0 (0: no clipping)")
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
@@ -313,8 +334,28 @@ def _check_trainer_arguments(training_args: SFTConfig) -> None:
             raise ValueError(f"{name}={getattr(training_args, name)} must be more than 0")
     if training_args.max_length is not None and training_args.max_length < 1:
         raise ValueError(f"max_length={training_args.max_length} must be at least 1, or none")
-    if training_args.dataloader_num_workers < 0:
-        raise ValueError(f"dataloader_num_workers={training_args.dataloader_num_workers} must be at least 0")
+    try:
+        DataLoader(
+            [0],
+            num_workers=training_args.dataloader_num_workers,
+            prefetch_factor=training_args.dataloader_prefetch_factor,
+            persistent_workers=training_args.dataloader_persistent_workers,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"dataloader_num_workers={training_args.dataloader_num_workers} with dataloader_prefetch_factor="
+            f"{training_args.dataloader_prefetch_factor} and dataloader_persistent_workers="
+            f"{training_args.dataloader_persistent_workers} cannot be: {error}; correct what it names"
+        ) from error
+    if training_args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "accelerator_config: dispatch_batches cuts batches by rows, and samples have different numbers of images; leave "
+            "it out"
+        )
+    if training_args.use_liger_kernel:
+        raise ValueError(
+            "use_liger_kernel: Liger knows no model of type honeybee, it would change nothing; leave it out"
+        )
     steps, warmup = training_args.max_steps, training_args.get_warmup_steps(max(training_args.max_steps, 0))
     if 0 < steps <= warmup:
         raise ValueError(
@@ -337,9 +378,11 @@ def _check_trainer_arguments(training_args: SFTConfig) -> None:
 
 def _check_optimizer(training_args: SFTConfig) -> None:
     optimizer, schedule = training_args.optim.value, training_args.lr_scheduler_type.value
-    if not optimizer.removeprefix("paged_").startswith("adamw"):  # others want to see the model
-        return
     try:
+        if not optimizer.removeprefix("paged_").startswith("adamw"):
+            with suppress(ValueError):  # some want to see the model
+                Trainer.get_optimizer_cls_and_kwargs(training_args)
+            return
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(training_args)
         settings = {**settings, "weight_decay": training_args.weight_decay}
         get_scheduler(

@@ -8,9 +8,9 @@ A sample is `{"messages": [...], "images": [...]}` in TRL's conversational forma
 import os
 from collections.abc import Callable
 
+import PIL.Image
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
-from PIL.Image import DecompressionBombError
 from tqdm.auto import tqdm
 
 # Decoding is the only way to find a truncated file, and it takes milliseconds an image. Beyond this many images the
@@ -127,6 +127,8 @@ def open_image(image, root: str = ""):
             raise ValueError(
                 f"image {path!r} cannot be read ({error}); replace the file or leave the sample out"
             ) from error
+    if not isinstance(image, PIL.Image.Image):
+        raise ValueError(f"image {image!r} is neither a path nor a picture; correct it or leave the sample out")
     try:
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -269,7 +271,7 @@ def check_dataset(
                     open_image(image, image_root)  # says what is wrong
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"sample {index}: {error}") from error
-        except DecompressionBombError as error:
+        except PIL.Image.DecompressionBombError as error:
             raise ValueError(f"sample {index}: {error}; make the image smaller or leave the sample out") from error
     if needs_images and num_images == 0:
         raise ValueError(

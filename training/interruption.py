@@ -24,7 +24,7 @@ PATIENCE = 10  # seconds in which a signal is the first one's echo: a launcher p
 
 class StopOnSignal(TrainerCallback):
     """Saves and stops after the step in which any process was told to. A second signal, `PATIENCE` later, ends the
-    process at once.
+    process at once. This holds until `restore`, so that what is written after training is safe, too.
 
     `stopped_at` is the step of that checkpoint, None for a run that came to its end.
     """
@@ -43,9 +43,9 @@ class StopOnSignal(TrainerCallback):
                 return
             if first is None:
                 first, self.signal = time.monotonic(), number
-                logger.warning("%s: saving after this step", signal.Signals(number).name)
+                logger.warning("%s: saving, then ending the run", signal.Signals(number).name)
             elif time.monotonic() - first > PATIENCE:
-                self._restore()
+                self.restore()
                 os.kill(process, number)
 
         if threading.current_thread() is threading.main_thread():
@@ -63,10 +63,13 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
         return control
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self._restore()
+    def ignore(self) -> None:
+        """Lets a process that leaves do so: Python's own ending gives signals back to the system, which would kill it."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
 
-    def _restore(self):
+    def restore(self) -> None:
+        """Gives the signals back to those who had them before training."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -80,6 +83,8 @@ def start_worker(init, worker_id: int) -> None:
 
 
 def end_workers() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a worker for an accident
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

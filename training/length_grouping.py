@@ -34,6 +34,8 @@ class LengthGroupedSampler(Sampler[int]):
         shuffle: draw an order of all samples for each epoch before they are cut into windows; False where samples are
             in random order already.
         window: number of global batches.
+        epoch: tells the epoch whenever one begins. (`set_epoch` does not reach a sampler behind the batches that a resumed
+            run skips, where there are several processes.)
     """
 
     def __init__(
@@ -44,27 +46,26 @@ class LengthGroupedSampler(Sampler[int]):
         seed: int = 0,
         shuffle: bool = True,
         window: int = WINDOW,
+        epoch: Callable[[], int] = lambda: 0,
     ):
         self.lengths, self.num_samples, self.batch_size = lengths, num_samples, batch_size
-        self.seed, self.shuffle, self.window, self.epoch = seed, shuffle, window, 0
+        self.seed, self.shuffle, self.window, self.epoch = seed, shuffle, window, epoch
 
     def __len__(self) -> int:
         return self.num_samples
 
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
-
     def __iter__(self) -> Iterator[int]:
+        epoch = self.epoch()
         order = np.arange(self.num_samples)
         if self.shuffle:
-            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
+            np.random.default_rng((self.seed, epoch)).shuffle(order)
         size = self.window * self.batch_size
         for start in range(0, self.num_samples, size):
             samples = order[start : start + size]
             samples = samples[np.argsort(self.lengths(samples.tolist()), kind="stable")]
             whole = len(samples) // self.batch_size * self.batch_size
             batches = samples[:whole].reshape(-1, self.batch_size)
-            np.random.default_rng((self.seed, self.epoch, start)).shuffle(batches)
+            np.random.default_rng((self.seed, epoch, start)).shuffle(batches)
             # A batch that is not full can only be the last one of the epoch.
             yield from np.concatenate([batches.ravel(), samples[whole:]]).tolist()
 
@@ -83,7 +84,14 @@ class GroupedTrainer(HoneybeeTrainer):
     def _get_train_sampler(self, train_dataset=None) -> LengthGroupedSampler:
         dataset, args = self.train_dataset if train_dataset is None else train_dataset, self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        return LengthGroupedSampler(self.lengths, len(dataset), global_batch_size(args), seed, self.shuffle)
+        return LengthGroupedSampler(
+            self.lengths,
+            len(dataset),
+            global_batch_size(args),
+            seed,
+            self.shuffle,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
 
 
 def dataset_lengths(dataset: Dataset, collator: HoneybeeDataCollator) -> Lengths:

@@ -112,8 +112,15 @@ def run(trainer: HoneybeeTrainer, checkpoint: str | None, how_to_go_on: str = "t
             copy_model(checkpoint, trainer.args.output_dir)
             print(f"Nothing was left to train; saved {trainer.args.output_dir} from {checkpoint}", flush=True)
         return
-    trainer.train(resume_from_checkpoint=checkpoint)
     stop = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopOnSignal))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if stop.stopped_at is None:
+            trainer.save_model(trainer.args.output_dir)
+            trainer.save_state()
+    finally:
+        if stop.stopped_at is None:
+            stop.restore()
     if stop.stopped_at is not None:
         name = signal.Signals(stop.signal).name if stop.signal else "a signal to another process"
         if trainer.is_world_process_zero():
@@ -126,9 +133,8 @@ def run(trainer: HoneybeeTrainer, checkpoint: str | None, how_to_go_on: str = "t
         # Together: a process that leaves while another still talks to it may be aborted.
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
+        stop.ignore()
         sys.exit(0)
-    trainer.save_model(trainer.args.output_dir)
-    trainer.save_state()
     if trainer.is_world_process_zero():
         print(f"Finished after {trainer.state.global_step} steps; saved {trainer.args.output_dir}", flush=True)
     if trainer.args.push_to_hub:
@@ -158,7 +164,8 @@ def main():
     try:
         run(trainer, checkpoint)
     except TooManyBadSamplesError as error:
-        sys.exit(f"error: {error}")
+        # A worker's comes with the whole of its traceback in front.
+        sys.exit(f"error: {str(error).rpartition(f'{TooManyBadSamplesError.__name__}: ')[2]}")
     if args.merge and trainer.is_world_process_zero():
         print("Merged model:", merge_adapter(args, training_args, model_args))
 

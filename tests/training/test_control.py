@@ -3,22 +3,26 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
+from trl import SFTTrainer
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, check_processor, processor_from_vision_text_pretrained
 from tests.tiny import REPOSITORY, run_script, sample, save_clip, save_llama, tiny_inputs, write_dataset
 from tests.training.test_sft_mixture import RUN_SFT, TWO, TWO_ON_CPU, write_mixture
 from tests.training.test_wrong_inputs import PROJECTOR
+from training import sft
 from training.checkpoints import is_whole
 from training.throughput import count_batch
 
@@ -100,20 +104,39 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(world, tmp_path):
     assert not (tmp_path / "out" / "README.md").exists(), "TRL's card, of a text model"
 
 
-def test_what_cannot_be_resumed_is_refused(world, tmp_path):
+def refused(arguments, monkeypatch) -> str:
+    """The error with which `sft.py` ends before it trains."""
+    monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, arguments)])
+    monkeypatch.setattr(SFTTrainer, "train", lambda *_, **__: pytest.fail("training started"))
+    with pytest.raises(SystemExit) as exit:
+        sft.main()
+    return str(exit.value)
+
+
+def test_what_cannot_be_resumed_is_refused(world, tmp_path, monkeypatch):
     arguments = [*with_mixture(world[0], steps=4), "--output_dir", tmp_path / "out", "--save_strategy", "steps"]
     arguments += ["--save_steps", 2]
     run_script(SFT, *arguments)
     trained = weights(tmp_path / "out")
-    finished = run_script(SFT, *arguments, "--resume", check=False)
-    assert finished.returncode and "max_steps=4" in finished.stdout and "raise --max_steps" in finished.stdout
+    finished = refused([*arguments, "--resume"], monkeypatch)
+    assert "max_steps=4" in finished and "raise --max_steps" in finished
     other = ["--max_steps", 6, "--learning_rate", 5e-3, "--resume"]
-    changed = run_script(SFT, *arguments, *other, check=False)
-    assert changed.returncode and "learning_rate was 0.01 and is 0.005" in changed.stdout
+    assert "learning_rate was 0.01 and is 0.005" in refused([*arguments, *other], monkeypatch)
     assert same(trained, weights(tmp_path / "out"))
-    (tmp_path / "out" / "model.safetensors").unlink()  # killed between the last checkpoint and the end
+    # Killed between the last checkpoint and the end: while the model was written.
+    file = tmp_path / "out" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    (tmp_path / "out" / "trainer_state.json").unlink()
     run_script(SFT, *arguments, "--resume")
     assert same(trained, weights(tmp_path / "out")) and not (tmp_path / "out" / "optimizer.pt").exists()
+    assert (tmp_path / "out" / "trainer_state.json").exists()
+
+
+def test_grouped_batches_of_two_processes_go_on_in_a_later_epoch(world, tmp_path):
+    arguments = [*world[1], "--batching", "grouped", "--max_steps", 9, "--save_strategy", "steps", "--save_steps", 2]
+    run_script(*TWO, SFT, *arguments, "--output_dir", tmp_path / "whole", env=TWO_ON_CPU)
+    run_script(RUN_SFT, "kill", 2, 7, *arguments, "--output_dir", tmp_path / "killed", env={"OMP_NUM_THREADS": "1"})
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
 
 
 def test_a_signal_to_the_whole_group_with_workers_saves(world, tmp_path):
@@ -129,7 +152,10 @@ def test_a_signal_to_the_whole_group_with_workers_saves(world, tmp_path):
         deadline = time.monotonic() + 300
         while "'loss'" not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):  # the later ones while it saves or ends
+                os.killpg(process.pid, number)
+                time.sleep(0.3)
         assert process.wait(120) == 0, log.read_text()[-3000:]
     finally:
         if process.poll() is None:
@@ -154,16 +180,19 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(world, tmp_path):
     assert f"saved {checkpoint}" in result.stdout and "Traceback" not in result.stdout
 
 
-def test_lora_is_killed_resumed_and_merged(world, tmp_path):
+def test_lora_is_killed_resumed_and_merged(world, tmp_path, monkeypatch):
     root, arguments = world
     arguments = [*arguments, "--use_peft", "--lora_r", 4, "--merge", "--save_strategy", "steps", "--save_steps", 2]
     run_script(SFT, *arguments, "--output_dir", tmp_path / "whole")
     run_script(RUN_SFT, "kill", 1, 5, *arguments, "--output_dir", tmp_path / "killed")
     whole, killed = (weights(tmp_path / name, "adapter_model.safetensors") for name in ("whole", "killed"))
     assert same(whole, killed) and any("lora_B" in name and tensor.any() for name, tensor in whole.items())
+    merged = weights(tmp_path / "whole" / "merged")
+    shutil.rmtree(tmp_path / "whole" / "merged")
+    run_script(SFT, *arguments, "--resume", "--output_dir", tmp_path / "whole")
+    assert same(merged, weights(tmp_path / "whole" / "merged"))
     other = ["--lora_r", 8, "--max_steps", 30, "--resume", "--output_dir", tmp_path / "whole"]
-    changed = run_script(SFT, *arguments, *other, check=False)
-    assert changed.returncode == 1 and "lora_r was 4 and is 8" in changed.stdout and "Traceback" not in changed.stdout
+    assert "lora_r was 4 and is 8" in refused([*arguments, *other], monkeypatch)
 
     base = HoneybeeForConditionalGeneration.from_pretrained(root / "model")
     inputs = tiny_inputs(base)

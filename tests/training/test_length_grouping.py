@@ -50,9 +50,7 @@ def test_windows_follow_one_another():
 
 def test_seed_and_epoch_decide_alone():
     def order(seed, epoch):
-        sampler = LengthGroupedSampler(lengths_of, 1000, 16, seed=seed)
-        sampler.set_epoch(epoch)
-        return list(sampler)
+        return list(LengthGroupedSampler(lengths_of, 1000, 16, seed=seed, epoch=lambda: epoch))
 
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)

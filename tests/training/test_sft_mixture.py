@@ -146,6 +146,7 @@ def test_broken_files_are_counted_and_too_many_stop_the_run(world, tmp_path):
     assert "questions: " in result.stdout and " corrupt image" in result.stdout and len(losses(tmp_path / "few")) == 30
     result = run_script(SFT, "--mixture", many, *arguments, tmp_path / "many", check=False)
     assert result.returncode == 1
+    assert "killed by signal" not in result.stdout and "Traceback" not in result.stdout
     message = result.stdout[result.stdout.rindex("error: ") :]
     assert "of questions could not be used" in message and "max_bad_fraction=0.1: questions: " in message
 

@@ -43,6 +43,7 @@ def things(tmp_path_factory):
         "user_last": dataset("user_last", {**sample(1), "messages": sample(1)["messages"][:1]}),
         "counts": dataset("counts", {**sample(1), "images": ["images/0.png", "images/0.png"]}),
         "text_messages": root / "text_messages.jsonl",
+        "number_for_image": root / "number_for_image.jsonl",
         "many_images": dataset("many_images", sample(1, images=20)),
         "text_only": write_dataset(root / "text_only", [sample(i, image=False) for i in range(3)]),
         "no_columns": root / "no_columns.jsonl",
@@ -55,6 +56,7 @@ def things(tmp_path_factory):
     path.write_bytes(path.read_bytes()[:-500])
     Image.new("1", (20000, 10000)).save(root / "bomb" / "images" / "1.png")
     made["text_messages"].write_text('{"messages": ["hello"]}\n' * 2)
+    made["number_for_image"].write_text(json.dumps({**sample(0), "images": [5]}) + "\n")
     made["broken"].write_text('{"messages": [')
     made["no_columns"].write_text('{"question": "what", "answer": "that"}\n')
     made["a_file"].write_text("")
@@ -114,6 +116,7 @@ def new(**projector):
         (["--dataset_split", "validation"], ["no split 'validation'", "--dataset_split"]),
         (["--dataset", "{missing}"], ["sample 1", "no_such.png", "does not exist"]),
         (["--dataset", "{truncated}"], ["sample 1", "1.png", "truncated", "replace the file"]),
+        (["--dataset", "{number_for_image}"], ["sample 0", "image 5 ", "neither a path nor a picture"]),
         (["--dataset", "{bomb}"], ["sample 1", "decompression bomb", "smaller"]),
         (["--dataset", "{empty}"], ["sample 1", "conversation is empty"]),
         (["--dataset", "{user_last}"], ["sample 1", "ends with the user", "assistant"]),
@@ -179,7 +182,7 @@ def new(**projector):
         (["--learning_rate=-1e-4"], ["learning_rate=-0.0001", "more than 0"]),
         (["--learning_rate", "inf"], ["learning_rate=inf", "finite"]),
         (["--max_grad_norm", "nan"], ["max_grad_norm=nan", "at least 0"]),
-        (["--dataloader_num_workers=-1"], ["dataloader_num_workers=-1", "at least 0"]),
+        (["--dataloader_num_workers=-1"], ["dataloader_num_workers=-1", "non-negative"]),
         (["--report_to", "carrier-pigeon"], ["report_to=", "carrier-pigeon", "--report_to none"]),
         (["--report_to", "swanlab"], ["report_to=", "pip install swanlab", "--report_to none"]),
         (["--save_strategy", "best", "--metric_for_best_model", "loss"], ["save_strategy=best", "evaluation/run.py"]),
@@ -187,6 +190,19 @@ def new(**projector):
             ["--learning_rate", "1e-6", "--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-5}'],
             ["min_lr=1e-05", "learning_rate=1e-06", "lower it"],
         ),
+        (["--lr_scheduler_kwargs", "[1]"], ["lr_scheduler_kwargs='[1]'", "mapping"]),
+        (
+            ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr_rate": 2}'],
+            ["min_lr_rate=2", "0 to 1"],
+        ),
+        (["--label_smoothing_factor", "1.5"], ["label_smoothing_factor=1.5", "below 1"]),
+        (["--max_steps", "0"], ["max_steps=0", "-1"]),
+        (["--max_steps", "-1", "--num_train_epochs", "inf"], ["num_train_epochs=inf", "finite"]),
+        (["--optim", "lomo"], ["optim=lomo", "pip install"]),
+        (["--use_liger_kernel"], ["use_liger_kernel", "leave it out"]),
+        (["--accelerator_config", '{"dispatch_batches": true}'], ["dispatch_batches", "leave it out"]),
+        (["--dataloader_persistent_workers"], ["dataloader_persistent_workers=True", "num_workers"]),
+        (["--dataloader_drop_last", "--per_device_train_batch_size", "64"], ["drop_last", "batches of 64"]),
         (["--adam_beta1", "2"], ["Invalid beta parameter", "2.0"]),
         (["--weight_decay=-1"], ["Invalid weight_decay value: -1"]),
         (["--lr_scheduler_type", "cosine_with_min_lr"], ["cosine_with_min_lr", "min_lr"]),
@@ -242,6 +258,10 @@ def refusal(arguments, things, monkeypatch, capsys) -> str:
         ({"projector": ["c-abs"]}, ["c-abs", "mapping"]),
         ({"learning_rate": 0}, ["learning_rate=0", "more than 0"]),
         ({"text_model": ["one", "two"]}, ["text_model", "['one', 'two']", "str"]),
+        ({"vision_feature_layer": "-2"}, ["vision_feature_layer: '-2'", "list[int]"]),
+        ({"save_strategy": False}, ["save_strategy", "False", "quotes"]),
+        ({"learning_rate": None}, ["learning_rate", "None", "float"]),
+        ({"lr_scheduler_kwargs": {"min_lr": "1e-6"}}, ["min_lr='1e-6'", "1.0e-6"]),
         ({"vision_feature_layer": ["-2"]}, ["vision_feature_layer", "['-2']", "list[int]"]),
         ({"text_model": True}, ["text_model", "True", "str", "quotes"]),
         ({"max_steps": True}, ["max_steps", "True", "int"]),
@@ -313,7 +333,7 @@ def test_yaml_values_are_read_as_meant(tmp_path):
     path.write_text(
         "vision_feature_layer: -2\nresume_from_checkpoint: true\nlearning_rate: 2e-5\nnum_train_epochs: 1\n"
         "lora_target_modules: q_proj\nmixture_settings: seed=1\nlr_scheduler_kwargs: {min_lr: 1e-6}\nreport_to: [none]\n"
-        "save_strategy: 'no'\nmax_steps: null\nbf16: no\n"
+        "save_strategy: 'no'\nneftune_noise_alpha: null\nbf16: no\n"
     )
     args, training_args, model_args = parse_arguments(["--config", str(path), "--output_dir", "out", "--use_cpu"])
     assert (args.vision_feature_layer, args.mixture_settings) == ([-2], ["seed=1"])
