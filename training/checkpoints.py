@@ -106,9 +106,8 @@ def copy_model(checkpoint: str, folder: str) -> None:
     """Copies a checkpoint's model or adapter, with its processor, and not what only resuming needs."""
     ignored = shutil.ignore_patterns("optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*", STATE_FILE)
     shutil.copytree(checkpoint, folder, ignore=ignored, dirs_exist_ok=True)
-    shutil.copy(
-        os.path.join(checkpoint, STATE_FILE), folder
-    )  # last, as the trainer does: it says that the rest is whole
+    # Last, as the trainer does: it says that the rest is whole.
+    shutil.copy(os.path.join(checkpoint, STATE_FILE), folder)
 
 
 def find_checkpoint(run: dict, training_args: SFTConfig, merge: bool = False) -> str | None:

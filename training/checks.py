@@ -225,8 +225,8 @@ def _check_data_arguments(args: HoneybeeArguments, training_args: SFTConfig) -> 
     for name in PREPARED_BY_TRL:
         if _is_set(training_args, name):
             raise ValueError(
-                f"{name}={getattr(training_args, name)!r} is for data and models that TRL prepares; here the model's own processor prepares the "
-                "samples, and it would change nothing; leave it out"
+                f"{name}={getattr(training_args, name)!r} is for data and models that TRL prepares; here the model's own "
+                "processor prepares the samples, and it would change nothing; leave it out"
             )
     # The trainer's own grouping, of transformers 4 and of 5.
     sampling = getattr(training_args, "train_sampling_strategy", None) == "group_by_length"
@@ -318,6 +318,7 @@ def _check_trainer_arguments(training_args: SFTConfig) -> None:
             f"{rate / 30:.1e}"
         )
     _check_optimizer(training_args)
+    _check_data_loader(training_args)
     _check_trackers(training_args)
     if training_args.max_steps == 0 or training_args.max_steps < -1:
         raise ValueError(f"max_steps={training_args.max_steps} must be more than 0, or -1 for --num_train_epochs")
@@ -334,24 +335,6 @@ def _check_trainer_arguments(training_args: SFTConfig) -> None:
             raise ValueError(f"{name}={getattr(training_args, name)} must be more than 0")
     if training_args.max_length is not None and training_args.max_length < 1:
         raise ValueError(f"max_length={training_args.max_length} must be at least 1, or none")
-    try:
-        DataLoader(
-            [0],
-            num_workers=training_args.dataloader_num_workers,
-            prefetch_factor=training_args.dataloader_prefetch_factor,
-            persistent_workers=training_args.dataloader_persistent_workers,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"dataloader_num_workers={training_args.dataloader_num_workers} with dataloader_prefetch_factor="
-            f"{training_args.dataloader_prefetch_factor} and dataloader_persistent_workers="
-            f"{training_args.dataloader_persistent_workers} cannot be: {error}; correct what it names"
-        ) from error
-    if training_args.accelerator_config.dispatch_batches:
-        raise ValueError(
-            "accelerator_config: dispatch_batches cuts batches by rows, and samples have different numbers of images; leave "
-            "it out"
-        )
     if training_args.use_liger_kernel:
         raise ValueError(
             "use_liger_kernel: Liger knows no model of type honeybee, it would change nothing; leave it out"
@@ -397,6 +380,27 @@ def _check_optimizer(training_args: SFTConfig) -> None:
             f"optim={optimizer} with betas, epsilon and weight_decay, or lr_scheduler_type={schedule} with "
             f"lr_scheduler_kwargs={training_args.lr_scheduler_kwargs} cannot be: {error}; correct what it names"
         ) from error
+
+
+def _check_data_loader(training_args: SFTConfig) -> None:
+    try:
+        DataLoader(
+            [0],
+            num_workers=training_args.dataloader_num_workers,
+            prefetch_factor=training_args.dataloader_prefetch_factor,
+            persistent_workers=training_args.dataloader_persistent_workers,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"dataloader_num_workers={training_args.dataloader_num_workers} with dataloader_prefetch_factor="
+            f"{training_args.dataloader_prefetch_factor} and dataloader_persistent_workers="
+            f"{training_args.dataloader_persistent_workers} cannot be: {error}; correct what it names"
+        ) from error
+    if training_args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "accelerator_config: dispatch_batches cuts batches by rows, and samples have different numbers of images; leave "
+            "it out"
+        )
 
 
 def _check_trackers(training_args: SFTConfig) -> None:
