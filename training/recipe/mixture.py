@@ -75,6 +75,32 @@ class UnusableRecordError(ValueError):
         self.reason = reason
 
 
+# Functions of the records and not of their stream: a stream that is dropped has to close its iterator then and there. One
+# that waits for the garbage collector is closed in any thread, and `datasets` waits for threads of its own when closed.
+def _one_pass(records: Iterable, epoch: int) -> Iterator:
+    if not isinstance(records, datasets.IterableDataset):
+        yield from records
+        return
+    # Its epoch lies in memory that workers share, and they do not reach the end of an epoch at the same time.
+    records = copy.deepcopy(records)
+    records.set_epoch(epoch)
+    # Its __iter__ would give a worker of a DataLoader the worker's own shards; iter() gives all.
+    for batch in records.iter(batch_size=1):
+        yield {name: values[0] for name, values in batch.items()}
+
+
+def _endless(records: Iterable) -> Iterator:
+    for epoch in itertools.count():
+        empty = True
+        for record in _one_pass(records, epoch):
+            empty = False
+            yield record
+        if empty:
+            raise TooManyBadSamplesError(
+                "the stream has no records; check the pattern of its files or leave the dataset out"
+            )
+
+
 class Stream:
     """Forward access by position to records that can only be read one after the other, over and over again.
 
@@ -93,7 +119,7 @@ class Stream:
         self._restart()
 
     def _restart(self):
-        self._iterator, self._next, self._recent = self._endless(), 0, deque(maxlen=self.look_back)
+        self._iterator, self._next, self._recent = _endless(self.records), 0, deque(maxlen=self.look_back)
 
     def __getstate__(self):
         return self.records, self.look_back
@@ -107,28 +133,9 @@ class Stream:
         self.look_back = max(self.look_back, look_back)
         self._restart()
 
-    def one_pass(self, epoch: int = 0) -> Iterator:
-        """The records of one epoch."""
-        if not isinstance(self.records, datasets.IterableDataset):
-            yield from self.records
-            return
-        # Its epoch lies in memory that workers share, and they do not reach the end of an epoch at the same time.
-        records = copy.deepcopy(self.records)
-        records.set_epoch(epoch)
-        # Its __iter__ would give a worker of a DataLoader the worker's own shards; iter() gives all.
-        for batch in records.iter(batch_size=1):
-            yield {name: values[0] for name, values in batch.items()}
-
-    def _endless(self) -> Iterator:
-        for epoch in itertools.count():
-            empty = True
-            for record in self.one_pass(epoch):
-                empty = False
-                yield record
-            if empty:
-                raise TooManyBadSamplesError(
-                    "the stream has no records; check the pattern of its files or leave the dataset out"
-                )
+    def one_pass(self) -> Iterator:
+        """The records of the first epoch."""
+        return _one_pass(self.records, epoch=0)
 
     def __getitem__(self, position: int):
         if position < self._next - len(self._recent):

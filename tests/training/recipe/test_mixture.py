@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mixture: shares, order with workers, ranks and restarts, and what it does with bad records."""
 
+import gc
 import itertools
 import json
 import pickle
@@ -162,6 +163,29 @@ def test_two_ranks_share_the_batches_of_one(workers, first_5000):
     assert sum(len(batch) for batch in ranks[0]) == sum(len(batch) for batch in ranks[1]) == 2500
     once = [{s for batch in rank for s in batch if s[0] == "z"} for rank in ranks]
     assert once[0] and once[1] and not once[0] & once[1]
+
+
+def test_a_stream_that_is_dropped_closes_its_files_at_once():
+    class Records:
+        open = 0
+
+        def __iter__(self):
+            Records.open += 1
+            try:
+                yield from range(9)
+            finally:
+                Records.open -= 1
+
+    gc.collect()
+    gc.disable()
+    try:
+        stream = Stream(Records())
+        assert stream[12] == 3 and Records.open == 1
+        assert stream[2] == 2 and Records.open == 1, "read anew"
+        del stream
+        assert Records.open == 0
+    finally:
+        gc.enable()
 
 
 def test_a_stream_goes_on_shuffled_anew_and_can_be_read_at_any_position():
