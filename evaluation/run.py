@@ -340,6 +340,7 @@ def evaluate(arguments) -> None:
             bar.update(len(batch))
         bar.close()
     state.wait_for_everyone()
+    state.destroy_process_group()
     if not state.is_main_process:
         return
     for task in arguments.tasks:

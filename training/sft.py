@@ -111,6 +111,7 @@ def run(trainer: HoneybeeTrainer, checkpoint: str | None, how_to_go_on: str = "t
         if trainer.is_world_process_zero():
             copy_model(checkpoint, trainer.args.output_dir)
             print(f"Nothing was left to train; saved {trainer.args.output_dir} from {checkpoint}", flush=True)
+        trainer.end()
         return
     stop = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopOnSignal))
     try:
@@ -130,15 +131,14 @@ def run(trainer: HoneybeeTrainer, checkpoint: str | None, how_to_go_on: str = "t
                 f"{how_to_go_on}.",
                 flush=True,
             )
-        # Together: a process that leaves while another still talks to it may be aborted.
-        trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.end_training()
+        trainer.end()
         stop.ignore()
         sys.exit(0)
     if trainer.is_world_process_zero():
         print(f"Finished after {trainer.state.global_step} steps; saved {trainer.args.output_dir}", flush=True)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+    trainer.end()
 
 
 def main():

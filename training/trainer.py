@@ -32,6 +32,16 @@ class HoneybeeTrainer(ThroughputMixin, SFTTrainer):
                 protect_workers(each)
         return loader
 
+    def end(self) -> None:
+        """Leaves the other processes, once all is saved.
+
+        Left to the interpreter's ending, a thread of the process group may still free what belongs to Python, which
+        aborts the process. Destroying the group ends its threads only when nothing holds it, as the wrapped model does.
+        """
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
     def create_model_card(self, *args, **kwargs) -> None:
         """None: TRL's tells how to ask a text model. `hub_upload/push.py` writes ours."""
 

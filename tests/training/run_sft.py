@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`training/sft.py` with its batches recorded, or killed at given steps.
 
-    torchrun --nproc_per_node 2 run_sft.py record FOLDER ARGUMENTS...      # each process writes FOLDER/RANK.json
+    torchrun --nproc_per_node 2 run_sft.py record FOLDER ARGUMENTS...      # each process writes FOLDER/RANK.json, at its end
     torchrun --nproc_per_node 2 run_sft.py stop STEP ARGUMENTS...          # the last process gets a SIGTERM
     python run_sft.py kill PROCESSES STEP,STEP,... ARGUMENTS...            # dies at each step, resuming in between
 
@@ -35,7 +35,9 @@ def record(folder: Path):
         run(trainer, checkpoint)
         folder.mkdir(exist_ok=True)
         rank, world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
-        (folder / f"{rank}.json").write_text(json.dumps({"world_size": world_size, "batches": batches}))
+        threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        said = {"world_size": world_size, "batches": batches, "threads": threads}
+        (folder / f"{rank}.json").write_text(json.dumps(said))
 
     sft.run = recorded
     sft.main()
