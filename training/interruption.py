@@ -76,6 +76,7 @@ class StopOnSignal(TrainerCallback):
 
 
 def start_worker(init, worker_id: int) -> None:
+    """The first thing that a worker runs: deaf to the signals, and then what the loader asked for (`init`)."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if init is not None:
@@ -83,6 +84,7 @@ def start_worker(init, worker_id: int) -> None:
 
 
 def end_workers() -> None:
+    """Kills those that the loader has left, with the one signal that they cannot ignore."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a worker for an accident
     for child in multiprocessing.active_children():
