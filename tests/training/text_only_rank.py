@@ -62,6 +62,7 @@ def main(stage: str, projector_type: str, checkpointing: str, batch_size: str, w
     if trainer.is_world_process_zero():
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         torch.save({"model": model.state_dict(), "losses": losses}, output)
+    trainer.end()
 
 
 if __name__ == "__main__":
