@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 from trl import ModelConfig, SFTConfig, TrlParser
 
+from training.recipe.config import read_yaml
 from training.stages import TRAINED
 
 BATCHINGS = ("packed", "grouped", "padded")
@@ -149,6 +150,11 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[HoneybeeArgumen
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[-1:] == ["--config"]:
         raise ValueError("--config needs the path of a YAML file behind it")
+    if "--config" in arguments:
+        path = arguments[arguments.index("--config") + 1]
+        _, twice = read_yaml(path)
+        if twice:
+            raise ValueError(f"{path}: {'; '.join(twice)}")
     # Without its own --help, which would list these settings alone.
     parser = Parser((HoneybeeArguments,), add_help=False)
     own, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from huggingface_hub import HfApi
 from peft import get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
@@ -21,6 +22,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, SFTConfig, get_peft_config
 
+from hub_upload.model_card import NetworkError
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
 from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS
 from modeling_honeybee.model_folder import read_json
@@ -357,6 +359,7 @@ def _check_trainer_arguments(training_args: SFTConfig) -> None:
             "save_strategy=best and load_best_model_at_end: nothing is evaluated while training; leave them out, and "
             "score checkpoints with evaluation/run.py"
         )
+    _check_hub(training_args)
 
 
 def _check_optimizer(training_args: SFTConfig) -> None:
@@ -409,6 +412,18 @@ def _check_trackers(training_args: SFTConfig) -> None:
             callback()
     except (ImportError, RuntimeError, ValueError) as error:
         raise ValueError(f"report_to={training_args.report_to}: {error} Or give --report_to none") from error
+
+
+def _check_hub(training_args: SFTConfig) -> None:
+    if not training_args.push_to_hub:
+        return
+    try:
+        HfApi(token=training_args.hub_token).whoami()
+    except (NetworkError, OSError) as error:
+        raise ValueError(
+            f"push_to_hub: the Hub cannot be used ({(str(error) or type(error).__name__).splitlines()[0]}); log in with `hf auth "
+            "login`, or leave it out and upload the finished model with hub_upload/push.py"
+        ) from error
 
 
 def settle_batch_size(args: HoneybeeArguments, training_args: SFTConfig) -> None:

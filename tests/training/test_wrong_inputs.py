@@ -198,6 +198,7 @@ def new(**projector):
         (["--label_smoothing_factor", "1.5"], ["label_smoothing_factor=1.5", "below 1"]),
         (["--max_steps", "0"], ["max_steps=0", "-1"]),
         (["--max_steps", "-1", "--num_train_epochs", "inf"], ["num_train_epochs=inf", "finite"]),
+        (["--push_to_hub", "--hub_token", "nobody"], ["push_to_hub", "hf auth login", "hub_upload/push.py"]),
         (["--optim", "lomo"], ["optim=lomo", "pip install"]),
         (["--use_liger_kernel"], ["use_liger_kernel", "leave it out"]),
         (["--accelerator_config", '{"dispatch_batches": true}'], ["dispatch_batches", "leave it out"]),
@@ -283,6 +284,14 @@ def test_wrong_yaml(settings, words, things, tmp_path, monkeypatch, capsys):
         sft.main()
     message = f"{exit.value} {capsys.readouterr().err[-500:]}"
     assert exit.value.args[0] != 0 and all(word in message for word in words), message
+
+
+def test_a_setting_that_the_yaml_file_has_twice(tmp_path, monkeypatch):
+    path = tmp_path / "run.yaml"
+    path.write_text("stage: instruct\nlearning_rate: 2.0e-5\nmax_steps: 4\nlearning_rate: 3.0e-4\n")
+    monkeypatch.setattr(sys, "argv", [str(SFT), "--config", str(path), "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="run.yaml: 'learning_rate' is there twice \\(line 4\\); keep one of them"):
+        sft.main()
 
 
 @pytest.fixture

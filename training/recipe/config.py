@@ -260,8 +260,6 @@ def _problems(recipe: Recipe):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML itself takes the last of two settings with the same name, and says nothing."""
-
     def __init__(self, stream):
         super().__init__(stream)
         self.twice: list[str] = []
@@ -274,6 +272,17 @@ class _Loader(yaml.SafeLoader):
                 self.twice.append(f"{name!r} is there twice (line {key.start_mark.line + 1}); keep one of them")
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str) -> tuple[Any, list[str]]:
+    """What a YAML file holds, and a sentence for each setting that is there twice: YAML itself silently takes the last.
+
+    Raises:
+        OSError, yaml.YAMLError: it cannot be read.
+    """
+    with open(path, encoding="utf-8") as file:
+        loader = _Loader(file)
+        return loader.get_single_data(), loader.twice
 
 
 def load_recipe(source: str | dict, overrides: list[str] = ()) -> Recipe:
@@ -306,15 +315,13 @@ def _read_section(path: str) -> tuple[dict, list[str]]:
     if not os.path.isfile(path):
         raise RecipeError(["the file does not exist; give the path of a YAML file with a mixture: section"], path)
     try:
-        with open(path, encoding="utf-8") as file:
-            loader = _Loader(file)
-            settings = loader.get_single_data()
+        settings, twice = read_yaml(path)
     except yaml.YAMLError as error:
         raise RecipeError([f"not a YAML file: {error}"], path) from error
     settings = settings.get("mixture") if isinstance(settings, dict) else None
     if not isinstance(settings, dict):
         raise RecipeError(["there is no mixture: section with settings"], path)
-    return settings, loader.twice
+    return settings, twice
 
 
 def parse_recipe(settings: dict, overrides: list[str] = ()) -> Recipe:
