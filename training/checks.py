@@ -420,9 +420,10 @@ def _check_hub(training_args: SFTConfig) -> None:
     try:
         HfApi(token=training_args.hub_token).whoami()
     except (NetworkError, OSError) as error:
+        said = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"push_to_hub: the Hub cannot be used ({(str(error) or type(error).__name__).splitlines()[0]}); log in with `hf auth "
-            "login`, or leave it out and upload the finished model with hub_upload/push.py"
+            f"push_to_hub: the Hub cannot be used ({said}); log in with `hf auth login`, or leave it out and upload the "
+            "finished model with hub_upload/push.py"
         ) from error
 
 
