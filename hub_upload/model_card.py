@@ -7,14 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from hub_upload.export_check import Export, ExportError
-from modeling_honeybee.model_folder import read_json
+from modeling_honeybee.model_folder import NetworkError, read_json
 
-# With huggingface_hub 1 the base class of its HTTP library's errors, those of a broken connection among them. Version 0
-# has requests, where this is narrower, but whose errors are all OSErrors: catch that as well.
-NetworkError = HfHubHTTPError.__mro__[1]
 RUN_FILE, STATE_FILE, CONVERSION_FILE = "honeybee_run.json", "trainer_state.json", "honeybee_conversion.json"
 # Words of the cards that other tools leave beside the weights; one that has all of a row is such a card. peft rewrites
 # the tags of TRL's card, so that the Trainer's own does not tell it.

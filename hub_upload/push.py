@@ -21,7 +21,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import validate_repo_id
 
 from hub_upload.export_check import Export, ExportError, check_folder, is_published, load_in_fresh_process, stage
-from hub_upload.model_card import NetworkError, look_up_parts, own_card, read_provenance, read_results, write_card
+from hub_upload.model_card import look_up_parts, own_card, read_provenance, read_results, write_card
+from modeling_honeybee.model_folder import NetworkError
 
 
 class PushError(RuntimeError):

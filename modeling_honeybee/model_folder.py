@@ -9,6 +9,10 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .configuration_honeybee import HoneybeeConfig
 
+# With huggingface_hub 1 the base class of its HTTP library's errors, those of a broken connection among them. Version 0
+# has requests, where this is narrower, but whose errors are all OSErrors: catch that as well.
+NetworkError = HfHubHTTPError.__mro__[1]
+
 
 def read_json(path: Path, error_class: type[ValueError] = ValueError, remedy: str = "save the model again") -> dict:
     """The mapping in a JSON file.
@@ -37,7 +41,7 @@ def model_folder(name: str) -> Path:
             raise ValueError(f"--model {name} does not exist; give a folder with a saved Honeybee, or a Hub name")
         try:
             folder = Path(snapshot_download(name))
-        except (OSError, ValueError, HfHubHTTPError) as error:
+        except (OSError, ValueError, NetworkError) as error:
             raise ValueError(f"--model {name} is no folder, and cannot be downloaded as a Hub name: {error}") from error
     config = folder / "config.json"
     if not config.is_file():

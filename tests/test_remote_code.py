@@ -139,3 +139,29 @@ def test_shipped_files_import_torch_and_transformers_only(path):
                 assert top in {"torch", "transformers"} or top in sys.stdlib_module_names, (
                     f"{path.name} imports {module}"
                 )
+
+
+@pytest.mark.parametrize(
+    "package", ["modeling_honeybee", "processing", "training", "evaluation", "hub_upload", "serving"]
+)
+def test_imports_between_the_packages_point_one_way(package):
+    packages = {
+        "modeling_honeybee",
+        "processing",
+        "training",
+        "evaluation",
+        "hub_upload",
+        "serving",
+        "benchmarks",
+        "tests",
+    }
+    allowed = (
+        {package} if package in {"modeling_honeybee", "processing"} else {package, "modeling_honeybee", "processing"}
+    )
+    for path in (REPOSITORY / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            used = {name.split(".")[0] for name in names} & packages
+            assert used <= allowed, f"{path.relative_to(REPOSITORY)} imports {', '.join(sorted(used - allowed))}"

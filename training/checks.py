@@ -22,10 +22,9 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, SFTConfig, get_peft_config
 
-from hub_upload.model_card import NetworkError
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
 from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS
-from modeling_honeybee.model_folder import read_json
+from modeling_honeybee.model_folder import NetworkError, read_json
 from processing import HoneybeeProcessor, check_processor
 from training.arguments import BATCHINGS, HoneybeeArguments
 from training.checkpoints import LORA, check_disk, check_output_dir, describe_run, find_checkpoint, global_batch_size

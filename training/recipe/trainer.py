@@ -8,6 +8,7 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
+from training.checkpoints import STATE_FILE
 from training.recipe.mixture import Mixture
 from training.trainer import HoneybeeTrainer
 
@@ -36,7 +37,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
     def __init__(self, mixture: Mixture, checkpoint: str | None = None):
         self.mixture = mixture
         if checkpoint is not None:
-            state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+            state = TrainerState.load_from_json(os.path.join(checkpoint, STATE_FILE))
             saved = state.stateful_callbacks.get(type(self).__name__)
             if saved is None:
                 raise ValueError(f"{checkpoint!r} is the checkpoint of a run without a mixture; start a new run")
