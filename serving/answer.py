@@ -4,6 +4,7 @@
 from collections.abc import Callable
 
 import torch
+from jinja2 import TemplateError
 from transformers import LogitsProcessor, StoppingCriteria
 
 from serving.limits import ChatRequest, LimitError
@@ -37,15 +38,21 @@ class Answer(StoppingCriteria):
         self.prompt_tokens = self.completion_tokens = 0
         self.stopped = self.cancelled = False
 
-    def run(self, emit: Callable[[str], None]) -> None:
-        """Calls `emit` with each new part of the text. One answer at a time: the seed is that of the whole process.
+    def run(self, emit: Callable[[str | BaseException | None], None]) -> None:
+        """Generates. Calls `emit` with each new part of the text, and at the end with None or with what went wrong: a
+        LimitError where the images cannot be decoded, or the prompt is longer than the model's context.
 
-        Raises:
-            LimitError: the images cannot be decoded, or the prompt is longer than the model's context.
+        One answer at a time: the seed is that of the whole process.
         """
-        if self.cancelled:
-            return
         self.emit = emit
+        try:
+            if not self.cancelled:
+                self.generate()
+            emit(None)
+        except BaseException as error:  # whoever waits must hear of it; a panic in tokenizers is no Exception
+            emit(error)
+
+    def generate(self) -> None:
         inputs, settings = self.prepare()
         if self.request.seed is None:
             torch.seed()
@@ -53,20 +60,20 @@ class Answer(StoppingCriteria):
             torch.manual_seed(self.request.seed)
         with torch.inference_mode():
             ids = self.model.generate(**inputs, **settings, stopping_criteria=[self])[0, self.prompt_tokens :].tolist()
+        self.read(ids, final=True)
         ends = self.model.generation_config.eos_token_id
         if self.stopped or ids[-1] in (ends if isinstance(ends, list) else [ends]):
             self.finish_reason = "stop"
-        self.read(ids, final=True)
 
     def prepare(self) -> tuple[dict, dict]:
         """Inputs and settings of `generate`."""
         request = self.request
-        prompt = self.processor.apply_chat_template(request.messages, add_generation_prompt=True)
         try:
+            prompt = self.processor.apply_chat_template(request.messages, add_generation_prompt=True)
             inputs = self.processor(
                 images=request.images or None, text=prompt, add_special_tokens=False, return_tensors="pt"
             )
-        except (OSError, ValueError) as error:
+        except (OSError, TemplateError, ValueError) as error:
             raise LimitError(str(error), "messages") from error
         self.prompt_tokens = inputs["input_ids"].shape[1]
         text_config = self.model.config.get_text_config()
@@ -112,8 +119,8 @@ class Answer(StoppingCriteria):
             text, self.stopped = text[: min(found)], True
         elif not final:
             text = text.rstrip("\ufffd")
-            beginnings = (stop[:length] for stop in self.request.stop for length in range(1, len(stop)))
-            text = text[: len(text) - max((len(b) for b in beginnings if text.endswith(b)), default=0)]
+            lengths = [(stop, n) for stop in self.request.stop for n in range(1, min(len(stop), len(text) + 1))]
+            text = text[: len(text) - max((n for stop, n in lengths if text.endswith(stop[:n])), default=0)]
         if len(text) > len(self.text):
             self.emit(text[len(self.text) :])
             self.text = text

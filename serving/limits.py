@@ -126,7 +126,7 @@ def _number(low, high, kind: type | tuple = (int, float)) -> Callable:
         # A bool is an int to Python; NaN fails the comparison.
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
             raise ValueError(f"must be a {'whole ' if kind is int else ''}number from {low} to {high}")
-        return value
+        return value if kind is int else float(value)  # transformers takes 0.5 and not 2 as a temperature
 
     return check
 
@@ -164,7 +164,7 @@ def _logit_bias(value) -> dict[int, float]:
     check = _number(-100, 100)
     if not all(token.isascii() and token.isdecimal() and len(token) < 10 for token in value):
         raise ValueError("must have token ids as its names")
-    return {int(token): float(check(bias)) for token, bias in value.items()}
+    return {int(token): check(bias) for token, bias in value.items()}
 
 
 _label, _object = _is(str, "a text"), _is(dict, "an object")

@@ -31,10 +31,11 @@ def error_body(message: str, kind: str = "invalid_request_error", param: str | N
     return {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
 
-def failure_body(error: Exception) -> tuple[int, dict]:
-    """Status and body for what ended an answer."""
+def failure(error: BaseException) -> tuple[int, dict]:
+    """Status and body for what ended a request. What is not the client's fault goes into the server's log, too."""
     if isinstance(error, LimitError):
         return 400, error_body(str(error), param=error.param)
+    logger.error("A request failed", exc_info=error)
     return 500, error_body(f"the answer could not be generated ({type(error).__name__}: {error})", "server_error")
 
 
@@ -67,29 +68,25 @@ class ChatServer:
                 return await self.reply(send, 413, error_body(words))
         try:
             # In a thread: large images must not hold up the other clients.
-            request = await asyncio.to_thread(lambda: check_chat(json.loads(content), self.name, self.limits))
-        except LimitError as error:
-            return await self.reply(send, *failure_body(error))
-        except (ValueError, RecursionError) as error:
-            return await self.reply(send, 400, error_body(f"the request is not valid JSON ({error})"))
+            request = await asyncio.to_thread(self.check, content)
+        except Exception as error:
+            return await self.reply(send, *failure(error))
         await self.chat(request, receive, send)
+
+    def check(self, content: bytearray) -> ChatRequest:
+        try:
+            body = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise LimitError(f"the request is not valid JSON ({error})") from error
+        return check_chat(body, self.name, self.limits)
 
     async def chat(self, request: ChatRequest, receive, send):
         """Generates in the worker's thread and sends, until all is sent, something fails or the client leaves."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
         answer = Answer(self.model, self.processor, request)
 
-        def emit(event: str | Exception | None):
+        def emit(event: str | BaseException | None):
             loop.call_soon_threadsafe(events.put_nowait, event)
-
-        def work():
-            try:
-                answer.run(emit)
-                emit(None)
-            except Exception as error:  # whatever it is, the client hears of it
-                if not isinstance(error, LimitError):
-                    logger.exception("An answer could not be generated")
-                emit(error)
 
         async def watch():
             while (await receive())["type"] != "http.disconnect":
@@ -97,7 +94,7 @@ class ChatServer:
             answer.cancelled = True
 
         watcher = asyncio.create_task(watch())
-        self.worker.submit(work)
+        self.worker.submit(answer.run, emit)
         try:
             await (self.stream if request.stream else self.whole)(answer, events, send)
         finally:
@@ -108,7 +105,7 @@ class ChatServer:
         while isinstance(event := await events.get(), str):
             pass
         if event is not None:
-            return await self.reply(send, *failure_body(event))
+            return await self.reply(send, *failure(event))
         message = {"role": "assistant", "content": answer.text}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
         head = self.head("chat.completion")
@@ -117,8 +114,8 @@ class ChatServer:
     async def stream(self, answer: Answer, events: asyncio.Queue, send):
         """Server-sent events. What fails before the first token still has its own status."""
         event = await events.get()
-        if isinstance(event, Exception):
-            return await self.reply(send, *failure_body(event))
+        if isinstance(event, BaseException):
+            return await self.reply(send, *failure(event))
         head = self.head("chat.completion.chunk")
         with_usage = answer.request.stream_options.get("include_usage", False)
 
@@ -141,7 +138,7 @@ class ChatServer:
             if with_usage:
                 await push({**head, "choices": [], "usage": usage(answer)})
         else:
-            await push(failure_body(event)[1])
+            await push(failure(event)[1])
         await push("[DONE]")
         await send({"type": "http.response.body", "body": b""})
 
@@ -167,7 +164,9 @@ def main():
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda:0, ... (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: as it was saved)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="(default: as it was saved)"
+    )
     parser.add_argument("--attn_implementation", help="sdpa, eager, flash_attention_2, ... (default: what there is)")
     add_limit_arguments(parser)
     args = parser.parse_args()
@@ -180,7 +179,7 @@ def main():
             folder, dtype=args.dtype, device_map=args.device, attn_implementation=args.attn_implementation
         ).eval()
         processor = HoneybeeProcessor.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
 
     import uvicorn

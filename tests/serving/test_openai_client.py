@@ -110,7 +110,7 @@ VALUES = {
     "temperature": ([None, 0, 0.0, 1e-9], [-0.1, 2.1, "0", True, [0], 1e300]),
     "top_p": ([None, 1, 1.0], [-0.1, 1.1, "1", True]),
     "seed": ([None, 0, -1, 2**63 - 1, -(2**63)], [2**63, 0.5, "0", True]),
-    "stop": ([None, [], "never said", ["never said"] * 4], ["", [""], ["a"] * 5, 3, [None], {"a": 1}]),
+    "stop": ([None, [], "never said", ["never said"] * 4, "*" * 300_000], ["", [""], ["a"] * 5, 3, [None], {"a": 1}]),
     "frequency_penalty": ([None, 0, 0.0], [2.1, -2.1, "0", True]),
     "presence_penalty": ([None, 0, 0.0], [2.1, -2.1, "0", False]),
     "logit_bias": ([None, {}, {"5": 0}], [{"5": 101}, {"5": "1"}, {"a": 1}, {"-1": 1}, {"100000": 1}, {"9" * 5000: 1}, [1]]),
@@ -166,7 +166,7 @@ def test_the_table_is_whole():
 def test_values_of_any_type_never_break_it(world):
     odd = ["x" * 10_000, "\ud800", -1, 0.5, 10**40, 1e308, True, [], [[[]]], [None], {}, {"": None}, {"a": {"b": [1]}}, "<image>"]  # fmt: skip
     started = time.monotonic()
-    for name in [*VALUES, "unknown", ""]:
+    for name in [*set(VALUES) - {"stream"}, "unknown", ""]:
         for value in odd:
             status, reply = post(world, {"messages": ASK, "max_tokens": 1, name: value})
             assert status in (200, 400), (name, value, reply)
@@ -189,7 +189,8 @@ def test_the_client_calls_with_its_own_arguments(world):
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + len(ids)
     assert reply.object == "chat.completion" and reply.model == "tiny" and reply.id.startswith("chatcmpl-")
     with openai.OpenAI(**world.settings).chat.completions.stream(model="tiny", messages=ASK, max_tokens=6) as stream:
-        assert stream.get_final_completion().choices[0].message.content == text
+        assert len(list(stream)) > 2
+        assert stream.current_completion_snapshot.choices[0].message.content == text
 
 
 def test_max_tokens_and_the_reason_of_the_end(world):
@@ -211,7 +212,7 @@ def test_logit_bias(world):
 def test_stop_ends_the_answer_before_it(world):
     text, _ = generated(world, max_new_tokens=40, do_sample=False, sequence_bias=[[[EOS], -100.0]])
     long = {"max_tokens": 40, "logit_bias": {str(EOS): -100}}
-    assert said(world, **long) == streamed(world, **long)[0] == text and len(text) > 20
+    assert said(world, **long) == streamed(world, **long)[0] == text and len(text) > 15
     for at, length in ((0, 1), (5, 1), (7, 4), (len(text) // 2, 9), (len(text) - 3, 3)):
         stop = text[at : at + length]
         before = text[: text.index(stop)]
@@ -236,7 +237,7 @@ def test_sampling_is_generates(world):
     torch.manual_seed(7)
     text, _ = generated(world, max_new_tokens=12, do_sample=True, temperature=1.0, top_p=0.5, top_k=0)
     assert said(world, top_p=0.5, seed=7, max_tokens=12) == text
-    assert said(world, temperature=2, top_p=0, seed=1) == said(world)
+    assert said(world, temperature=2, top_p=0, seed=1) == said(world, temperature=1e-9, seed=1) == said(world)
 
 
 @pytest.mark.parametrize(("frequency", "presence"), [(1.5, 0), (0, 2), (-2, 0), (0.7, -0.5)])
