@@ -343,6 +343,13 @@ def test_an_image_with_a_sound_header_and_broken_pixels(world):
             ask(world, user({"type": "image_url", "image_url": {"url": url}}, TEXT), stream=stream)
 
 
+def test_the_clients_other_calls(world):
+    client = openai.OpenAI(**world.settings)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    with pytest.raises(openai.NotFoundError, match="is not served here; use POST /v1/chat/completions"):
+        client.responses.create(model="tiny", input="x")
+
+
 @pytest.mark.parametrize(
     "body", ["", "{", "null", "[]", '"x"', b"\xff\xfe\x00", "[" * 100_000, "1" * 10_000, '{"messages": NaN}']
 )
@@ -356,14 +363,18 @@ def test_a_short_context_shortens_the_answer(world):
     assert reply.usage.total_tokens == 512 and reply.choices[0].finish_reason == "length"
 
 
+class Panic(BaseException):
+    """As native code raises it: no Exception."""
+
+
 @contextmanager
-def failing(world, call: int):
+def failing(world, call: int, kind: type[BaseException]):
     """The model fails in the given forward pass from now."""
     calls = iter(range(1_000))
 
     def fail(*_):
         if next(calls) == call:
-            raise RuntimeError('out of memory "here"\nand there')
+            raise kind('out of memory "here"\nand there')
 
     handle = world.model.lm_head.register_forward_pre_hook(fail)
     try:
@@ -372,14 +383,14 @@ def failing(world, call: int):
         handle.remove()
 
 
-@pytest.mark.parametrize("call", [0, 3])
-def test_a_failure_while_generating(world, call):
+@pytest.mark.parametrize(("call", "kind"), [(0, RuntimeError), (3, RuntimeError), (3, Panic)])
+def test_a_failure_while_generating(world, call, kind):
     long = {"logit_bias": {str(EOS): -100}, "max_tokens": 6}
     before = said(world, **long)
-    with failing(world, call), pytest.raises(openai.InternalServerError, match="out of memory") as caught:
+    with failing(world, call, kind), pytest.raises(openai.InternalServerError, match="out of memory") as caught:
         ask(world, **long)
     assert caught.value.type == "server_error" and caught.value.body["param"] is None
-    with failing(world, call), pytest.raises(openai.APIError, match="out of memory") as caught:
+    with failing(world, call, kind), pytest.raises(openai.APIError, match="out of memory") as caught:
         streamed(world, **long)
     assert caught.value.type == "server_error"
     assert isinstance(caught.value, openai.InternalServerError) == (call == 0)  # its own status before the first token
