@@ -179,7 +179,7 @@ def main():
             folder, dtype=args.dtype, device_map=args.device, attn_implementation=args.attn_implementation
         ).eval()
         processor = HoneybeeProcessor.from_pretrained(folder)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:  # the first for a torch without CUDA
         sys.exit(f"error: {error}")
 
     import uvicorn
