@@ -37,7 +37,7 @@ def world():
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not server.started:
+    while not server.started and thread.is_alive():
         time.sleep(0.02)
     port = server.servers[0].sockets[0].getsockname()[1]
     settings = {"base_url": f"http://127.0.0.1:{port}/v1", "api_key": "none", "max_retries": 0, "timeout": 20}
