@@ -635,7 +635,8 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         Args:
             vision: Hub name or folder of a vision model; of a two-tower model (CLIP, SigLIP) the vision half is taken.
             text: Hub name or folder of a causal language model. Both of types that transformers itself has: a saved
-                Honeybee carries its own code and nobody else's.
+                Honeybee carries its own code and nobody else's. Of its generation settings the special tokens and
+                `suppress_tokens` are taken over; the log names the others.
             image_token_id: id of `<image>`. Default: the one that the tokenizer of `text` has or would give to a new
                 token. The embedding grows where needed; new rows start at the mean of the others.
             image_size: S, in pixels, of the square images; default: the tower's own. For another size its position
