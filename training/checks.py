@@ -92,11 +92,7 @@ def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Mod
     if model_args.model_name_or_path:
         check_generation_config(model_args)
     check_length(training_args, processor)
-    if args.batching == "packed" and config.text_config.model_type not in PACKABLE:
-        raise ValueError(
-            f"batching=packed is known to keep conversations apart in {', '.join(PACKABLE)}, and this LLM is of type "
-            f"{config.text_config.model_type!r}; use --batching grouped"
-        )
+    _check_packable(args, config)
     with torch.device("meta"):
         skeleton = HoneybeeForConditionalGeneration(config)
     if model_args.use_peft:
@@ -135,6 +131,14 @@ def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Mod
                 _check_images(mixture)
             dataset = mixture.as_dataset()
     return Plan(run, checkpoint, dataset, mixture, collator, config, parameters, disk_bytes)
+
+
+def _check_packable(args: HoneybeeArguments, config: HoneybeeConfig) -> None:
+    if args.batching == "packed" and config.text_config.model_type not in PACKABLE:
+        raise ValueError(
+            f"batching=packed is known to keep conversations apart in {', '.join(PACKABLE)}, and this LLM is of type "
+            f"{config.text_config.model_type!r}; use --batching grouped"
+        )
 
 
 def _check_images(mixture: Mixture) -> None:

@@ -100,15 +100,8 @@ def test_stage_2_of_a_folder_with_settings_that_cannot_be_saved(world, tmp_path)
     assert "temperature" not in (tmp_path / "out" / "generation_config.json").read_text()
 
 
-def half_a_character_in_the_template(folder):
-    """JSON can hold it, and no file in UTF-8."""
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    path = folder / "processor_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "\ud800"}))
-    return "the processor cannot be saved"
-
-
 def half_a_character_in_the_tokenizer(folder):
+    """JSON can hold it, and no file in UTF-8."""
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "trained_on": "\ud800"}))
     return "the processor cannot be saved"
@@ -120,10 +113,7 @@ def generation_config_of_another_release(folder):
     return "generation_config.json"
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [half_a_character_in_the_template, half_a_character_in_the_tokenizer, generation_config_of_another_release],
-)
+@pytest.mark.parametrize("spoil", [half_a_character_in_the_tokenizer, generation_config_of_another_release])
 def test_what_cannot_be_saved_is_said_before_weights_are_read(world, tmp_path, spoil, monkeypatch):
     folder = shutil.copytree(world / "model", tmp_path / "model")
     words = spoil(folder)
