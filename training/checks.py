@@ -30,6 +30,7 @@ from training.arguments import BATCHINGS, HoneybeeArguments
 from training.checkpoints import LORA, check_disk, check_output_dir, describe_run, find_checkpoint, global_batch_size
 from training.collator import HoneybeeDataCollator
 from training.conversations import check_dataset, image_root, load_conversations
+from training.engines import whole_models
 from training.loading import DTYPES, bytes_of, load_config_and_processor, state_bytes
 from training.packed_attention import PACKABLE
 from training.recipe.config import load_recipe
@@ -71,6 +72,7 @@ class Plan:
     disk_bytes: int
 
 
+@whole_models()
 def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> Plan:
     """Checks everything, the quick things first. Completes the settings that follow from others: accumulation from the
     global batch, and where LoRA goes.
