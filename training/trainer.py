@@ -5,7 +5,12 @@ import torch
 from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
-from training.engines import gather_head_before_use, saved_as_one_process, untie_originals
+from training.engines import (
+    check_saves_whole_models,
+    gather_head_before_use,
+    saved_as_one_process,
+    untie_originals,
+)
 from training.interruption import protect_workers
 from training.throughput import ThroughputMixin
 
@@ -27,6 +32,7 @@ class HoneybeeTrainer(ThroughputMixin, SFTTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        check_saves_whole_models(self.accelerator.state)
         gather_head_before_use(self.model)
         if self.is_fsdp_enabled:
             untie_originals(self.model)

@@ -10,26 +10,38 @@ are forked from this one, since loading the libraries takes longer than the trai
 accelerate takes these branches for GPUs alone. Two of its methods are replaced, nothing else.
 """
 
+import gc
 import json
 import os
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
 import accelerate.state
+import matplotlib.pyplot  # noqa: F401
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from transformers.integrations.deepspeed import is_deepspeed_available
 
+from tests.tiny import tiny_model
 from tests.training.run_sft import Signal
 from training import sft
 
+# What each process would import and prepare for itself
+torch.compile(print)
+with tempfile.TemporaryDirectory() as folder:
+    tiny_model().save_pretrained(folder)
 if is_deepspeed_available():
-    import deepspeed  # noqa: F401  before the processes are forked
+    import deepspeed
+
+    # It would be compiled, for inference alone.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+gc.freeze()
 
 PROCESSES = 2
 
