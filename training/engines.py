@@ -16,7 +16,6 @@ from transformers.integrations import deepspeed
 from trl import SFTConfig
 
 
-
 def read_deepspeed_settings(given: dict | str) -> dict:
     """The settings that `--deepspeed` gives: a mapping, JSON, or the path of a JSON file.
 

@@ -27,12 +27,18 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from transformers.integrations.deepspeed import is_deepspeed_available
+from transformers.utils.logging import disable_progress_bar
 
 from tests.tiny import tiny_model
 from tests.training.run_sft import Signal
 from training import sft
 
-# What each process would import and prepare for itself
+PROCESSES = 2
+LIMIT = 150  # seconds of a run, which takes about 3
+
+# What each process would import and prepare for itself. Without a progress bar, whose lock all processes would share, also
+# with one that is killed while it holds it.
+disable_progress_bar()
 torch.compile(print)
 with tempfile.TemporaryDirectory() as folder:
     tiny_model().save_pretrained(folder)
@@ -43,22 +49,13 @@ if is_deepspeed_available():
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 gc.freeze()
 
-PROCESSES = 2
 
-
-def on_gloo(self, cpu=False, sagemaker_dp=False, backend=None):
-    if "LOCAL_RANK" not in os.environ:
-        return None, DistributedType.NO
-    engine = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & os.environ.keys()
-    return "gloo", DistributedType.MULTI_GPU if engine else DistributedType.MULTI_CPU
-
-
-def on_cpu(self):
-    self.device = torch.device("cpu")
-
-
-accelerate.state.PartialState._prepare_backend = on_gloo
-accelerate.state.PartialState.set_device = on_cpu
+def start_on_gloo(engine: str):
+    """Replaces what asks for a GPU."""
+    kind = DistributedType[engine] if engine in ("NO", "MULTI_CPU") else DistributedType.MULTI_GPU
+    backend = None if engine == "NO" else "gloo"
+    accelerate.state.PartialState._prepare_backend = lambda self, *args, **kwargs: (backend, kind)
+    accelerate.state.PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 
 
 def launched(config_file: str) -> dict[str, str]:
@@ -102,6 +99,7 @@ def fork(rank: int, port: int, env: dict, run: dict) -> int:
     child = os.fork()
     if child:
         return child
+    signal.alarm(LIMIT)
     status = 1
     try:
         log = os.open(run["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -110,6 +108,7 @@ def fork(rank: int, port: int, env: dict, run: dict) -> int:
         if env:
             os.environ |= {**env, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
             os.environ |= {"LOCAL_WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        start_on_gloo(run["distributed_type"])
         train(rank, run)
         status = 0
     except SystemExit as end:
