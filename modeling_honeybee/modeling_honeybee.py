@@ -11,20 +11,23 @@ M visual tokens an image (extra tokens included), D_v width of the tower, D_lm w
 import copy
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import find_adapter_config_file
 
 from .configuration_honeybee import HoneybeeConfig, HoneybeeProjectorConfig
 from .deformable_attention_honeybee import HoneybeeDeformableAttention  # noqa: F401  transformers 4 copies code from a local folder only where this file itself imports it
 from .projectors_honeybee import PROJECTORS, HoneybeeProjector, build_projector
+
+# What a cache of keys and values is called, as an argument and in outputs: transformers 5.24 renamed `past_key_values`.
+CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
 
 
 @dataclass
@@ -35,14 +38,9 @@ class HoneybeeModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class HoneybeeCausalLMOutputWithPast(ModelOutput):
+class HoneybeeCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`loss` (), `logits` (B, T or `logits_to_keep`, V) or None, and what [`HoneybeeModelOutputWithPast`] holds."""
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor] | None = None
-    attentions: tuple[torch.FloatTensor] | None = None
     image_hidden_states: torch.FloatTensor | None = None
 
 
@@ -118,7 +116,7 @@ class HoneybeePreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = sorted({projector.__name__ for projector in PROJECTORS.values()})
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -315,6 +313,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         states_to_keep: torch.BoolTensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> HoneybeeModelOutputWithPast:
         """
@@ -325,11 +324,15 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             position_ids: (B, T). Several conversations packed into a row start at 0 each, and none sees another; this
                 needs `attention_mask=None` and no cache.
             states_to_keep: (B, T), where the last hidden states are wanted: they are (1, kept, D_lm) then.
+            past_key_values, cache: two names of one argument, the older one and that of transformers 5.24.
 
         Raises:
-            ValueError: both or none of `input_ids` and `inputs_embeds`, images where the vocabulary has no placeholder,
-                or placeholders and images that disagree.
+            ValueError: both or none of `input_ids` and `inputs_embeds`, a cache under both of its names, images where the
+                vocabulary has no placeholder, or placeholders and images that disagree.
         """
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         vocab_size = self.config.text_config.vocab_size
@@ -356,28 +359,24 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.projector.parameters()):
                 inputs_embeds = self._touch_projector(inputs_embeds)
 
-        if past_key_values is None and attention_mask is None and _is_packed(position_ids):
+        if cache is None and attention_mask is None and _is_packed(position_ids):
             # transformers looks for packed rows only where there is no cache, and makes one unless told not to.
             kwargs["use_cache"] = False
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             **kwargs,
         )
         if isinstance(outputs, tuple):  # return_dict=False
             return outputs
-        last_hidden_state = outputs.last_hidden_state
+        # Language models have outputs of their own; what is common to all is taken.
+        common = {field.name: outputs.get(field.name) for field in fields(BaseModelOutputWithPast)}
         if states_to_keep is not None:
-            last_hidden_state = last_hidden_state[states_to_keep.to(last_hidden_state.device)][None]
-        return HoneybeeModelOutputWithPast(
-            last_hidden_state=last_hidden_state,
-            past_key_values=outputs.get("past_key_values"),
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-            image_hidden_states=visual_tokens,
-        )
+            states = common["last_hidden_state"]
+            common["last_hidden_state"] = states[states_to_keep.to(states.device)][None]
+        return HoneybeeModelOutputWithPast(**common, image_hidden_states=visual_tokens)
 
 
 class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin):
@@ -435,6 +434,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> HoneybeeCausalLMOutputWithPast | tuple:
         """
@@ -453,6 +453,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
@@ -471,21 +472,15 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             logits = self.lm_head(hidden_states if everywhere else hidden_states[:, logits_to_keep])
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, **loss_settings)
-        output = HoneybeeCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        output = HoneybeeCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
         return output.to_tuple() if return_dict is False else output
 
     def prepare_inputs_for_generation(self, input_ids, pixel_values=None, inputs_embeds=None, **kwargs):
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         # Images go in with the step that holds their placeholders; the steps of one token that follow find them in the
         # cache.
-        step_ids, cache = model_inputs.get("input_ids"), kwargs.get("past_key_values")
+        step_ids, cache = model_inputs.get("input_ids"), model_inputs.get(CACHE)
         decoding = step_ids is not None and step_ids.shape[1] == 1 and cache is not None and cache.get_seq_length() > 0
         if not decoding and (step_ids is None or bool((step_ids == self.config.image_token_id).any())):
             model_inputs["pixel_values"] = pixel_values

@@ -13,15 +13,16 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from queue import Queue
 from threading import Thread
 
 import torch
-from transformers import TextIteratorStreamer
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from modeling_honeybee.model_folder import model_folder
 from processing import HoneybeeProcessor
-from serving.limits import LimitError, Limits, add_limit_arguments, limits_from
+from serving.answer import Answer
+from serving.limits import ChatRequest, LimitError, Limits, add_limit_arguments, limits_from
 
 
 def as_messages(message: dict, history: list[dict]) -> tuple[list[dict], list[str]]:
@@ -86,30 +87,18 @@ class Chat:
         for path in paths:
             self.limits.check_image_size(os.path.getsize(path))  # before it is read
             self.limits.check_image(Path(path).read_bytes())
-        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        inputs = self.processor(images=paths or None, text=prompt, add_special_tokens=False, return_tensors="pt")
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        failure = []
-
-        def generate():
-            try:
-                with torch.inference_mode():
-                    self.model.generate(
-                        **inputs.to(self.model.device), streamer=streamer, max_new_tokens=self.limits.max_new_tokens
-                    )
-            except Exception as error:  # raised where the answer is read
-                failure.append(error)
-                streamer.end()
-
-        thread = Thread(target=generate)
-        thread.start()
-        answer = ""
-        for text in streamer:
-            answer += text
-            yield answer
-        thread.join()
-        if failure:
-            raise failure[0]
+        answer = Answer(self.model, self.processor, ChatRequest(messages, paths, self.limits.max_new_tokens))
+        events = Queue()
+        Thread(target=answer.run, args=(events.put,)).start()
+        text = ""
+        try:
+            while isinstance(event := events.get(), str):
+                text += event
+                yield text
+        finally:
+            answer.cancelled = True  # the page was closed
+        if event is not None:
+            raise event
 
 
 def build_page(chat: Chat, title: str):

@@ -1,17 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server takes from strangers: sizes of images and prompts, checked before anything is decoded or computed."""
+"""What a server takes from strangers: sizes of images and prompts, and each field of an OpenAI chat request. All is checked
+before anything is decoded or computed."""
 
 import argparse
 import base64
 import binascii
 import io
-from dataclasses import dataclass, fields
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 
 from PIL import Image, UnidentifiedImageError
 
 
 class LimitError(ValueError):
-    """A request that is not taken; the message gives the value and the limit."""
+    """A request that is not taken; the message gives the value and the limit.
+
+    Args:
+        param: the field of the request that is to blame, where it is one.
+    """
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
 
 
 @dataclass
@@ -25,10 +36,10 @@ class Limits:
     max_new_tokens: int = 1_024
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for limit in fields(self):
+            value = getattr(self, limit.name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field.name}={value!r} must be a whole number of at least 1")
+                raise ValueError(f"{limit.name}={value!r} must be a whole number of at least 1")
 
     @property
     def max_body_bytes(self) -> int:
@@ -73,11 +84,238 @@ class Limits:
             raise LimitError(f"the chat has {characters:,} characters; the limit is {self.max_prompt_chars:,}")
 
 
+@dataclass
+class ChatRequest:
+    """A checked chat request. The fields are named as in OpenAI's API, except:
+
+    Args:
+        messages: for the processor's chat template; content is always a list of items.
+        images: the `data:` URLs of the image items, in order.
+        stop: always a list.
+        logit_bias: by token id.
+    """
+
+    messages: list[dict]
+    images: list[str]
+    max_tokens: int
+    stream: bool = False
+    stream_options: dict = field(default_factory=dict)
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: list[str] = field(default_factory=list)
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+
+
+# A check returns the value as it is used, or raises a ValueError with the rule that the value breaks.
+
+
+def _is(kind: type, words: str) -> Callable:
+    def check(value):
+        if not isinstance(value, kind):
+            raise ValueError(f"must be {words}")
+        return value
+
+    return check
+
+
+def _number(low, high, kind: type | tuple = (int, float)) -> Callable:
+    def check(value):
+        # A bool is an int to Python; NaN fails the comparison.
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+            raise ValueError(f"must be a {'whole ' if kind is int else ''}number from {low} to {high}")
+        return value if kind is int else float(value)  # transformers takes 0.5 and not 2 as a temperature
+
+    return check
+
+
+def _only(*accepted) -> Callable:
+    """Of a field that asks for what this server does not do: the values that do not ask for it."""
+
+    def check(value):
+        if not any(type(value) is type(one) and value == one for one in accepted):
+            others = "".join(f" or send {json.dumps(one)}" for one in accepted)
+            raise ValueError(f"is not served here; leave it out{others}")
+        return value
+
+    return check
+
+
+def _stop(value) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or len(texts) > 4 or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError("must be a text or a list of at most 4 texts, none of them empty")
+    return texts
+
+
+def _stream_options(value) -> dict:
+    if not isinstance(value, dict) or set(value) - {"include_usage", "include_obfuscation"}:
+        raise ValueError('must be an object with "include_usage" alone')
+    if not isinstance(value.get("include_usage", False), bool) or value.get("include_obfuscation"):
+        raise ValueError('must have true or false as "include_usage", and no "include_obfuscation"')
+    return value
+
+
+def _logit_bias(value) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise ValueError("must be an object from token ids to numbers")
+    check = _number(-100, 100)
+    if not all(token.isascii() and token.isdecimal() and len(token) < 10 for token in value):
+        raise ValueError("must have token ids as its names")
+    return {int(token): check(bias) for token, bias in value.items()}
+
+
+_label, _object = _is(str, "a text"), _is(dict, "an object")
+FIELDS = {
+    # These change the answer, or how it is sent.
+    "stream": _is(bool, "true or false"),
+    "stream_options": _stream_options,
+    "temperature": _number(0, 2),
+    "top_p": _number(0, 1),
+    "seed": _number(-(2**63), 2**63 - 1, int),
+    "stop": _stop,
+    "frequency_penalty": _number(-2, 2),
+    "presence_penalty": _number(-2, 2),
+    "logit_bias": _logit_bias,
+    # Labels for the provider's books, and hints to its caches: an answer does not depend on them.
+    "user": _label,
+    "safety_identifier": _label,
+    "metadata": _object,
+    "prompt_cache_key": _label,
+    "prompt_cache_retention": _label,
+    "prompt_cache_options": _object,
+    "parallel_tool_calls": _is(bool, "true or false"),
+    # What this server does not do.
+    "n": _only(1),
+    "logprobs": _only(False),
+    "top_logprobs": _only(0),
+    "response_format": _only({"type": "text"}),
+    "modalities": _only(["text"]),
+    "tools": _only([]),
+    "tool_choice": _only("none", "auto"),
+    "functions": _only([]),
+    "function_call": _only("none", "auto"),
+    "reasoning_effort": _only("none"),
+    "verbosity": _only("medium"),
+    "service_tier": _only("auto", "default"),
+    "store": _only(False),
+}
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
+def _text(text, where: str) -> dict:
+    try:
+        text.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise LimitError(
+            f"{where} must be a text of valid Unicode characters, got {_short(text)}", "messages"
+        ) from error
+    return {"type": "text", "text": text}
+
+
+def _nothing_else(given: dict, known: set[str], where: str) -> None:
+    """What clients copy from a reply into the history may stand there empty."""
+    if more := sorted(name for name, value in given.items() if name not in known and value not in (None, "", [], {})):
+        raise LimitError(f"{where} has what this server does not take: {', '.join(more)}", "messages")
+
+
+def _item(item, role: str, where: str) -> tuple[dict, str | None]:
+    """A content item for the chat template, and its URL where it is an image."""
+    kind = item.get("type") if isinstance(item, dict) else None
+    if kind == "text":
+        _nothing_else(item, {"type", "text"}, where)
+        return _text(item.get("text"), f"{where}.text"), None
+    if kind != "image_url" or role != "user":
+        raise LimitError(
+            f"{where}: content items are of type text, and in user messages also image_url; got {_short(kind)}",
+            "messages",
+        )
+    _nothing_else(item, {"type", "image_url"}, where)
+    image = item.get("image_url")
+    image = image if isinstance(image, dict) else {"url": image}
+    _nothing_else(image, {"url", "detail"}, f"{where}.image_url")
+    # Every image has the same number of visual tokens, so that the detail changes nothing.
+    if image.get("detail") not in (None, "auto", "low", "high"):
+        raise LimitError(f"{where}.image_url.detail={_short(image['detail'])} must be auto, low or high", "messages")
+    return {"type": "image"}, image.get("url")
+
+
+def _message(message, position: int) -> tuple[dict, list[str]]:
+    where = f"messages[{position}]"
+    role = message.get("role") if isinstance(message, dict) else None
+    role = "system" if role == "developer" else role  # its name for newer models
+    if role not in ("system", "user", "assistant"):
+        raise LimitError(f"{where} needs a role (system, user or assistant), got {_short(role)}", "messages")
+    if role == "system" and position:
+        raise LimitError(f"{where} is a system message; only the first message can be one", "messages")
+    _nothing_else(message, {"role", "content", "name"}, where)
+    _text(message.get("name") or "", f"{where}.name")  # a label
+    content = message.get("content")
+    content = "" if content is None and role == "assistant" else content
+    if isinstance(content, str):
+        return {"role": role, "content": [_text(content, f"{where}.content")]}, []
+    if not isinstance(content, list) or not content:
+        raise LimitError(f"{where}.content must be a text or a list of items, got {_short(content)}", "messages")
+    items = [_item(item, role, f"{where}.content[{i}]") for i, item in enumerate(content)]
+    return {"role": role, "content": [item for item, _ in items]}, [
+        url for item, url in items if item["type"] == "image"
+    ]
+
+
+def _messages(messages, limits: Limits) -> tuple[list[dict], list[str]]:
+    if not isinstance(messages, list) or not messages:
+        raise LimitError('the request needs a list of at least one message under "messages"', "messages")
+    checked, images, characters = [], [], 0
+    for position, message in enumerate(messages):
+        message, urls = _message(message, position)
+        checked.append(message)
+        images += urls
+        characters += sum(len(item.get("text", "")) for item in message["content"])
+    try:
+        limits.check_counts(len(images), characters)
+        for url in images:
+            limits.check_data_url(url)
+    except LimitError as error:
+        raise LimitError(str(error), "messages") from error
+    return checked, images
+
+
+def check_chat(body, model: str, limits: Limits) -> ChatRequest:
+    """The body of a request to `/v1/chat/completions`, checked. A field that is null was not given.
+
+    Raises:
+        LimitError: what it may not hold.
+    """
+    if not isinstance(body, dict):
+        raise LimitError("the request must be a JSON object")
+    given = {name: value for name, value in body.items() if value is not None}
+    tokens = _number(1, limits.max_new_tokens, int)
+    checks = {**FIELDS, "model": _only(model), "max_tokens": tokens, "max_completion_tokens": tokens}
+    if unknown := sorted(set(given) - {*checks, "messages"}):
+        raise LimitError(f"fields that this server does not take: {_short(', '.join(unknown))}", unknown[0])
+    for name, check in checks.items():
+        if name in given:
+            try:
+                given[name] = check(given[name])
+            except ValueError as error:
+                raise LimitError(f"{name}={_short(given[name])} {error}", name) from error
+    messages, images = _messages(given.get("messages"), limits)
+    wanted = given.get("max_completion_tokens", given.get("max_tokens", limits.max_new_tokens))
+    names = {known.name for known in fields(ChatRequest)} - {"messages", "images", "max_tokens"}
+    return ChatRequest(messages, images, wanted, **{name: given[name] for name in names & set(given)})
+
+
 def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     """A flag for each field of [`Limits`]."""
-    for field in fields(Limits):
-        parser.add_argument(f"--{field.name}", type=int, default=field.default, help="(default: %(default)s)")
+    for limit in fields(Limits):
+        parser.add_argument(f"--{limit.name}", type=int, default=limit.default, help="(default: %(default)s)")
 
 
 def limits_from(args: argparse.Namespace) -> Limits:
-    return Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
+    return Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})

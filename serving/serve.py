@@ -1,94 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serves a Honeybee model over the OpenAI API with `transformers serve`.
+"""Serves a Honeybee model over the OpenAI API (chat completions).
 
     python serving/serve.py --model outputs/quickstart/model           # http://127.0.0.1:8000/v1/chat/completions
 
-`transformers serve` looks a model's class up by name in transformers, where ours is not; this registers it and then
-runs the command, for one model and with limits on what a request may hold. Needs `pip install -e ".[serve]"`. Flags
-that are not listed here go to `transformers serve` (`--device cuda:0`, `--dtype bfloat16`).
+One model, one answer at a time, with limits on what a request may hold. Needs `pip install -e ".[serve]"`.
 """
 
 import argparse
+import asyncio
 import json
+import logging
 import sys
-from importlib.metadata import entry_points
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
-import transformers
-from transformers import AutoProcessor
-from transformers.models.auto import modeling_auto
-
-from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
+from modeling_honeybee import HoneybeeForConditionalGeneration
 from modeling_honeybee.model_folder import model_folder
 from processing import HoneybeeProcessor
-from serving.limits import LimitError, Limits, add_limit_arguments, limits_from
+from serving.answer import Answer
+from serving.limits import ChatRequest, LimitError, Limits, add_limit_arguments, check_chat, limits_from
 
-TRANSFORMERS_4 = transformers.__version__.startswith("4.")
-# Everything else of `transformers serve` stays closed: one address loads any model by name, another unloads ours.
 CHAT, MODELS, HEALTH = "/v1/chat/completions", "/v1/models", "/health"
-# Not in it: `generation_config` and `chat_template_kwargs`, which would set any limit aside, and what a chat here has
-# no use for (tools, audio).
-FIELDS = {
-    "model", "messages", "stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop",
-    "frequency_penalty",
-}  # fmt: skip
+logger = logging.getLogger("uvicorn.error")
 
 
-def check_chat(body: dict, model: str, limits: Limits) -> dict:
-    """The request as `transformers serve` gets it.
-
-    Raises:
-        LimitError: what it may not hold.
-    """
-    if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
-        raise LimitError('the request must be a JSON object with a list of at least one message under "messages"')
-    if unknown := sorted(set(body) - FIELDS):
-        raise LimitError(f"fields that this server does not take: {', '.join(unknown)}")
-    if body.get("model", model) not in (model, f"{model}@main"):  # the second is what the command's replies say
-        raise LimitError(f"this server has one model, {model!r}, and not {body['model']!r}")
-    images, characters = 0, 0
-    for message in body["messages"]:
-        content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(content, (str, list)) or message.get("role") not in ("system", "user", "assistant"):
-            raise LimitError("a message needs a role (system, user or assistant) and content (text or a list of items)")
-        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            kind = item.get("type") if isinstance(item, dict) else None
-            if kind == "text" and isinstance(item.get("text"), str):
-                characters += len(item["text"])
-            elif kind == "image_url" and message["role"] == "user":
-                images += 1
-                limits.check_counts(images, characters)
-                url = item.get("image_url")
-                limits.check_data_url(url.get("url") if isinstance(url, dict) else url)
-            else:
-                raise LimitError("content items are of type text, and in user messages also image_url")
-    limits.check_counts(images, characters)
-    asked = (body.pop("max_completion_tokens", None), body.get("max_tokens"), limits.max_new_tokens)
-    wanted = next(value for value in asked if value is not None)
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= limits.max_new_tokens:
-        raise LimitError(f"max_tokens={wanted!r} must be a whole number from 1 to {limits.max_new_tokens}")
-    return {**body, "model": model, "max_tokens": wanted}
+def error_body(message: str, kind: str = "invalid_request_error", param: str | None = None) -> dict:
+    """An error in OpenAI's shape."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
 
-class LimitedApp:
-    """An ASGI application in front of another one: three addresses, requests within `limits`, OpenAI's errors."""
+def failure(error: BaseException) -> tuple[int, dict]:
+    """Status and body for what ended a request. What is not the client's fault goes into the server's log, too."""
+    if isinstance(error, LimitError):
+        return 400, error_body(str(error), param=error.param)
+    logger.error("A request failed", exc_info=error)
+    return 500, error_body(f"the answer could not be generated ({type(error).__name__}: {error})", "server_error")
 
-    def __init__(self, app, model: str, limits: Limits):
-        self.app, self.model, self.limits = app, model, limits
+
+class ChatServer:
+    """An ASGI application that answers chats with `model`, called `name`. Answers are generated one after the other."""
+
+    def __init__(self, model, processor, name: str, limits: Limits):
+        self.model, self.processor, self.name, self.limits = model, processor, name, limits
+        self.worker = ThreadPoolExecutor(max_workers=1)
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
         method, path = scope["method"], scope["path"]
-        if path == HEALTH and method == "GET":
-            return await self.app(scope, receive, send)
-        if path == MODELS and method == "GET":
-            listed = {"id": self.model, "object": "model", "created": 0, "owned_by": "local"}
-            return await self.answer(send, 200, {"object": "list", "data": [listed]})
-        if path != CHAT or method != "POST":
-            return await self.refuse(send, 404, f"{method} {path} is not served here; use POST {CHAT}")
+        if (method, path) == ("GET", HEALTH):
+            return await self.reply(send, 200, {"status": "ok"})
+        if (method, path) == ("GET", MODELS):
+            listed = {"id": self.name, "object": "model", "created": 0, "owned_by": "local"}
+            return await self.reply(send, 200, {"object": "list", "data": [listed]})
+        if (method, path) != ("POST", CHAT):
+            return await self.reply(send, 404, error_body(f"{method} {path} is not served here; use POST {CHAT}"))
 
-        content, more = b"", True
+        content, more = bytearray(), True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -96,64 +64,98 @@ class LimitedApp:
             content += message.get("body", b"")
             more = message.get("more_body", False)
             if len(content) > self.limits.max_body_bytes:
-                return await self.refuse(
-                    send, 413, f"the request is larger than {self.limits.max_body_bytes:,} bytes, the limit"
-                )
+                words = f"the request is larger than {self.limits.max_body_bytes:,} bytes, the limit"
+                return await self.reply(send, 413, error_body(words))
         try:
-            body = check_chat(json.loads(content), self.model, self.limits)
-        except LimitError as error:
-            return await self.refuse(send, 400, str(error))
+            # In a thread: large images must not hold up the other clients.
+            request = await asyncio.to_thread(self.check, content)
+        except Exception as error:
+            return await self.reply(send, *failure(error))
+        await self.chat(request, receive, send)
+
+    def check(self, content: bytearray) -> ChatRequest:
+        try:
+            body = json.loads(content)
         except (ValueError, RecursionError) as error:
-            return await self.refuse(send, 400, f"the request is not valid JSON ({error})")
-        content = json.dumps(body).encode()
-        replaced = {b"content-length": str(len(content)).encode(), b"content-type": b"application/json"}
-        headers = [(name, value) for name, value in scope["headers"] if name not in (*replaced, b"transfer-encoding")]
-        sent = False
+            raise LimitError(f"the request is not valid JSON ({error})") from error
+        return check_chat(body, self.name, self.limits)
 
-        async def replay():
-            nonlocal sent
-            if sent:
-                return await receive()  # waits for the client to leave
-            sent = True
-            return {"type": "http.request", "body": content, "more_body": False}
+    async def chat(self, request: ChatRequest, receive, send):
+        """Generates in the worker's thread and sends, until all is sent, something fails or the client leaves."""
+        loop, events = asyncio.get_running_loop(), asyncio.Queue()
+        answer = Answer(self.model, self.processor, request)
 
-        await self.app({**scope, "headers": [*headers, *replaced.items()]}, replay, send)
+        def emit(event: str | BaseException | None):
+            loop.call_soon_threadsafe(events.put_nowait, event)
 
-    async def refuse(self, send, status: int, message: str):
-        kind = "invalid_request_error"
-        await self.answer(send, status, {"error": {"message": message, "type": kind, "param": None, "code": status}})
+        async def watch():
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            answer.cancelled = True
+
+        watcher = asyncio.create_task(watch())
+        self.worker.submit(answer.run, emit)
+        try:
+            await (self.stream if request.stream else self.whole)(answer, events, send)
+        finally:
+            answer.cancelled = True
+            watcher.cancel()
+
+    async def whole(self, answer: Answer, events: asyncio.Queue, send):
+        while isinstance(event := await events.get(), str):
+            pass
+        if event is not None:
+            return await self.reply(send, *failure(event))
+        message = {"role": "assistant", "content": answer.text}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
+        head = self.head("chat.completion")
+        await self.reply(send, 200, {**head, "choices": [choice], "usage": usage(answer)})
+
+    async def stream(self, answer: Answer, events: asyncio.Queue, send):
+        """Server-sent events. What fails before the first token still has its own status."""
+        event = await events.get()
+        if isinstance(event, BaseException):
+            return await self.reply(send, *failure(event))
+        head = self.head("chat.completion.chunk")
+        with_usage = answer.request.stream_options.get("include_usage", False)
+
+        async def push(data: dict | str):
+            text = data if isinstance(data, str) else json.dumps(data)
+            await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+
+        async def chunk(delta: dict, finish_reason: str | None = None):
+            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+            await push({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await chunk({"role": "assistant", "content": ""})
+        while isinstance(event, str):
+            await chunk({"content": event})
+            event = await events.get()
+        if event is None:
+            await chunk({}, answer.finish_reason)
+            if with_usage:
+                await push({**head, "choices": [], "usage": usage(answer)})
+        else:
+            await push(failure(event)[1])
+        await push("[DONE]")
+        await send({"type": "http.response.body", "body": b""})
+
+    def head(self, kind: str) -> dict:
+        return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": self.name}
 
     @staticmethod
-    async def answer(send, status: int, content: dict):
+    async def reply(send, status: int, content: dict):
         data = json.dumps(content).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": data})
 
 
-def register() -> None:
-    """Makes transformers find our classes by the names that `transformers serve` looks up. Comes after its import."""
-    # The module object itself changes while transformers 5 is imported; the command sees the one in sys.modules.
-    sys.modules["transformers"].HoneybeeForConditionalGeneration = HoneybeeForConditionalGeneration
-    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["honeybee"] = HoneybeeForConditionalGeneration.__name__
-    AutoProcessor.register(HoneybeeConfig, HoneybeeProcessor, exist_ok=True)
-    if TRANSFORMERS_4:
-        from transformers.commands.serving import ServeCommand
-
-        # It would go on from the cache of the last request, whose generated tokens need not be those of the same text.
-        ServeCommand.is_continuation = lambda self, request: False
-
-
-def limit_uvicorn(model: str, limits: Limits) -> None:
-    """Puts [`LimitedApp`] before whatever application uvicorn is given: the command takes none from outside."""
-    import uvicorn
-
-    original = uvicorn.Config.__init__
-
-    def limited(self, app, *args, **kwargs):
-        original(self, LimitedApp(app, model, limits), *args, **kwargs)
-
-    uvicorn.Config.__init__ = limited
+def usage(answer: Answer) -> dict:
+    prompt, completion = answer.prompt_tokens, answer.completion_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def main():
@@ -161,25 +163,36 @@ def main():
     parser.add_argument("--model", required=True, help="folder or Hub name of a Honeybee model")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda:0, ... (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="(default: as it was saved)"
+    )
+    parser.add_argument("--attn_implementation", help="sdpa, eager, flash_attention_2, ... (default: what there is)")
     add_limit_arguments(parser)
-    args, more = parser.parse_known_args()
+    args = parser.parse_args()
+    if find_spec("uvicorn") is None:
+        sys.exit('error: the server needs uvicorn; install with: pip install -e ".[serve]"')
     try:
         limits = limits_from(args)
-        model_folder(args.model)
-    except (OSError, ValueError) as error:
+        folder = model_folder(args.model)
+        model = HoneybeeForConditionalGeneration.from_pretrained(
+            folder, dtype=args.dtype, device_map=args.device, attn_implementation=args.attn_implementation
+        ).eval()
+        processor = HoneybeeProcessor.from_pretrained(folder)
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:  # the first for a torch without CUDA
         sys.exit(f"error: {error}")
-    if missing := [name for name in ("fastapi", "uvicorn", "openai", "pydantic") if find_spec(name) is None]:
-        sys.exit(f'error: `transformers serve` needs {", ".join(missing)}; install with: pip install -e ".[serve]"')
 
-    (command,) = entry_points(group="console_scripts", name="transformers")
-    run = command.load()
-    register()
-    limit_uvicorn(args.model, limits)
-    # 4.57 names the model by a flag, 5 by position.
-    named = ["--force_model", args.model] if TRANSFORMERS_4 else [args.model]
-    sys.argv = ["transformers", "serve", *named, "--host", args.host, "--port", str(args.port), *more]
+    import uvicorn
+
     print(f"Serving {args.model} on http://{args.host}:{args.port}{CHAT}", flush=True)
-    run()
+    uvicorn.run(
+        ChatServer(model, processor, args.model, limits),
+        host=args.host,
+        port=args.port,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=5,
+    )
 
 
 if __name__ == "__main__":

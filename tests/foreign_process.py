@@ -3,7 +3,7 @@
 
     python foreign_process.py RESULT FOLDER [FOLDER ...]
 
-Reads `inputs.pt` of each folder and writes logits, answers and loading information of each to RESULT.
+Reads `inputs.pt` of each folder and writes logits, greedy tokens, answers and loading information of each to RESULT.
 """
 
 import sys
@@ -40,6 +40,7 @@ def inspect(folder: str) -> dict:
         model, info = auto_class.from_pretrained(folder, output_loading_info=True, **remote)
         with torch.no_grad():
             logits.append(model.eval()(**saved["inputs"]).logits)
+    tokens = model.generate(**saved["inputs"], **saved["greedy"])
     with torch.no_grad():
         hidden = AutoModel.from_pretrained(folder, **remote).eval()(**saved["inputs"]).last_hidden_state
     processor = AutoProcessor.from_pretrained(folder, **remote)
@@ -57,6 +58,7 @@ def inspect(folder: str) -> dict:
     return {
         "logits": logits,
         "hidden": hidden,
+        "tokens": tokens,
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(info["unexpected_keys"]),
         "tied": model.lm_head.weight is model.get_input_embeddings().weight,

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saved folders in the hands of strangers, on this transformers line and on the other one."""
+"""Saved folders in the hands of strangers, with this release of transformers and with others."""
 
 import ast
-import os
 import sys
 
 import pytest
@@ -11,6 +10,8 @@ import torch
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
 from tests.tiny import (
+    NO_OTHER_PYTHONS,
+    OTHER_PYTHONS,
     PROJECTORS,
     REPOSITORY,
     picture,
@@ -24,9 +25,8 @@ from tests.tiny import (
     tiny_processor,
 )
 
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
-# Set by .ci/run: a Python with the other transformers line.
-OTHER_PYTHON = os.environ.get("HONEYBEE_OTHER_PYTHON")
 SHIPPED = [
     REPOSITORY / "modeling_honeybee" / "configuration_honeybee.py",
     REPOSITORY / "modeling_honeybee" / "deformable_attention_honeybee.py",
@@ -62,10 +62,11 @@ def folders(tmp_path_factory):
         with torch.no_grad():
             output = model(**inputs)
             hidden = model.model(**inputs).last_hidden_state
+            tokens = model.generate(**inputs, **GREEDY)
         prompt = processor.apply_chat_template(MESSAGES, add_generation_prompt=True)
         prepared = processor(images=picture(), text=prompt, add_special_tokens=False, return_tensors="pt")
-        torch.save({"inputs": inputs, "messages": MESSAGES, "image": None}, f"{folder}/inputs.pt")
-        references[folder] = (model, output.logits, hidden, prepared)
+        torch.save({"inputs": inputs, "greedy": GREEDY, "messages": MESSAGES, "image": None}, f"{folder}/inputs.pt")
+        references[folder] = (model, output.logits, hidden, tokens, prepared)
     return references
 
 
@@ -88,18 +89,24 @@ def load_in(python, folders, tmp_path):
     return torch.load(result)
 
 
-@pytest.mark.parametrize("line", ["this", "other"])
-def test_folders_load_without_this_project(folders, line, tmp_path):
-    if line == "other" and not OTHER_PYTHON:
-        pytest.skip("HONEYBEE_OTHER_PYTHON does not name a Python with the other transformers line (.ci/run sets it)")
-    results = load_in(sys.executable if line == "this" else OTHER_PYTHON, folders, tmp_path)
-    for folder, (model, logits, hidden, prepared) in folders.items():
+@pytest.mark.parametrize("release", ["this", "others"])
+def test_folders_load_without_this_project(folders, release, tmp_path):
+    if release == "others" and not OTHER_PYTHONS:
+        pytest.skip(NO_OTHER_PYTHONS)
+    for number, python in enumerate([sys.executable] if release == "this" else OTHER_PYTHONS):
+        (tmp_path / str(number)).mkdir()
+        compare(folders, load_in(python, folders, tmp_path / str(number)))
+
+
+def compare(folders, results):
+    for folder, (model, logits, hidden, tokens, prepared) in folders.items():
         result = results[folder]
         assert result["module"].startswith("transformers_modules."), result["module"]
         assert result["missing"] == [] and result["unexpected"] == []
         for other in result["logits"]:
             torch.testing.assert_close(other, logits, atol=1e-5, rtol=0)
         torch.testing.assert_close(result["hidden"], hidden, atol=1e-5, rtol=0)
+        assert torch.equal(result["tokens"], tokens)
         assert result["tied"] == model.config.tie_word_embeddings
         rope = getattr(model.config.text_config, "rope_parameters", None) or model.config.text_config.to_dict()
         assert result["rope_theta"] == rope["rope_theta"] != 10000.0
@@ -121,7 +128,7 @@ def test_saved_again_by_a_stranger_it_is_still_whole(folders, tmp_path):
     for file in SHIPPED:
         assert (tmp_path / "again" / file.name).read_text() == file.read_text()
     loaded = HoneybeeForConditionalGeneration.from_pretrained(tmp_path / "again")
-    model, logits, _, _ = folders[folder]
+    model, logits, *_ = folders[folder]
     assert torch.equal(loaded(**tiny_inputs(model)).logits, logits)
     assert HoneybeeProcessor.from_pretrained(tmp_path / "again").num_image_tokens == model.config.num_image_tokens
 

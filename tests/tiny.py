@@ -32,6 +32,9 @@ PROJECTORS = ("linear", "mlp", "resampler", "c-abs", "d-abs")
 IMAGE_SIZE, PATCH_SIZE = 32, 8
 NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 REPOSITORY = Path(__file__).parent.parent
+# Set by .ci/run: Pythons with other releases of transformers, separated as in PATH.
+OTHER_PYTHONS = [python for python in os.environ.get("HONEYBEE_OTHER_PYTHONS", "").split(os.pathsep) if python]
+NO_OTHER_PYTHONS = "HONEYBEE_OTHER_PYTHONS names no Pythons with other releases of transformers (.ci/run sets it)"
 
 
 def projector_settings(projector_type: str, **settings) -> dict:

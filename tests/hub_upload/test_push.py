@@ -18,15 +18,21 @@ from hub_upload.export_check import CODE, ExportError, check_folder
 from hub_upload.push import prepare_adapter
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from tests.hub_upload.fake_hub import Blob, FakeHub
-from tests.tiny import REPOSITORY, picture, run_script, tiny_inputs, tiny_model, tiny_processor
+from tests.tiny import (
+    NO_OTHER_PYTHONS,
+    OTHER_PYTHONS,
+    REPOSITORY,
+    picture,
+    run_script,
+    tiny_inputs,
+    tiny_model,
+    tiny_processor,
+)
 from training.stages import lora_modules
 
 PUSH = REPOSITORY / "hub_upload" / "push.py"
 HERE = REPOSITORY / "tests" / "hub_upload"
-OTHER_PYTHON = os.environ.get("HONEYBEE_OTHER_PYTHON")
-needs_other = pytest.mark.skipif(
-    not OTHER_PYTHON, reason="HONEYBEE_OTHER_PYTHON does not name a Python with the other transformers line"
-)
+needs_others = pytest.mark.skipif(not OTHER_PYTHONS, reason=NO_OTHER_PYTHONS)
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
 IDS = {"image_token_id": tiny_processor().image_token_id}
 NOT_OURS = {".gitattributes"}
@@ -156,14 +162,15 @@ def assert_same(result, model, root):
     assert all(name.startswith("transformers_modules.") for name in result["modules"]), result["modules"]
 
 
-@needs_other
-def test_it_loads_by_name_on_the_other_line(hub, world, pushed):
-    result = load_by_name(OTHER_PYTHON, hub, world, "bee/tiny", "main")
-    assert_same(result, world["model"], world["root"])
+@needs_others
+def test_it_loads_by_name_with_other_releases(hub, world, pushed):
+    for python in OTHER_PYTHONS:
+        result = load_by_name(python, hub, world, "bee/tiny", "main")
+        assert_same(result, world["model"], world["root"])
 
 
-@needs_other
-def test_pushed_from_the_other_line_it_loads_here(hub, world):
+@needs_others
+def test_pushed_from_another_release_it_loads_here(hub, world):
     root = world["root"]
     script = (
         "from tests.tiny import *\n"
@@ -175,7 +182,7 @@ def test_pushed_from_the_other_line_it_loads_here(hub, world):
         "from hub_upload.push import main\n"
         "main(['--model', 'theirs', '--repo_id', 'bee/theirs', '--license', 'mit', '--revision', 'v1'])\n"
     )
-    run_script("-c", script, python=OTHER_PYTHON, cwd=root, env=environment(hub, root))
+    run_script("-c", script, python=OTHER_PYTHONS[0], cwd=root, env=environment(hub, root))
     model = tiny_model("d-abs", seed=4, config=IDS)
     model.load_state_dict(torch.load(root / "theirs.pt"))
     result = load_by_name(sys.executable, hub, world, "bee/theirs", "v1")

@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
+import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForImageTextToText, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForImageTextToText, DynamicCache, LlamaForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from modeling_honeybee import AutoModelForVision2Seq, HoneybeeForConditionalGeneration, HoneybeeModel
+from modeling_honeybee.modeling_honeybee import (
+    CACHE,
+    HoneybeeCausalLMOutputWithPast,
+    HoneybeeModelOutputWithPast,
+)
 from processing import processor_from_vision_text_pretrained
 from tests.tiny import (
     IMAGE_SIZE,
@@ -315,3 +323,41 @@ def test_a_new_model_has_the_language_models_dtype(tmp_path):
 def test_unknown_projector_setting_is_named(tmp_path):
     with pytest.raises(ValueError, match="num_querry_tokens.*num_query_tokens"):
         HoneybeeForConditionalGeneration.from_vision_text_pretrained("vision", "text", num_querry_tokens=4)
+
+
+def test_outputs_have_the_librarys_fields_and_ours():
+    for ours, theirs in (
+        (HoneybeeModelOutputWithPast, BaseModelOutputWithPast),
+        (HoneybeeCausalLMOutputWithPast, CausalLMOutputWithPast),
+    ):
+        names = [field.name for field in fields(theirs)]
+        assert [field.name for field in fields(ours)] == [*names, "image_hidden_states"]
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_goes_by_both_of_its_names(name):
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    ids = inputs["input_ids"]
+    expected = model(**inputs).logits[:, -1]
+    cache = DynamicCache(config=model.config.text_config)
+    model(**{**inputs, "input_ids": ids[:, :-1], "attention_mask": None}, **{name: cache})
+    assert cache.get_seq_length() == ids.shape[1] - 1
+    output = model(input_ids=ids[:, -1:], **{name: cache})
+    torch.testing.assert_close(output.logits[:, -1], expected, atol=1e-5, rtol=0)
+    assert output[CACHE] is cache
+    with pytest.raises(ValueError, match="two names"):
+        model(input_ids=ids[:, -1:], past_key_values=cache, cache=cache)
+
+
+def test_generation_uses_nothing_that_is_deprecated(caplog, recwarn):
+    model = tiny_model()
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)
+    try:
+        for settings in ({}, {"num_beams": 2}, {"use_cache": False}):
+            model.generate(**tiny_inputs(model, MIXED), max_new_tokens=3, do_sample=False, **settings)
+    finally:
+        library.removeHandler(caplog.handler)
+    said = caplog.text + "".join(str(warning.message) for warning in recwarn)
+    assert "deprecated" not in said, said

@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from serving import chat_demo, serve
-from serving.limits import LimitError, Limits
-from serving.serve import check_chat
+from serving.limits import LimitError, Limits, check_chat
 from tests.tiny import picture
 
 LIMITS = Limits(max_image_bytes=20_000, max_image_pixels=5_000, max_images=2, max_prompt_chars=50, max_new_tokens=16)
@@ -41,12 +40,14 @@ TEXT = {"type": "text", "text": "What is it?"}
 
 
 def test_what_keeps_the_limits_passes():
-    body = check_chat(chat(image(data_url(png())), image(data_url(png())), TEXT, max_tokens=16), "m", LIMITS)
-    assert body["model"] == "m" and body["max_tokens"] == 16
-    assert check_chat(chat(TEXT), "m", LIMITS)["max_tokens"] == 16
-    for name in ("m", "m@main"):  # as it was given, and as the replies have it
-        assert check_chat(chat(TEXT, model=name), "m", LIMITS)["model"] == "m"
-    assert check_chat(chat(TEXT, max_tokens=None), "m", LIMITS)["max_tokens"] == 16
+    url = data_url(png())
+    request = check_chat(chat(image(url), image(url), TEXT, max_tokens=16), "m", LIMITS)
+    assert request.messages == [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, TEXT]}]
+    assert (request.images, request.max_tokens) == ([url, url], 16)
+    assert check_chat(chat(TEXT), "m", LIMITS).max_tokens == 16
+    assert check_chat(chat(TEXT, model="m"), "m", LIMITS)
+    assert check_chat(chat(TEXT, max_tokens=None), "m", LIMITS).max_tokens == 16
+    assert check_chat(chat(TEXT, max_tokens=3, max_completion_tokens=2), "m", LIMITS).max_tokens == 2
     assert check_chat({"messages": [{"role": "user", "content": "x" * 50}]}, "m", LIMITS)
 
 
@@ -77,10 +78,10 @@ def bomb() -> bytes:
         (chat({"type": "image", "url": "/etc/passwd"}), "type text"),
         (chat({"type": "video_url", "video_url": {"url": "x"}}), "type text"),
         (chat(TEXT, max_tokens=17), "max_tokens=17 must be a whole number from 1 to 16"),
-        (chat(TEXT, max_completion_tokens=17), "max_tokens=17"),
+        (chat(TEXT, max_completion_tokens=17), "max_completion_tokens=17"),
         (chat(TEXT, max_tokens=True), "max_tokens=True"),
         (chat(TEXT, max_tokens=0), "max_tokens=0"),
-        (chat(TEXT, max_completion_tokens=0, max_tokens=16), "max_tokens=0"),
+        (chat(TEXT, max_completion_tokens=0, max_tokens=16), "max_completion_tokens=0"),
         (chat(TEXT, generation_config=json.dumps({"max_new_tokens": 10**6})), "generation_config"),
         (chat(TEXT, chat_template_kwargs={"chat_template": "x"}), "chat_template_kwargs"),
         (chat(TEXT, model="other/model"), "'other/model'"),
