@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 from trl import ModelConfig, SFTConfig, TrlParser
 
+from training.engines import check_deepspeed
 from training.recipe.config import read_yaml
 from training.stages import TRAINED
 
@@ -84,6 +85,13 @@ class HoneybeeArguments:
             raise ValueError(f"--projector {self.projector!r} is not a mapping of settings to values")
 
 
+@dataclass
+class EngineArguments:
+    """Of `SFTConfig`, what is checked before that is made, which starts the engine."""
+
+    deepspeed: dict | str | None = None
+
+
 def parts_of(hint) -> tuple:
     """The types of a union, or the one type."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
@@ -156,8 +164,9 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[HoneybeeArgumen
         if twice:
             raise ValueError(f"{path}: {'; '.join(twice)}")
     # Without its own --help, which would list these settings alone.
-    parser = Parser((HoneybeeArguments,), add_help=False)
-    own, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    parser = Parser((HoneybeeArguments, EngineArguments), add_help=False)
+    own, engine, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    check_deepspeed(engine.deepspeed)
     if own.dry_run and not torch.cuda.is_available():
         arguments += ["--use_cpu", "True"]  # bf16 is refused where there is neither a GPU nor this
     parser = Parser((HoneybeeArguments, SFTConfig, ModelConfig))

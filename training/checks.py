@@ -30,6 +30,7 @@ from training.arguments import BATCHINGS, HoneybeeArguments
 from training.checkpoints import LORA, check_disk, check_output_dir, describe_run, find_checkpoint, global_batch_size
 from training.collator import HoneybeeDataCollator
 from training.conversations import check_dataset, image_root, load_conversations
+from training.engines import settle_deepspeed, whole_models
 from training.loading import DTYPES, bytes_of, load_config_and_processor, state_bytes
 from training.packed_attention import PACKABLE
 from training.recipe.config import load_recipe
@@ -72,6 +73,7 @@ class Plan:
     disk_bytes: int
 
 
+@whole_models()
 def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> Plan:
     """Checks everything, the quick things first. Completes the settings that follow from others: accumulation from the
     global batch, and where LoRA goes.
@@ -81,6 +83,7 @@ def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Mod
     """
     check_arguments(args, training_args, model_args)
     settle_batch_size(args, training_args)
+    settle_deepspeed(training_args)
     check_output_dir(training_args.output_dir)
     recipe = load_recipe(args.mixture, args.mixture_settings) if args.mixture is not None else None
     run = describe_run(args, training_args, model_args, recipe)

@@ -12,6 +12,7 @@ from trl import ModelConfig, SFTConfig, get_quantization_config
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
 from training.arguments import HoneybeeArguments
+from training.engines import whole_models
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto", None: None}
 
@@ -52,6 +53,7 @@ def load_config_and_processor(
     return config, processor
 
 
+@whole_models()
 def load_model(
     args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig
 ) -> HoneybeeForConditionalGeneration:
@@ -74,6 +76,7 @@ def load_model(
     )
 
 
+@whole_models()
 def merge_adapter(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> str:
     """Puts the adapter in `output_dir` into its base model, not quantized, and writes the whole model beside it.
 

@@ -5,6 +5,12 @@ import torch
 from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
+from training.engines import (
+    check_saves_whole_models,
+    gather_head_before_use,
+    saved_as_one_process,
+    untie_originals,
+)
 from training.interruption import protect_workers
 from training.throughput import ThroughputMixin
 
@@ -24,6 +30,13 @@ class HoneybeeTrainer(ThroughputMixin, SFTTrainer):
     position, and most of a row (images, questions, padding) is never learned. Here it gets the others only. The loss
     is the same."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        check_saves_whole_models(self.accelerator.state)
+        gather_head_before_use(self.model)
+        if self.is_fsdp_enabled:
+            untie_originals(self.model)
+
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
         # accelerate reads batches from the one inside, and makes another of the outer one's settings to skip batches.
@@ -41,6 +54,10 @@ class HoneybeeTrainer(ThroughputMixin, SFTTrainer):
         self.model_wrapped = self.model
         self.accelerator.free_memory()
         self.accelerator.end_training()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with saved_as_one_process(self.model, state_dict):
+            super()._save(output_dir, state_dict)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """None: TRL's tells how to ask a text model. `hub_upload/push.py` writes ours."""
