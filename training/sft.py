@@ -16,35 +16,40 @@ nothing here is refused. `--dry_run` checks and describes a run without starting
 step and exit with code 0; `--resume` goes on.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import signal
 import sys
 import warnings
 from functools import partial
+from typing import TYPE_CHECKING
 
 import yaml
-from trl import ModelConfig, SFTConfig, get_peft_config
 
 from training.arguments import HoneybeeArguments, parse_arguments
-from training.checkpoints import copy_model, global_batch_size, is_finished, mark_run
-from training.checks import Plan, check_run
-from training.dry_run import dry_run
-from training.interruption import StopOnSignal
-from training.length_grouping import WINDOW, GroupedTrainer, dataset_lengths, mixture_lengths
-from training.loading import load_model, merge_adapter
-from training.packed_attention import use_packed_attention
-from training.recipe.mixture import TooManyBadSamplesError
-from training.recipe.trainer import MixtureCallback, MixtureTrainer
-from training.report import ReportCallback
+from training.recipe.errors import TooManyBadSamplesError
 from training.stages import freeze_for_stage, keep_trained_in_float32, parts_table, set_trained
-from training.trainer import HoneybeeTrainer
+
+# What a run needs beyond its settings loads for seconds. Each function imports it, so that --help, a wrong setting and
+# Ctrl-C are answered before.
+if TYPE_CHECKING:
+    from trl import ModelConfig, SFTConfig
+
+    from training.checks import Plan
+    from training.trainer import HoneybeeTrainer
 
 logger = logging.getLogger(__name__)
 
 
 def trainer_class(args: HoneybeeArguments, training_args: SFTConfig, plan: Plan):
     """The trainer that reads the run's samples in the order of its batching."""
+    from training.checkpoints import global_batch_size
+    from training.length_grouping import WINDOW, GroupedTrainer, dataset_lengths, mixture_lengths
+    from training.recipe.trainer import MixtureTrainer
+    from training.trainer import HoneybeeTrainer
+
     if args.batching != "grouped":
         return HoneybeeTrainer if plan.mixture is None else MixtureTrainer
     if plan.mixture is None:
@@ -62,6 +67,16 @@ def prepare(
     Raises:
         ValueError, FileNotFoundError: with the value, the limit and the remedy.
     """
+    from trl import get_peft_config
+
+    from training.checkpoints import mark_run
+    from training.checks import check_run
+    from training.interruption import StopOnSignal
+    from training.loading import load_model
+    from training.packed_attention import use_packed_attention
+    from training.recipe.trainer import MixtureCallback
+    from training.report import ReportCallback
+
     plan = check_run(args, training_args, model_args)
     model = load_model(args, training_args, model_args)
     if model_args.use_peft:
@@ -107,6 +122,9 @@ def run(trainer: HoneybeeTrainer, checkpoint: str | None, how_to_go_on: str = "t
     Raises:
         SystemExit: with code 0, after a SIGTERM or SIGINT and the checkpoint that it asked for.
     """
+    from training.checkpoints import copy_model, is_finished
+    from training.interruption import StopOnSignal
+
     if checkpoint is not None and is_finished(checkpoint, trainer.args):
         if trainer.is_world_process_zero():
             copy_model(checkpoint, trainer.args.output_dir)
@@ -141,19 +159,28 @@ def run(trainer: HoneybeeTrainer, checkpoint: str | None, how_to_go_on: str = "t
     trainer.end()
 
 
+def quickstart() -> None:
+    try:
+        from training.quickstart.run import run_quickstart  # which imports this module
+
+        run_quickstart()
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; the same command goes on behind what is finished")
+
+
 def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # transformers 5 has another name for it, which 4 does not know.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     if len(sys.argv) == 1:
-        from training.quickstart.run import run_quickstart  # which imports this module
-
-        run_quickstart()
+        quickstart()
         return
     try:
         args, training_args, model_args = parse_arguments()
         if args.dry_run:
+            from training.dry_run import dry_run
+
             print(dry_run(args, training_args, model_args))
             return
         trainer, checkpoint = prepare(args, training_args, model_args)
@@ -167,6 +194,8 @@ def main():
         # A worker's comes with the whole of its traceback in front.
         sys.exit(f"error: {str(error).rpartition(f'{TooManyBadSamplesError.__name__}: ')[2]}")
     if args.merge and trainer.is_world_process_zero():
+        from training.loading import merge_adapter
+
         print("Merged model:", merge_adapter(args, training_args, model_args))
 
 

@@ -26,6 +26,7 @@ from torch.utils.data import get_worker_info
 
 from training.collator import HoneybeeDataCollator, TooLongError
 from training.conversations import EmptyAnswerError, normalize_conversation, open_image
+from training.recipe.errors import TooManyBadSamplesError
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +57,6 @@ _DATA_ERRORS = (
     SyntaxError,
     DecompressionBombError,
 )
-
-
-class TooManyBadSamplesError(RuntimeError):
-    """More samples than allowed could not be used."""
 
 
 class UnusableRecordError(ValueError):
