@@ -5,14 +5,15 @@ import json
 import sys
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import torch
-from trl import ModelConfig, SFTConfig, TrlParser
+from trl import TrlParser
 
-from training.engines import check_deepspeed
-from training.recipe.config import read_yaml
 from training.stages import TRAINED
+from training.yaml_file import read_yaml
+
+if TYPE_CHECKING:
+    from trl import ModelConfig, SFTConfig
 
 BATCHINGS = ("packed", "grouped", "padded")
 
@@ -144,7 +145,7 @@ class Parser(TrlParser):
         return super().set_defaults_with_config(**settings)
 
 
-def parse_arguments(arguments: list[str] | None = None) -> tuple[HoneybeeArguments, SFTConfig, ModelConfig]:
+def parse_arguments(arguments: list[str] | None = None) -> "tuple[HoneybeeArguments, SFTConfig, ModelConfig]":
     """Flags and the YAML file that `--config` names; a flag wins.
 
     Args:
@@ -166,7 +167,18 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[HoneybeeArgumen
     # Without its own --help, which would list these settings alone.
     parser = Parser((HoneybeeArguments, EngineArguments), add_help=False)
     own, engine, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    check_deepspeed(engine.deepspeed)
+
+    if {"-h", "--help"} & set(arguments):
+        # transformers 5 loads it with its settings, for seconds; they are listed without it, and the process ends.
+        sys.modules.setdefault("peft", None)
+    # Only here: these load for seconds.
+    import torch
+    from trl import ModelConfig, SFTConfig
+
+    if engine.deepspeed is not None:
+        from training.engines import check_deepspeed
+
+        check_deepspeed(engine.deepspeed)
     if own.dry_run and not torch.cuda.is_available():
         arguments += ["--use_cpu", "True"]  # bf16 is refused where there is neither a GPU nor this
     parser = Parser((HoneybeeArguments, SFTConfig, ModelConfig))

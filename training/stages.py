@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each of the two training stages trains (paper, section 4): the projector, then the projector and the LLM."""
 
+from __future__ import annotations
+
 import logging
 import re
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:  # the settings name the stages, and `--help` should not wait for these
+    from torch import nn
 
-from modeling_honeybee import HoneybeeForConditionalGeneration
+    from modeling_honeybee import HoneybeeForConditionalGeneration
 
 logger = logging.getLogger(__name__)
 
@@ -91,4 +95,6 @@ def lora_modules(stage: str, targets: str | list[str] = ("q_proj", "v_proj")) ->
 
 def linear_names(module: nn.Module) -> list[str]:
     """Names, without their paths, of the linear layers inside: what `all-linear` means for a part of the model."""
+    from torch import nn
+
     return sorted({name.rpartition(".")[2] for name, layer in module.named_modules() if isinstance(layer, nn.Linear)})

@@ -29,6 +29,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from transformers.integrations.deepspeed import is_deepspeed_available
 from transformers.utils.logging import disable_progress_bar
 
+import training.run
 from tests.tiny import tiny_model
 from tests.training.run_sft import Signal
 from training import sft
@@ -73,7 +74,7 @@ def launched(config_file: str) -> dict[str, str]:
 
 def train(rank: int, run: dict):
     """What a process does: sft.py with its batches recorded, killed where that is asked for."""
-    original = sft.run
+    original = training.run.run
 
     def mortal(trainer, checkpoint):
         assert trainer.accelerator.num_processes == (PROCESSES if run["engine"] else 1)
@@ -90,7 +91,7 @@ def train(rank: int, run: dict):
             trainer.add_callback(Signal(run["die_at"]))
         original(trainer, checkpoint)
 
-    sft.run = mortal
+    training.run.run = mortal
     sys.argv = ["sft.py", *map(str, run["arguments"])]
     sft.main()
 

@@ -19,9 +19,10 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+import training.run
 from training import sft
 
-run = sft.run
+run = training.run.run
 
 
 def record(folder: Path):
@@ -40,7 +41,7 @@ def record(folder: Path):
         said = {"world_size": world_size, "batches": batches, "threads": threads}
         (folder / f"{rank}.json").write_text(json.dumps(said))
 
-    sft.run = recorded
+    training.run.run = recorded
     sft.main()
 
 
@@ -59,7 +60,7 @@ def stop(step: int):
             trainer.add_callback(Signal(step, signal.SIGTERM))
         run(trainer, checkpoint)
 
-    sft.run = stopped
+    training.run.run = stopped
     sft.main()
 
 
@@ -88,7 +89,7 @@ def trouble(kind: str):
         trainer.add_callback(Trouble(kind))
         run(trainer, checkpoint)
 
-    sft.run = troubled
+    training.run.run = troubled
     sft.main()
 
 
@@ -106,7 +107,7 @@ def fork(rank: int, processes: int, port: int, die_at: int | None) -> int:
             trainer.add_callback(Signal(die_at))
         run(trainer, checkpoint)
 
-    sft.run = mortal
+    training.run.run = mortal
     status = 1
     try:
         sft.main()

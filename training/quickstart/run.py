@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart from stand-ins to a table of accuracies. All training here goes through `training/sft.py`."""
+"""The quickstart from stand-ins to a table of accuracies. All training here goes through `training/run.py`."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from training.arguments import HoneybeeArguments
 from training.checkpoints import last_whole_checkpoint
 from training.quickstart.digit_scenes import QUESTION_WEIGHTS, SceneMaker
 from training.quickstart.stand_ins import make_stand_ins
-from training.sft import prepare, run
+from training.run import prepare, run
 
 PROJECTOR = {"projector_type": "c-abs", "num_query_tokens": 16, "hidden_size": 64, "depth": 2}
 BATCH_SIZE = 32

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command loads before it answers: `--help` and a wrong argument wait for no library that they do not need."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from trl import ModelConfig, SFTConfig
+
+from tests.tiny import REPOSITORY
+from training.arguments import HoneybeeArguments, Parser
+
+LIBRARIES = [
+    "accelerate",
+    "datasets",
+    "matplotlib",
+    "modeling_honeybee",
+    "pandas",
+    "peft",
+    "processing",
+    "pyarrow",
+    "scipy",
+    "sklearn",
+    "torch",
+]
+# Runs a script as `python SCRIPT ARGUMENTS...` does, and says last which of `LIBRARIES` it loaded.
+SCRIPT = f"""
+import os, runpy, sys
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("\\nloaded:", *(name for name in {LIBRARIES} if sys.modules.get(name)), file=sys.stderr)
+"""
+# The same with Ctrl-C while a library is imported.
+INTERRUPTED = """
+import os, signal, sys
+from importlib.abc import MetaPathFinder
+
+class Interrupt(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "datasets":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+""" + SCRIPT  # fmt: skip
+
+
+def answer(script: str, *arguments: str, wrapper: str = SCRIPT, cwd=None) -> tuple[int, str, set[str]]:
+    """Exit code and output of a script, and those of `LIBRARIES` that it loaded."""
+    result = subprocess.run(
+        [sys.executable, "-c", wrapper, str(REPOSITORY / script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
+    )
+    loaded = re.search(r"\nloaded:(.*)\n", result.stderr)
+    return result.returncode, result.stdout + result.stderr.replace(loaded[0], "\n"), set(loaded[1].split())
+
+
+def test_help_of_training_lists_every_setting_and_loads_the_settings_alone():
+    code, text, libraries = answer("training/sft.py", "--help")
+    assert code == 0
+    # TRL's settings are a class of transformers', which loads these two.
+    assert libraries <= {"torch", "accelerate"}
+    whole = Parser((HoneybeeArguments, SFTConfig, ModelConfig), prog="sft.py").format_help()
+    assert "--use_peft" in whole and text.split() == whole.split()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--stage", "both"], "invalid choice: 'both'"),
+        (["--projector", "{depth: 2"], "is not JSON"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--dataset", "x", "--config"], "--config needs the path"),
+    ],
+)
+def test_a_wrong_setting_of_ours_loads_nothing(arguments, said):
+    code, text, libraries = answer("training/sft.py", *arguments)
+    assert code and said in text and not libraries
+
+
+@pytest.mark.parametrize("setting", ["--learnig_rate", "--lr_scheduler_type"])
+def test_a_wrong_setting_of_trl_loads_the_settings_alone(setting):
+    code, text, libraries = answer("training/sft.py", setting, "often", "--use_cpu")
+    assert code and setting in text and "often" in text
+    assert not libraries & {"datasets", "matplotlib", "modeling_honeybee", "pandas", "processing"}
+
+
+@pytest.mark.parametrize("arguments", [["--dataset", "nowhere", "--use_cpu"], []], ids=["run", "quickstart"])
+def test_ctrl_c_while_libraries_are_loaded_is_a_sentence(arguments, tmp_path):
+    code, text, _ = answer("training/sft.py", *arguments, wrapper=INTERRUPTED, cwd=tmp_path)
+    assert code and "Interrupted" in text and "Traceback" not in text
