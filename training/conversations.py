@@ -8,10 +8,11 @@ A sample is `{"messages": [...], "images": [...]}` in TRL's conversational forma
 import os
 from collections.abc import Callable
 
-import PIL.Image
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from tqdm.auto import tqdm
+
+from processing import open_image
 
 # Decoding is the only way to find a truncated file, and it takes milliseconds an image. Beyond this many images the
 # rest is checked for existence only; the collator names a broken one when it meets it.
@@ -106,45 +107,14 @@ def normalize_conversation(example: dict) -> tuple[list[dict], list]:
     return normalized, images
 
 
-def open_image(image, root: str = ""):
-    """An image of a sample as PIL in RGB, transparency dropped.
-
-    Args:
-        image: a PIL image, a path (relative ones under `root`), or the undecoded dict of `datasets`.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the file and what is wrong with it.
-    """
-    if isinstance(image, str):
-        image = {"path": os.path.join(root, image), "bytes": None}
-    if isinstance(image, dict):
-        path = image.get("path") or "in memory"
-        if image.get("bytes") is None and not os.path.isfile(path):
-            raise FileNotFoundError(f"image file {path!r} does not exist; correct the path or leave the sample out")
-        try:
-            image = Image().decode_example(image)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(
-                f"image {path!r} cannot be read ({error}); replace the file or leave the sample out"
-            ) from error
-    if not isinstance(image, PIL.Image.Image):
-        raise ValueError(f"image {image!r} is neither a path nor a picture; correct it or leave the sample out")
-    try:
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        path = getattr(image, "filename", "") or "in memory"
-        raise ValueError(
-            f"image {path!r} cannot be read ({error}); replace the file or leave the sample out"
-        ) from error
-
-
 def _exists(image, root: str) -> bool:
     if isinstance(image, dict):
         if image.get("bytes") is not None:
             return True
         image = image.get("path") or ""
-    return not isinstance(image, str) or os.path.isfile(os.path.join(root, image))
+    if isinstance(image, str) and not image.startswith(("http://", "https://", "data:")):
+        return os.path.isfile(os.path.join(root, image))
+    return True
 
 
 def _as_messages(example: dict) -> dict:
@@ -271,8 +241,6 @@ def check_dataset(
                     open_image(image, image_root)  # says what is wrong
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"sample {index}: {error}") from error
-        except PIL.Image.DecompressionBombError as error:
-            raise ValueError(f"sample {index}: {error}; make the image smaller or leave the sample out") from error
     if needs_images and num_images == 0:
         raise ValueError(
             f"none of the {len(dataset)} samples has an image, and alignment trains the projector alone, which reads "
