@@ -20,7 +20,6 @@ import pandas
 
 from evaluation.prompts import Question, with_options
 from evaluation.scorers import MME_SUBSETS, POPE_CATEGORIES
-from processing import open_image
 
 # task -> folder below the data root, repository on the Hub with the same questions as parquet files
 FOLDERS = {
@@ -110,6 +109,8 @@ def _parquet_rows(root: Path, task: str, only: str = "") -> Iterator[tuple[dict,
 
     def decoder(number: int) -> Callable:
         def decode():
+            from processing import open_image  # loads for seconds, and saved answers are scored without it
+
             value = images[number][column]
             return open_image(value[0] if several else value)
 
@@ -180,7 +181,12 @@ def read_pope(root: Path) -> list[Question]:
 
 
 def _decoder_of_base64(text: str) -> Callable:
-    return lambda: open_image(base64.b64decode(text))
+    def decode():
+        from processing import open_image
+
+        return open_image(base64.b64decode(text))
+
+    return decode
 
 
 def read_mmbench(root: Path) -> list[Question]:

@@ -100,22 +100,26 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def _read_text(source: str, root: str):
-    """What a path, URL, data URI or base64 text stands for, as an opened image."""
+def _read_text(source: str, root: str) -> bytes:
+    """The file that a path, URL, data URI or base64 text stands for."""
     if source.startswith(("http://", "https://")):
         # Some servers refuse the name that urllib gives itself.
         request = urllib.request.Request(source, headers={"User-Agent": "honeybee"})
         with urllib.request.urlopen(request, timeout=60) as reply:
-            return Image.open(io.BytesIO(reply.read()))
+            return reply.read()
     if source.startswith("data:"):
-        return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+        return base64.b64decode(source.partition(",")[2])
     if source.startswith("file://"):
         source = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
     path = os.path.join(root, source)
     if os.path.isfile(path):
-        return Image.open(path)
+        # Read here: Pillow forgets to turn a TIFF that it maps into memory by its path.
+        with open(path, "rb") as file:
+            return file.read()
     try:
-        return Image.open(io.BytesIO(base64.b64decode("".join(source.split()), validate=True)))
+        content = base64.b64decode("".join(source.split()), validate=True)
+        Image.open(io.BytesIO(content)).close()
+        return content
     except (OSError, ValueError):
         raise FileNotFoundError(
             f"image file {_shortened(path)!r} does not exist; correct the path or leave the sample out"
@@ -124,7 +128,7 @@ def _read_text(source: str, root: str):
 
 def _from_array(array):
     """A picture of bytes from (H, W), (H, W, C) or (C, H, W), C from 1 to 4."""
-    dtype = str(array.dtype).removeprefix("torch.")
+    dtype = getattr(array.dtype, "name", str(array.dtype)).removeprefix("torch.")
     if dtype not in ("bool", "uint8", "uint16"):
         raise ValueError(
             f"its numbers are of type {dtype}, which has no range of brightness; convert them to 0 to 255 in uint8"
@@ -146,8 +150,7 @@ def _from_array(array):
 
 
 def _open_unconverted(image, root: str):
-    if isinstance(image, str):
-        return _read_text(image, root)
+    image = _read_text(image, root) if isinstance(image, str) else image
     if isinstance(image, (bytes, bytearray, memoryview)):
         return Image.open(io.BytesIO(image))
     if hasattr(image, "read"):

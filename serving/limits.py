@@ -40,7 +40,7 @@ class Limits:
             raise LimitError(f"an image has {size:,} bytes; the limit is {self.max_image_bytes:,}")
 
     def check_image(self, content: bytes) -> None:
-        """Raises a LimitError for an image that is too large or none. Reads its header, not its pixels."""
+        """Raises a LimitError for an image that is too large, which its header tells, or that cannot be read."""
         self.check_image_size(len(content))
         try:
             with Image.open(io.BytesIO(content)) as image:
@@ -53,6 +53,12 @@ class Limits:
             raise LimitError(
                 f"an image has {width} x {height} = {width * height:,} pixels; the limit is {self.max_image_pixels:,}"
             )
+        from processing import open_image  # loads for seconds
+
+        try:
+            open_image(content)
+        except ValueError as error:
+            raise LimitError(f"an image cannot be read ({error.__cause__ or error}); send another one") from error
 
     def check_data_url(self, url) -> None:
         """The same for an image in a `data:` URL. Other addresses are refused: the server would fetch or open them."""

@@ -58,8 +58,7 @@ def check_chat(body: dict, model: str, limits: Limits) -> dict:
             elif kind == "image_url" and message["role"] == "user":
                 images += 1
                 limits.check_counts(images, characters)
-                url = item.get("image_url")
-                limits.check_data_url(url.get("url") if isinstance(url, dict) else url)
+                limits.check_data_url(_url(item))
             else:
                 raise LimitError("content items are of type text, and in user messages also image_url")
     limits.check_counts(images, characters)
@@ -67,7 +66,34 @@ def check_chat(body: dict, model: str, limits: Limits) -> dict:
     wanted = next(value for value in asked if value is not None)
     if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= limits.max_new_tokens:
         raise LimitError(f"max_tokens={wanted!r} must be a whole number from 1 to {limits.max_new_tokens}")
-    return {**body, "model": model, "max_tokens": wanted}
+    return {**body, "messages": _for_the_processor(body["messages"]), "model": model, "max_tokens": wanted}
+
+
+def _url(item: dict) -> str | None:
+    url = item.get("image_url")
+    return url.get("url") if isinstance(url, dict) else url
+
+
+def _for_the_processor(messages: list[dict]) -> list[dict]:
+    """The messages with images that only the processor opens.
+
+    transformers 4 would open `data:` URLs itself, without turning pictures upright, and leave each behind as a file. It
+    passes on what has another form: base64 alone.
+    """
+    if not TRANSFORMERS_4:
+        return messages
+
+    def item_of(item: dict) -> dict:
+        return (
+            {"type": "image_url", "image_url": {"url": _url(item).partition(",")[2]}} if "image_url" in item else item
+        )
+
+    return [
+        {**message, "content": [item_of(item) for item in message["content"]]}
+        if isinstance(message["content"], list)
+        else message
+        for message in messages
+    ]
 
 
 class LimitedApp:

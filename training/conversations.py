@@ -13,6 +13,7 @@ from datasets.exceptions import DatasetsError
 from tqdm.auto import tqdm
 
 from processing import open_image
+from processing.processing_honeybee import flat_images
 
 # Decoding is the only way to find a truncated file, and it takes milliseconds an image. Beyond this many images the
 # rest is checked for existence only; the collator names a broken one when it meets it.
@@ -23,6 +24,14 @@ COLUMNS = ("messages", "images", "prompt", "completion")
 
 class EmptyAnswerError(ValueError):
     """An assistant turn without text."""
+
+
+def _images(example: dict) -> list:
+    found = [example[name] for name in ("images", "image") if example.get(name) is not None]
+    found = [flat_images(images) for images in found]
+    if len(found) == 2 and all(found):
+        raise ValueError("the sample has `images` and `image`; give its pictures under one of the two names")
+    return sum(found, [])
 
 
 def normalize_conversation(example: dict) -> tuple[list[dict], list]:
@@ -39,9 +48,7 @@ def normalize_conversation(example: dict) -> tuple[list[dict], list]:
     messages = example.get("messages")
     if not messages:
         raise ValueError("the conversation is empty; give it a user and an assistant message, or leave the sample out")
-    images = example.get("images")
-    images = list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
-
+    images = _images(example)
     template = example.get("chat_template") or "default"
     if template not in ("default", "caption"):
         raise ValueError(f"chat_template={template!r} is unknown; use default or caption")
@@ -193,7 +200,7 @@ def load_conversations(name: str, split: str = "train", columns: dict[str, str] 
             f"dataset {name!r} has the columns {', '.join(found)}, but training reads `messages`, or `prompt` and "
             "`completion` (and `images`); rename or convert them"
         )
-    return dataset
+    return undecoded(dataset)
 
 
 def image_root(name: str) -> str:
