@@ -202,7 +202,7 @@ def open_image(image, root: str = ""):
     known = (str, bytes, bytearray, memoryview, Image.Image)
     if not isinstance(image, known) and not hasattr(image, "read") and not hasattr(image, "dtype"):
         raise ValueError(f"image {given!r} is neither a path nor a picture; correct it or leave the sample out")
-    name = _shortened(name or "in memory")
+    name = _shortened(str(name or "in memory"))
     try:
         image = _open_unconverted(image, root)
         if max(image.size) > MAX_SIDE:
