@@ -17,8 +17,8 @@ from PIL import Image
 
 from benchmarks import lengths as stand_ins
 from benchmarks.measure import in_turn, machine, markdown
+from processing import open_image
 from training.collator import HoneybeeDataCollator
-from training.conversations import open_image
 
 BATCH = 32
 

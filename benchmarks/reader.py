@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from processing import HoneybeeProcessor, prepare_tokenizer
 from processing.prepare_tokenizer import square_image_processor
+from processing.processing_honeybee import resize_image
 from training.collator import HoneybeeDataCollator
 from training.recipe.config import parse_recipe
 from training.recipe.sources import open_mixture
@@ -134,7 +135,7 @@ def main():
             for start in range(0, args.samples, args.batch):
                 samples = [mixture[draw] for draw in range(start, min(start + args.batch, args.samples))]
                 for sample in samples:
-                    sample["images"][0].resize((size, size), Image.Resampling.BICUBIC)
+                    resize_image(sample["images"][0], (size, size), Image.Resampling.BICUBIC)
                 rows = collator.tokenize([(sample["messages"], sample["chat_template"]) for sample in samples])
                 tokens += sum(len(row["input_ids"]) for row in rows)
             return tokens

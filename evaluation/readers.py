@@ -10,7 +10,6 @@ official code keeps beside a prediction.
 
 import ast
 import base64
-import io
 import json
 import re
 import string
@@ -18,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas
-from PIL import Image
 
 from evaluation.prompts import Question, with_options
 from evaluation.scorers import MME_SUBSETS, POPE_CATEGORIES
@@ -104,14 +102,17 @@ def _parquet_rows(root: Path, task: str, only: str = "") -> Iterator[tuple[dict,
     if column not in table.column_names:
         raise ValueError(f"{chosen[0]} has no column image; its columns are {', '.join(table.column_names)}")
     several = isinstance(table.features[column], (list, List))
-    # An image is decoded when its question is asked; here only a mask of the missing ones is read.
-    images = table.select_columns([column]).cast_column(column, List(ImageFeature()) if several else ImageFeature())
+    # The bytes of an image are read when its question is asked; here only a mask of the missing ones.
+    feature = ImageFeature(decode=False)
+    images = table.select_columns([column]).cast_column(column, List(feature) if several else feature)
     present = table.data.column(column).is_valid().to_pylist()
 
     def decoder(number: int) -> Callable:
         def decode():
+            from processing import open_image  # loads for seconds, and saved answers are scored without it
+
             value = images[number][column]
-            return value[0] if several else value
+            return open_image(value[0] if several else value)
 
         return decode
 
@@ -180,7 +181,12 @@ def read_pope(root: Path) -> list[Question]:
 
 
 def _decoder_of_base64(text: str) -> Callable:
-    return lambda: Image.open(io.BytesIO(base64.b64decode(text)))
+    def decode():
+        from processing import open_image
+
+        return open_image(base64.b64decode(text))
+
+    return decode
 
 
 def read_mmbench(root: Path) -> list[Question]:

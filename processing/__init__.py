@@ -2,6 +2,12 @@
 """Images and messages in, model inputs out."""
 
 from .prepare_tokenizer import check_processor, prepare_tokenizer, processor_from_vision_text_pretrained
-from .processing_honeybee import HoneybeeProcessor
+from .processing_honeybee import HoneybeeProcessor, open_image
 
-__all__ = ["HoneybeeProcessor", "check_processor", "prepare_tokenizer", "processor_from_vision_text_pretrained"]
+__all__ = [
+    "HoneybeeProcessor",
+    "check_processor",
+    "open_image",
+    "prepare_tokenizer",
+    "processor_from_vision_text_pretrained",
+]

@@ -1,21 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processor of Honeybee: images and chat messages in, model inputs out.
 
-Travels with every checkpoint: torch and transformers are the only imports.
+Travels with every checkpoint: torch and transformers are the only imports, beside Pillow, which transformers' image
+processors need.
 """
 
+import base64
+import io
 import json
 import os
+import urllib.parse
+import urllib.request
 
+import torch
 import transformers
 from transformers import PreTrainedTokenizerFast
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import load_image
+from transformers.image_processing_utils import get_size_dict
+from transformers.image_utils import to_numpy_array
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+
+try:  # transformers asks for packages that are imported without a guard before it runs code from the Hub
+    from PIL import Image, ImageOps
+except ImportError:  # the image processor says that it needs Pillow
+    Image = ImageOps = None
 
 SYSTEM_BASE = "The following is a conversation between a curious human and AI assistant."
 ROLE_MARKERS = ("\nHuman: ", "\nAI: ")
 IMAGE_TOKEN = "<image>"
+
+# Of a picture, in pixels. Resized along its rows, one of a single column takes hundreds of times its own memory.
+MAX_SIDE = 262_144
 
 # A noncharacter that the tokenizer drops. The templates put it inside anything in a message that looks like a
 # placeholder or a role marker, so that what people type is text and nothing else.
@@ -74,36 +89,165 @@ CAPTION_TEMPLATE = (
 _TRANSFORMERS_4 = not hasattr(ProcessorMixin, "replace_image_token")
 
 
-def _flatten(images) -> list:
-    """One flat list, in order, of images nested by row or not at all."""
-    if not isinstance(images, (list, tuple)):
+def flat_images(images) -> list:
+    """One flat list, in order, of images nested by row or not at all; an array or tensor may be a batch of them."""
+    if not isinstance(images, (list, tuple)) and getattr(images, "ndim", 0) < 4:
         return [images]
-    return [image for item in images for image in _flatten(item)]
+    return [image for item in images for image in flat_images(item)]
 
 
-def _decode(image):
-    """Reads a path, URL, base64 string or lazily opened image now, so that what is wrong with it is said here.
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else text[:200] + "..."
 
-    Transparency is dropped, as in the official code; transformers 5 would blend it with white.
-    """
-    image = os.fspath(image) if isinstance(image, os.PathLike) else image
-    source = image if isinstance(image, str) else getattr(image, "filename", "") or type(image).__name__
-    source = source if len(source) <= 200 else source[:200] + "..."
+
+def _read_text(source: str, root: str) -> bytes:
+    """The file that a path, URL, data URI or base64 text stands for."""
+    if source.startswith(("http://", "https://")):
+        # Some servers refuse the name that urllib gives itself.
+        request = urllib.request.Request(source, headers={"User-Agent": "honeybee"})
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.read()
+    if source.startswith("data:"):
+        return base64.b64decode(source.partition(",")[2])
+    if source.startswith("file://"):
+        source = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
+    path = os.path.join(root, source)
+    if os.path.isfile(path):
+        # Read here: Pillow forgets to turn a TIFF that it maps into memory by its path.
+        with open(path, "rb") as file:
+            return file.read()
     try:
-        if isinstance(image, str):
-            image = load_image(image)
-        if hasattr(image, "convert"):
-            image = image.convert("RGB")  # a copy; PIL decodes an opened file here
-            image.info.pop("transparency", None)  # a palette's, which transformers 5 would still blend
-        return image
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(image, str) and not os.path.isfile(image) and not image.startswith(("http://", "https://")):
-            raise FileNotFoundError(
-                f"image {source!r} does not exist: it is no file, URL or base64 data; give an existing file"
-            ) from error
+        content = base64.b64decode("".join(source.split()), validate=True)
+        Image.open(io.BytesIO(content)).close()
+        return content
+    except (OSError, ValueError):
+        raise FileNotFoundError(
+            f"image file {_shortened(path)!r} does not exist; correct the path or leave the sample out"
+        ) from None
+
+
+def _from_array(array):
+    """A picture of bytes from (H, W), (H, W, C) or (C, H, W), C from 1 to 4."""
+    dtype = getattr(array.dtype, "name", str(array.dtype)).removeprefix("torch.")
+    if dtype not in ("bool", "uint8", "uint16"):
         raise ValueError(
-            f"image {source!r} cannot be read ({error}); replace the file or leave the sample out"
+            f"its numbers are of type {dtype}, which has no range of brightness; convert them to 0 to 255 in uint8"
+        )
+    # A picture of few rows looks like channels first. Tensors are, arrays are not.
+    first = array.ndim == 3 and array.shape[0] <= 4 and (isinstance(array, torch.Tensor) or array.shape[2] > 4)
+    array = to_numpy_array(array)
+    array = array.transpose(1, 2, 0) if first else array
+    array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] > 4):
+        raise ValueError(
+            f"its shape is {array.shape}; it can be (height, width), or with 1 to 4 channels as first or last"
+        )
+    if dtype == "bool":
+        array = array.astype("uint8") * 255
+    if dtype == "uint16":
+        array = (array >> 8).astype("uint8")
+    return Image.fromarray(array)
+
+
+def _open_unconverted(image, root: str):
+    image = _read_text(image, root) if isinstance(image, str) else image
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return Image.open(io.BytesIO(image))
+    if hasattr(image, "read"):
+        return Image.open(image)
+    return image if isinstance(image, Image.Image) else _from_array(image)
+
+
+def _as_rgb(image):
+    # 16 bits in one channel, which older Pillow calls "I". Pillow would cut the numbers off at 255. The upper byte is what it
+    # takes where there are several channels.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        upright = ImageOps.exif_transpose(image).convert("I").point(lambda value: value * (1 / 256))
+        return upright.convert("L").convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"its mode is {image.mode!r}, 32-bit numbers without a range of brightness; convert it to 8 or 16 bits"
+        )
+    if image.getexif().get(0x0112, 1) != 1:  # orientation
+        image = ImageOps.exif_transpose(image)
+    if image.mode != "RGB" or "transparency" in image.info:
+        image = image.convert("RGB")
+        image.info.pop("transparency", None)  # a palette's, which transformers 5 would still blend with white
+    return image
+
+
+def open_image(image, root: str = ""):
+    """A picture as PIL in RGB, whatever it comes as. Everything that a model sees is opened here.
+
+    It is turned upright where its EXIF data says so, transparency is dropped, as in the official code, 16 bits become 8,
+    and an animation is its first frame.
+
+    Args:
+        image: a path, URL, data URI or base64 text; bytes or an open file; the dict of `datasets` with `bytes` or a `path`;
+            a PIL image; an array or tensor of 8 or 16 bits, (H, W) or with 1 to 4 channels as first or last.
+        root: folder of relative paths.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: what is wrong with the picture: it cannot be decoded, is too large, or has numbers without a range.
+    """
+    given = image
+    if isinstance(image, dict):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+        name = given.get("path")
+    else:
+        name = getattr(image, "filename", None)
+    if isinstance(image, (str, os.PathLike)):
+        image = name = os.fspath(image)
+    known = (str, bytes, bytearray, memoryview, Image.Image)
+    if not isinstance(image, known) and not hasattr(image, "read") and not hasattr(image, "dtype"):
+        raise ValueError(f"image {given!r} is neither a path nor a picture; correct it or leave the sample out")
+    name = _shortened(str(name or "in memory"))
+    try:
+        image = _open_unconverted(image, root)
+        if max(image.size) > MAX_SIDE:
+            raise Image.DecompressionBombError(
+                f"{image.width} x {image.height} pixels, {MAX_SIDE} a side are the limit"
+            )
+        image.load()
+        return _as_rgb(image)
+    except FileNotFoundError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"image {name!r} is too large ({error}); make it smaller or leave the sample out") from error
+    except Exception as error:  # what decoders raise on broken data has no common class
+        raise ValueError(
+            f"image {name!r} cannot be read ({error}); replace the file or leave the sample out"
         ) from error
+
+
+def resize_image(image, size: tuple[int, int], resample):
+    """A PIL image at (width, height), with the values of Pillow up to 12, which the official pixels are.
+
+    Those resize along the rows first. Pillow 13 begins with the columns of a tall picture and rounds other values; one axis
+    at a time leaves no choice.
+    """
+    return image.resize((size[0], image.height), resample).resize(size, resample)
+
+
+def resize_images(images: list, image_processor, **asked) -> list:
+    """PIL images at the size that an image processor resizes to, which leaves nothing to do for its own resize.
+
+    Those of an image processor that resizes otherwise than to a width and a height stay as they are.
+
+    Args:
+        asked: settings of the call, which go before those of the image processor.
+    """
+    asked = {**asked, **(asked.get("images_kwargs") or {})}
+
+    def setting(name: str):
+        return asked[name] if asked.get(name) is not None else getattr(image_processor, name, None)
+
+    size, resample = setting("size"), setting("resample")
+    size = dict(get_size_dict(size, default_to_square=False)) if size is not None else {}
+    if not setting("do_resize") or not isinstance(resample, int) or not (size.get("width") and size.get("height")):
+        return images
+    return [resize_image(image, (size["width"], size["height"]), resample) for image in images]
 
 
 def make_tokenizer_portable(folder: str | os.PathLike) -> None:
@@ -186,8 +330,8 @@ class HoneybeeProcessor(ProcessorMixin):
                 f"{given} images were passed; give exactly one image for each placeholder"
             )
 
-    def _prepare(self, images, text):
-        """Checked inputs: a flat list of decoded images or None, and a list of strings."""
+    def _prepare(self, images, text, asked: dict):
+        """Checked inputs: a flat list of opened and resized images or None, and a list of strings."""
         if images is None and text is None:
             raise ValueError("give `text`, `images` or both")
         if isinstance(text, str):
@@ -201,11 +345,13 @@ class HoneybeeProcessor(ProcessorMixin):
                 and isinstance(images, (list, tuple))
                 and any(isinstance(i, (list, tuple)) for i in images)
             ):
-                rows = [[image for image in _flatten(row) if image is not None] for row in images]
-            images = [image for image in _flatten(images) if image is not None]
+                rows = [[image for image in flat_images(row) if image is not None] for row in images]
+            images = [image for image in flat_images(images) if image is not None]
         if text is not None:
             self._check_image_count(text, images, rows)
-        return [_decode(image) for image in images] if images else None, list(text) if text is not None else None
+        if images:
+            images = resize_images([open_image(image) for image in images], self.image_processor, **asked)
+        return images or None, list(text) if text is not None else None
 
     if _TRANSFORMERS_4:
 
@@ -213,13 +359,13 @@ class HoneybeeProcessor(ProcessorMixin):
             """Model inputs of the rows in `text`; the images of all rows in order.
 
             Args:
-                images: image, list of images, or list of lists by row; each a PIL image, array, tensor, path or URL.
+                images: image, list of images, or list of lists by row; each whatever [`open_image`] takes.
                 text: one row or a list, with one `<image>` for each image.
 
             Returns:
                 `input_ids` and `attention_mask` (rows, tokens), `pixel_values` (images, 3, S, S).
             """
-            images, text = self._prepare(images, text)
+            images, text = self._prepare(images, text, kwargs)
             merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
             return_tensors = merged["text_kwargs"].pop("return_tensors", None)
             data = {}
@@ -234,15 +380,14 @@ class HoneybeeProcessor(ProcessorMixin):
                 self._check_special_mm_tokens(expanded, data, modalities=["image"])
             if images is not None:
                 # Guessed from the shape otherwise, where an image of 1 or 3 rows looks channels-first.
-                if all(hasattr(image, "convert") for image in images):
-                    merged["images_kwargs"]["input_data_format"] = "channels_last"
+                merged["images_kwargs"]["input_data_format"] = "channels_last"
                 data.update(self.image_processor(images, **merged["images_kwargs"]))
             return BatchFeature(data=data, tensor_type=return_tensors)
 
     else:
 
         def prepare_inputs_layout(self, images=None, text=None, **kwargs):
-            images, text = self._prepare(images, text)
+            images, text = self._prepare(images, text, kwargs)
             return super().prepare_inputs_layout(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
@@ -307,4 +452,4 @@ class HoneybeeProcessor(ProcessorMixin):
 
 HoneybeeProcessor.register_for_auto_class()
 
-__all__ = ["HoneybeeProcessor"]
+__all__ = ["HoneybeeProcessor", "open_image", "resize_image"]

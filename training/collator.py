@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from processing import HoneybeeProcessor
-from training.conversations import normalize_conversation, open_image
+from processing import HoneybeeProcessor, open_image
+from training.conversations import normalize_conversation
 from training.pixels import Pixels
 from training.rendering import render
 

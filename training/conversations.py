@@ -5,31 +5,49 @@ A sample is `{"messages": [...], "images": [...]}` in TRL's conversational forma
 `"chat_template": "caption"` as well.
 """
 
+import logging
 import os
+import re
 from collections.abc import Callable
 
-import PIL.Image
-from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets import Audio, Dataset, DatasetDict, Image, Video, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from tqdm.auto import tqdm
+
+from processing import open_image
+from processing.processing_honeybee import IMAGE_TOKEN, flat_images
+
+logger = logging.getLogger(__name__)
 
 # Decoding is the only way to find a truncated file, and it takes milliseconds an image. Beyond this many images the
 # rest is checked for existence only; the collator names a broken one when it meets it.
 MAX_DECODED_CHECKS = 1000
-# What is read of a dataset: `messages`, or `prompt` and `completion`; and `images`.
-COLUMNS = ("messages", "images", "prompt", "completion")
+# What is read of a dataset: `messages`, or `prompt` and `completion`; `images` or `image`; and `system`.
+COLUMNS = ("messages", "images", "image", "prompt", "completion", "system")
+# What would be missed in training, by the names that other trainers read and by the ends of file names.
+UNREAD = {"video", "videos", "audio", "audios", "tools", "documents"}
+MEDIA = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|mp4|webm|mov|avi|mkv|wav|mp3|flac|ogg)$", re.IGNORECASE)
 
 
 class EmptyAnswerError(ValueError):
     """An assistant turn without text."""
 
 
+def _images(example: dict) -> list:
+    found = [example[name] for name in ("images", "image") if example.get(name) is not None]
+    found = [flat_images(images) for images in found]
+    if len(found) == 2 and all(found):
+        raise ValueError("the sample has `images` and `image`; give its pictures under one of the two names")
+    return sum(found, [])
+
+
 def normalize_conversation(example: dict) -> tuple[list[dict], list]:
     """The messages with their content as lists of items, and the images in the order of the placeholders.
 
-    Images without an `{"type": "image"}` item go in front of the first user turn, as in TRL. A last message of the user
-    is taken for a mistake unless it says `"unanswered": True`; a text item with `"continues": True` shares the role marker
-    of the image in front of it.
+    Images without an `{"type": "image"}` item stand where the users' texts have as many `<image>` tags, or else, without
+    any tag, in front of the first user turn, as in TRL. A last message of the user is taken for a mistake unless it says
+    `"unanswered": True`; a text item with `"continues": True` shares the role marker of the image in front of it. `image` is
+    another name of `images`, and `system` of a first message of that role.
 
     Raises:
         ValueError: no messages, a role, content item or template that cannot be rendered, a last turn that is not the
@@ -38,42 +56,15 @@ def normalize_conversation(example: dict) -> tuple[list[dict], list]:
     messages = example.get("messages")
     if not messages:
         raise ValueError("the conversation is empty; give it a user and an assistant message, or leave the sample out")
-    images = example.get("images")
-    images = list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
-
+    images = _images(example)
     template = example.get("chat_template") or "default"
     if template not in ("default", "caption"):
         raise ValueError(f"chat_template={template!r} is unknown; use default or caption")
-    normalized = []
     if isinstance(messages, str) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f"messages={str(messages)[:80]!r} is not a list of {{role, content}}; convert the dataset")
-    for turn, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        roles = ("user", "assistant") if template == "caption" or turn else ("system", "user", "assistant")
-        if role not in roles:
-            raise ValueError(f"message {turn} has the role {role!r}; here it can be {' or '.join(roles)}")
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        if not isinstance(content, (list, tuple, type(None))) or not all(
-            isinstance(item, dict) for item in content or ()
-        ):
-            raise ValueError(
-                f"message {turn} ({role}) has the content {str(content)[:80]!r}; it can be a text or a list of items of "
-                "type text or image"
-            )
-        # Arrow fills the keys that an item does not have with None.
-        content = [{key: value for key, value in item.items() if value is not None} for item in content or ()]
-        types = ("image", "text") if role == "user" else ("text",)
-        if role == "user" and template == "caption":
-            types = ("image",)
-        for item in content:
-            if item.get("type") not in types or (item["type"] == "text" and not isinstance(item.get("text"), str)):
-                raise ValueError(
-                    f"message {turn} ({role}) has the content item {item}; here it can be of type {' or '.join(types)}"
-                )
-        normalized.append({"role": role, "content": content})
-        if role == "user" and message.get("unanswered"):
-            normalized[-1]["unanswered"] = True
+    if example.get("system"):
+        messages = [{"role": "system", "content": example["system"]}, *messages]
+    normalized = [_normalized(turn, message, template) for turn, message in enumerate(messages)]
 
     if normalized[-1]["role"] != "assistant" and not normalized[-1].get("unanswered"):
         raise ValueError(
@@ -90,53 +81,68 @@ def normalize_conversation(example: dict) -> tuple[list[dict], list]:
             and not "".join(item.get("text", "") for item in message["content"])
         ):
             raise EmptyAnswerError(f"message {turn} is an empty answer; give it text or leave the turn out")
-
-    placeholders = sum(item["type"] == "image" for message in normalized for item in message["content"])
-    if images and not placeholders:
-        first_user = next((m for m in normalized if m["role"] == "user"), None)
-        if first_user is None:
-            raise ValueError(f"the conversation has {len(images)} images and no user message to show them in")
-        first_user["content"] = [{"type": "image"}] * len(images) + first_user["content"]
-        placeholders = len(images)
-    if placeholders != len(images):
-        raise ValueError(
-            f"the messages have {placeholders} image placeholders, but the sample has {len(images)} images; "
-            "give one image for each placeholder"
-        )
+    _place_images(normalized, len(images))
     return normalized, images
 
 
-def open_image(image, root: str = ""):
-    """An image of a sample as PIL in RGB, transparency dropped.
-
-    Args:
-        image: a PIL image, a path (relative ones under `root`), or the undecoded dict of `datasets`.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the file and what is wrong with it.
-    """
-    if isinstance(image, str):
-        image = {"path": os.path.join(root, image), "bytes": None}
-    if isinstance(image, dict):
-        path = image.get("path") or "in memory"
-        if image.get("bytes") is None and not os.path.isfile(path):
-            raise FileNotFoundError(f"image file {path!r} does not exist; correct the path or leave the sample out")
-        try:
-            image = Image().decode_example(image)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(
-                f"image {path!r} cannot be read ({error}); replace the file or leave the sample out"
-            ) from error
-    if not isinstance(image, PIL.Image.Image):
-        raise ValueError(f"image {image!r} is neither a path nor a picture; correct it or leave the sample out")
-    try:
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        path = getattr(image, "filename", "") or "in memory"
+def _normalized(turn: int, message: dict, template: str) -> dict:
+    """A message with its content as a list of items, checked."""
+    role, content = message.get("role"), message.get("content")
+    roles = ("user", "assistant") if template == "caption" or turn else ("system", "user", "assistant")
+    if role not in roles:
+        raise ValueError(f"message {turn} has the role {role!r}; here it can be {' or '.join(roles)}")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, (list, tuple, type(None))) or not all(isinstance(item, dict) for item in content or ()):
         raise ValueError(
-            f"image {path!r} cannot be read ({error}); replace the file or leave the sample out"
-        ) from error
+            f"message {turn} ({role}) has the content {str(content)[:80]!r}; it can be a text or a list of items of "
+            "type text or image"
+        )
+    # Arrow fills the keys that an item does not have with None.
+    content = [{key: value for key, value in item.items() if value is not None} for item in content or ()]
+    types = ("image", "text") if role == "user" else ("text",)
+    if role == "user" and template == "caption":
+        types = ("image",)
+    for item in content:
+        if item.get("type") not in types or (item["type"] == "text" and not isinstance(item.get("text"), str)):
+            raise ValueError(
+                f"message {turn} ({role}) has the content item {item}; here it can be of type {' or '.join(types)}"
+            )
+    unanswered = {"unanswered": True} if role == "user" and message.get("unanswered") else {}
+    return {"role": role, "content": content, **unanswered}
+
+
+def _place_images(messages: list[dict], count: int) -> None:
+    """Gives `count` images their items where the messages have none, and checks that there are as many."""
+    asked = [message for message in messages if message["role"] == "user"]
+    items = [item for message in asked for item in message["content"]]
+    placeholders = sum(item["type"] == "image" for item in items)
+    tags = sum(item.get("text", "").count(IMAGE_TOKEN) for item in items)
+    if count and not placeholders and tags not in (0, count):
+        raise ValueError(
+            f"the texts have {tags} {IMAGE_TOKEN} tags, but the sample has {count} images; give one tag for each image, or "
+            "items of type image in their places"
+        )
+    if count and not placeholders and tags:
+        for message in asked:
+            message["content"] = [part for item in message["content"] for part in _split_at_tags(item)]
+    elif count and not placeholders:
+        if not asked:
+            raise ValueError(f"the conversation has {count} images and no user message to show them in")
+        asked[0]["content"] = [{"type": "image"}] * count + asked[0]["content"]
+    elif placeholders != count:
+        raise ValueError(
+            f"the messages have {placeholders} image placeholders, but the sample has {count} images; "
+            "give one image for each placeholder"
+        )
+
+
+def _split_at_tags(item: dict) -> list[dict]:
+    first, *others = re.split(rf"\s*{IMAGE_TOKEN}\s*", item["text"])
+    parts = [{**item, "text": first}]
+    for text in others:
+        parts += [{"type": "image"}, {"type": "text", "text": text}]
+    return [part for part in parts if part["type"] == "image" or part["text"]] if others else [item]
 
 
 def _exists(image, root: str) -> bool:
@@ -144,7 +150,9 @@ def _exists(image, root: str) -> bool:
         if image.get("bytes") is not None:
             return True
         image = image.get("path") or ""
-    return not isinstance(image, str) or os.path.isfile(os.path.join(root, image))
+    if isinstance(image, str) and not image.startswith(("http://", "https://", "data:")):
+        return os.path.isfile(os.path.join(root, image))
+    return True
 
 
 def _as_messages(example: dict) -> dict:
@@ -169,6 +177,34 @@ def _rename(dataset: Dataset, name: str, columns: dict[str, str]) -> Dataset:
     # A column of the dataset's own that has the new name would clash.
     clashing = [ours for ours in renamed.values() if ours in dataset.column_names and ours not in renamed]
     return dataset.remove_columns(clashing).rename_columns(renamed)
+
+
+def _check_columns(dataset: Dataset, name: str) -> None:
+    """Nothing that a dataset has is left out without a word.
+
+    Raises:
+        ValueError: a column that training does not read holds pictures or other data that the conversations need.
+    """
+    ignored = []
+    for column, feature in dataset.features.items():
+        values = dataset.data.column(column)
+        if column in ("messages", "images", "image", "system", "chat_template") or values.null_count == len(values):
+            continue
+        feature = getattr(feature, "feature", None) or feature
+        held = "pictures, sound or films" if isinstance(feature, (Image, Audio, Video)) else ""
+        if column in UNREAD and any(value.as_py() for value in values):
+            held = "data"
+        elif not held:
+            some = flat_images(values[:1000].to_pylist())
+            held = next((repr(value) for value in some if isinstance(value, str) and MEDIA.search(value)), "")
+        if held:
+            raise ValueError(
+                f"dataset {name!r} has a column {column!r} with {held}, which training does not read; pictures belong in "
+                "`images` (a recipe's `columns` renames), and what is not needed has to be removed from the dataset"
+            )
+        ignored.append(column)
+    if ignored:
+        logger.warning("columns of dataset %r that are not read: %s", name, ", ".join(ignored))
 
 
 def looks_local(name: str) -> bool:
@@ -218,12 +254,14 @@ def load_conversations(name: str, split: str = "train", columns: dict[str, str] 
     found = dataset.column_names
     if "messages" not in found:
         if "prompt" in found and "completion" in found:
-            return dataset.map(_as_messages, remove_columns=["prompt", "completion"])
-        raise ValueError(
-            f"dataset {name!r} has the columns {', '.join(found)}, but training reads `messages`, or `prompt` and "
-            "`completion` (and `images`); rename or convert them"
-        )
-    return dataset
+            dataset = undecoded(dataset).map(_as_messages, remove_columns=["prompt", "completion"])
+        else:
+            raise ValueError(
+                f"dataset {name!r} has the columns {', '.join(found)}, but training reads `messages`, or `prompt` and "
+                "`completion` (and `images` or `image`); rename or convert them"
+            )
+    _check_columns(dataset, name)
+    return undecoded(dataset)
 
 
 def image_root(name: str) -> str:
@@ -232,12 +270,13 @@ def image_root(name: str) -> str:
 
 
 def undecoded(dataset: Dataset) -> Dataset:
-    """The dataset with its `images` as paths and bytes instead of PIL images."""
-    column = dataset.features.get("images") or None
-    if isinstance(column, Image):
-        return dataset.cast_column("images", Image(decode=False))
-    if column is not None and isinstance(getattr(column, "feature", None), Image):
-        return dataset.cast_column("images", type(column)(Image(decode=False)))
+    """The dataset with its `images` or `image` as paths and bytes instead of PIL images."""
+    for name in {"images", "image"} & set(dataset.features):
+        column = dataset.features[name]
+        if isinstance(column, Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
+        elif isinstance(getattr(column, "feature", None), Image):
+            dataset = dataset.cast_column(name, type(column)(Image(decode=False)))
     return dataset
 
 
@@ -271,8 +310,6 @@ def check_dataset(
                     open_image(image, image_root)  # says what is wrong
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"sample {index}: {error}") from error
-        except PIL.Image.DecompressionBombError as error:
-            raise ValueError(f"sample {index}: {error}; make the image smaller or leave the sample out") from error
     if needs_images and num_images == 0:
         raise ValueError(
             f"none of the {len(dataset)} samples has an image, and alignment trains the projector alone, which reads "

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from processing.processing_honeybee import resize_image, resize_images
+
 
 class Pixels:
     """Resizes and normalises RGB images.
@@ -36,11 +38,13 @@ class Pixels:
             return
         self.table = np.ascontiguousarray(results.reshape(3, -1)[:, :256])
         width, height = self.size
-        noise = np.random.default_rng(0).integers(0, 256, (height // 2 + 3, width + 5, 3), dtype=np.uint8)
-        if not torch.equal(self([Image.fromarray(noise)]), self._slow([Image.fromarray(noise)])):
+        noise = np.random.default_rng(0).integers(0, 256, (3 * height + 1, width + 5, 3), dtype=np.uint8)
+        probes = [Image.fromarray(noise), Image.fromarray(noise[: height // 2 + 3])]  # a tall picture and a wide one
+        if not torch.equal(self(probes), self._slow(probes)):
             self.table = None
 
     def _slow(self, images: list[Image.Image]) -> torch.Tensor:
+        images = resize_images(images, self.image_processor)
         return self.image_processor(images, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
 
     def __call__(self, images: list[Image.Image]) -> torch.Tensor:
@@ -50,7 +54,7 @@ class Pixels:
         width, height = self.size
         pixels = np.empty((len(images), 3, height, width), dtype=self.table.dtype)
         for place, image in enumerate(images):
-            values = np.asarray(image.resize(self.size, self.image_processor.resample))
+            values = np.asarray(resize_image(image, self.size, self.image_processor.resample))
             for channel in range(3):
                 np.take(self.table[channel], values[..., channel], out=pixels[place, channel], mode="clip")
         return torch.from_numpy(pixels)

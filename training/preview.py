@@ -24,10 +24,9 @@ from itertools import islice, product
 import numpy as np
 import yaml
 
-from processing import HoneybeeProcessor
+from processing import HoneybeeProcessor, open_image
 from processing.processing_honeybee import CAPTION_TEMPLATE, CHAT_TEMPLATE, GUARD
 from training.collator import HoneybeeDataCollator
-from training.conversations import open_image
 from training.quickstart.recipe_data import write_recipe_data
 from training.recipe.config import RecipeError, load_recipe
 from training.recipe.mixture import (

@@ -2,6 +2,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -140,6 +141,30 @@ def test_images_of_few_rows(size):
     resized = picture(size=(32, 32))
     resized.paste(image.resize((32, 32), Image.Resampling.BICUBIC))
     torch.testing.assert_close(pixels, tiny_processor()(images=resized, return_tensors="pt")["pixel_values"][0])
+
+
+def test_the_settings_of_a_call_are_followed():
+    """Whatever resizes, it is what the image processor alone would do with the same settings."""
+    processor, image = tiny_processor(), picture(size=(50, 21))  # wide: its resize has one order in every Pillow
+    alone = {"return_tensors": "pt", "input_data_format": "channels_last"}
+    for settings in (
+        {"size": {"height": 48, "width": 40}},
+        {"size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": {"height": 16, "width": 16}},
+        {"resample": Image.Resampling.BILINEAR},
+        {"do_resize": False},
+        {"do_normalize": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"rescale_factor": 0.5},
+        {"image_mean": [0.1, 0.2, 0.3]},
+    ):
+        expected = processor.image_processor(image, **alone, **settings)["pixel_values"]
+        assert torch.equal(processor(images=image, return_tensors="pt", **settings)["pixel_values"], expected), settings
+        nested = processor(images=image, text="<image>", images_kwargs=settings, return_tensors="pt")["pixel_values"]
+        assert torch.equal(nested, expected), settings
+    for layout, axes in (("channels_first", (2, 0, 1)), ("channels_last", (0, 1, 2))):
+        array = np.asarray(image).transpose(axes)
+        given = processor(images=array, input_data_format=layout, return_tensors="pt")["pixel_values"]
+        assert torch.equal(given, processor(images=image, return_tensors="pt")["pixel_values"])
 
 
 def test_openai_image_items(tmp_path):

@@ -3,6 +3,7 @@
 
 import base64
 import http.client
+import io
 import json
 import os
 import socket
@@ -11,8 +12,10 @@ import sys
 import time
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.tiny import REPOSITORY, picture, tiny_model, tiny_processor
 
@@ -104,6 +107,20 @@ def test_answers_are_the_models(served, seeds, stream):
     ours = [{"role": "user", "content": [*[{"type": "image"}] * len(seeds), TEXT]}]
     answer = say(served, messages, stream=stream)
     assert answer.strip() == expected(served, ours, [picture(seed) for seed in seeds]).strip() != ""
+
+
+def test_pictures_are_opened_as_everywhere(served):
+    """A phone's photo, which lies on its side in the file, and a picture of 16 bits."""
+    turned, deep = io.BytesIO(), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(4).save(turned, "JPEG", exif=exif)
+    Image.fromarray(np.asarray(picture(5).convert("L")).astype(np.uint16) * 256).save(deep, "PNG")
+    for file in (turned, deep):
+        url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+        messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, TEXT]}]
+        ours = [{"role": "user", "content": [{"type": "image"}, TEXT]}]
+        assert say(served, messages).strip() == expected(served, ours, [file.getvalue()]).strip() != ""
 
 
 def test_a_second_turn_sees_the_first_ones_image(served):

@@ -70,6 +70,74 @@ def test_images_without_item_go_to_the_first_question():
     assert torch.equal(collator([sample])["input_ids"], collator([explicit])["input_ids"])
 
 
+def rows_equal(collator, sample, explicit):
+    ours, expected = collator([sample]), collator([explicit])
+    return ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("given", [{"image": picture()}, {"image": picture(), "images": None}, {"image": [picture()]}])
+def test_one_picture_under_its_other_name(given):
+    messages = [{"role": "user", "content": "What?"}, says("a dog")]
+    collator = HoneybeeDataCollator(tiny_processor())
+    assert rows_equal(collator, {"messages": messages, **given}, {"messages": messages, "images": [picture()]})
+
+
+def test_pictures_under_both_names_are_refused():
+    with pytest.raises(ValueError, match="`images` and `image`.*one of the two"):
+        HoneybeeDataCollator(tiny_processor())([{**example("a"), "image": picture()}])
+
+
+def test_a_system_column_is_the_first_message():
+    sample, system = example("a"), {"role": "system", "content": "Be brief."}
+    collator = HoneybeeDataCollator(tiny_processor())
+    assert rows_equal(
+        collator, {**sample, "system": "Be brief."}, {**sample, "messages": [system, *sample["messages"]]}
+    )
+    with pytest.raises(ValueError, match="message 1 has the role 'system'"):
+        collator([{**sample, "system": "x", "messages": [system, *sample["messages"]]}])
+
+
+IMAGE = {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    ("questions", "expected"),
+    [
+        (["First <image> then <image>: same?"], [["First", IMAGE, "then", IMAGE, ": same?"]]),
+        (["<image>\nWhat is it?"], [[IMAGE, "What is it?"]]),
+        (["What is it?\n<image>"], [["What is it?", IMAGE]]),
+        (["<image><image>Same?"], [[IMAGE, IMAGE, "Same?"]]),
+        (["<image>"], [[IMAGE]]),
+        (["<image> one", "and <image> this?"], [[IMAGE, "one"], ["and", IMAGE, "this?"]]),
+        (["a", "  b <image>"], [["a"], ["  b", IMAGE]]),
+        ([[{"type": "text", "text": "<image> a"}, {"type": "text", "text": " b "}]], [[IMAGE, "a", " b "]]),
+    ],
+)
+def test_tags_in_a_text_are_the_places_of_the_images(questions, expected):
+    def sample(contents):
+        turns = [turn for content in contents for turn in ({"role": "user", "content": content}, says("see <image>"))]
+        return {"messages": turns, "images": [picture(seed) for seed in range(tags)]}
+
+    tags = sum(item == IMAGE for content in expected for item in content)
+    items = [[{"type": "text", "text": i} if isinstance(i, str) else i for i in content] for content in expected]
+    processor = tiny_processor(tokenizer=byte_tokenizer())
+    collator = HoneybeeDataCollator(processor)
+    assert rows_equal(collator, sample(questions), sample(items))
+    ids = collator([sample(questions)])["input_ids"]
+    assert int((ids == processor.image_token_id).sum()) == tags * processor.num_image_tokens
+
+
+def test_typed_tags_stay_text_beside_image_items_and_without_images():
+    processor = tiny_processor(tokenizer=byte_tokenizer())
+    collator = HoneybeeDataCollator(processor)
+    typed = {"type": "text", "text": "what is <image>?"}
+    for content, images in (([IMAGE, typed], 1), ([typed], 0)):
+        messages = [{"role": "user", "content": content}, says("a tag")]
+        batch = collator([{"messages": messages, "images": [picture()] * images}])
+        assert int((batch["input_ids"] == processor.image_token_id).sum()) == images * processor.num_image_tokens
+        assert "what is <image>?" in processor.tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True)
+
+
 def test_order_of_images_in_a_batch():
     processor = tiny_processor()
     samples = [example("a", images=0), example("b"), {**example("c"), "images": [picture(7)]}]
@@ -109,6 +177,10 @@ def test_long_rows_are_cut_but_never_through_an_image():
         ({"messages": [QUESTION, says("")], "images": [picture()]}, "message 1 is an empty answer"),
         ({"messages": [QUESTION, says("a")], "images": []}, "1 image placeholders.*0 images"),
         ({"messages": [QUESTION, says("a")], "images": [picture()] * 2}, "1 image placeholders.*2 images"),
+        (
+            {"messages": [{"role": "user", "content": "<image> or"}, says("a")], "images": [picture()] * 2},
+            "1 <image> tags, but the sample has 2 images",
+        ),
         ({"messages": [QUESTION, says("a")], "images": ["no_such.png"]}, "'no_such.png' does not exist"),
         ({"messages": [{"role": "human", "content": "q"}, says("a")]}, "message 0 has the role 'human'"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}, says("a")]}, "of type image or text"),

@@ -119,7 +119,7 @@ class OwnDataset:
         path: a Hub name, or a file or folder as `load_conversations` takes it.
         split: of a Hub dataset or a saved `DatasetDict`.
         task: what `per-task` counts it to.
-        columns: what we call it -> what the dataset calls it, of `messages`, `images`, `prompt` and `completion`.
+        columns: what we call it -> what the dataset calls it, of those in `COLUMNS`.
     """
 
     name: str

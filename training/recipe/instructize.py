@@ -128,7 +128,7 @@ def instructize(record: dict, instructions: Instructions, rng: random.Random) ->
     """A record as a sample for the collator.
 
     Args:
-        record: as in `readers`, its turns chosen; or a sample with `messages` (and `images`), which keeps its words.
+        record: as in `readers`, its turns chosen; or a sample with `messages`, which stays as it is.
         rng: all that is drawn is drawn from it.
 
     Returns:
@@ -139,9 +139,10 @@ def instructize(record: dict, instructions: Instructions, rng: random.Random) ->
         BadSampleError: nothing is left to learn.
     """
     if record.get("messages") is not None:
+        images = record.get("images")
         return {
-            "messages": record["messages"],
-            "images": list(record.get("images") or ()),
+            **record,
+            "images": [] if images is None else images,
             "chat_template": record.get("chat_template") or "default",
             "dataset": record.get("dataset"),
             "skipped": [],

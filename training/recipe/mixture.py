@@ -24,8 +24,9 @@ import torch
 from PIL.Image import DecompressionBombError
 from torch.utils.data import get_worker_info
 
+from processing import open_image
 from training.collator import HoneybeeDataCollator, TooLongError
-from training.conversations import EmptyAnswerError, normalize_conversation, open_image
+from training.conversations import EmptyAnswerError, normalize_conversation
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +229,7 @@ def read_sample(source: Source, index: int, rng: random.Random, collator: Honeyb
             raise unusable("malformed conversation", error) from error
     try:
         sample["images"] = [open_image(image, source.image_root) for image in sample["images"]]
-    except Exception as error:  # what decoders raise on broken data has no common class
+    except (OSError, ValueError) as error:
         raise unusable("corrupt image", error) from error
     return sample
 
@@ -276,10 +277,11 @@ def make_sample(source: Source, index: int, record, rng: random.Random) -> dict:
 def unusable(stage: str, error: Exception) -> UnusableRecordError:
     """The error with its reason: what it says itself, what its kind says, or else `stage`."""
     reason = getattr(error, "reason", None)
+    if isinstance(error.__cause__, DecompressionBombError):
+        reason = "decompression bomb"
     if reason not in REASONS:
         kinds = {
             FileNotFoundError: "missing image",
-            DecompressionBombError: "decompression bomb",
             EmptyAnswerError: "empty answer",
             TooLongError: "too long",
             OSError: "corrupt image",

@@ -4,13 +4,15 @@ import tarfile
 from io import BytesIO
 
 import pytest
-from datasets import Dataset, IterableDataset, load_from_disk
+from datasets import Dataset, Image, IterableDataset, load_from_disk
 
 from tests.tiny import picture
-from training.conversations import load_conversations
+from training.conversations import load_conversations, normalize_conversation
+from training.recipe.config import parse_recipe
 from training.recipe.files import FILES, annotation_files
 from training.recipe.readers import FEATURES, GENERATORS, TASKS, read, split_options
 from training.recipe.readers import as_question as question
+from training.recipe.sources import open_mixture
 from training.recipe.turns import merge_turns
 
 
@@ -206,6 +208,78 @@ def test_tars_stream(tmp_path):
     records = list(read("coyo", str(tmp_path)))
     assert [len(record["turns"]) for record in records] == [0, 1, 0, 1, 0], "text that is none, and a tar cut short"
     assert records[-1]["image"] is None
+
+
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TALK, "image": "a.jpg"},
+        {"messages": TALK, "image": "a.jpg", "images": None},
+        {"prompt": "q", "completion": "a", "image": "a.jpg"},
+        {"prompt": TALK[:1], "completion": TALK[1:], "image": ["a.jpg"]},
+        {"prompt": "q", "completion": "a", "images": ["a.jpg"]},
+    ],
+)
+def test_pictures_are_read_under_either_name(row, tmp_path):
+    (tmp_path / "one.jsonl").write_text(json.dumps(row))
+    _, images = normalize_conversation(load_conversations(str(tmp_path / "one.jsonl"))[0])
+    assert images == ["a.jpg"]
+
+
+@pytest.mark.parametrize("images", [["a.jpg"], "a.jpg"])
+@pytest.mark.parametrize("name", ["image", "images"])
+def test_an_own_dataset_of_a_recipe_has_its_pictures(name, images, tmp_path):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"messages": TALK, name: images, "system": "Be brief."}))
+    own = [{"name": "mine", "path": str(tmp_path / "one.jsonl")}]
+    settings = {"data_root": str(tmp_path), "datasets": [], "own": own, "balancing": "per-dataset"}
+    sample = open_mixture(parse_recipe(settings), 1).glance(0)
+    assert sample["images"] == ["a.jpg"] and sample["messages"][0]["role"] == "system"
+
+
+def test_pictures_of_datasets_stay_undecoded(tmp_path):
+    content = {"bytes": b"no picture", "path": None}
+    rows = Dataset.from_list([{"prompt": "q", "completion": "a", "image": content}])
+    rows.cast_column("image", Image()).save_to_disk(tmp_path / "one")
+    assert load_conversations(str(tmp_path / "one"))[0]["image"] == content
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("video", "a.mp4"),
+        ("videos", ["a"]),
+        ("audio", "b"),
+        ("tools", [{"name": "search"}]),
+        ("documents", ["text"]),
+        ("photo", "folder/a.JPG"),
+        ("pictures", ["a.png", "b.webp"]),
+        ("clip", "a.webm"),
+    ],
+)
+def test_columns_that_would_be_missed_are_refused(column, value, tmp_path):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"messages": TALK, column: value}))
+    with pytest.raises(ValueError, match=f"one.jsonl' has a column {column!r} with .* not read"):
+        load_conversations(str(tmp_path / "one.jsonl"))
+
+
+def test_pictures_in_a_column_of_another_name_are_refused(tmp_path):
+    content = {"bytes": b"any", "path": None}
+    rows = Dataset.from_list([{"messages": TALK, "scan": content}]).cast_column("scan", Image())
+    rows.save_to_disk(tmp_path / "one")
+    with pytest.raises(ValueError, match="a column 'scan' with pictures.*`images`"):
+        load_conversations(str(tmp_path / "one"))
+    assert "images" in load_conversations(str(tmp_path / "one"), columns={"images": "scan"}).column_names
+
+
+def test_harmless_columns_are_named_once(tmp_path, caplog):
+    row = {"messages": TALK, "id": "7", "source": "coco", "image_id": 3, "tools": [], "video": None}
+    (tmp_path / "one.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    load_conversations(str(tmp_path / "one.jsonl"))
+    (record,) = [record for record in caplog.records if "not read" in record.message]
+    assert record.message.endswith("not read: id, source, image_id, tools")
 
 
 def test_conversational_datasets_by_their_columns(tmp_path):
