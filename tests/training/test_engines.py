@@ -7,6 +7,7 @@ the cells of the table that add least, too.
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -98,10 +99,8 @@ def write_world(root) -> None:
     write_mixture(root / "mixture")
     auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping"), "auto")
     zero2 = {**auto, "gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}}
-    zero3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
-    zero3 = {**auto, "gradient_accumulation_steps": "auto", "zero_optimization": zero3}
     (root / "zero2-json.json").write_text(json.dumps(zero2))
-    (root / "zero3-json.json").write_text(json.dumps(zero3))
+    shutil.copy(REPOSITORY / "training" / "configs" / "deepspeed" / "zero3.json", root / "zero3-json.json")
     for name, setting in (("fsdp2", "FULL_STATE_DICT"), ("zero3", "save_16bit_model: true")):
         text = (LAUNCHERS / f"{name}.yaml").read_text()
         assert setting in text
@@ -200,7 +199,7 @@ def refused(*words) -> str:
 def test_a_deepspeed_file_that_cannot_be_used(tmp_path, monkeypatch):
     file = tmp_path / "zero.json"
     missing = refused("--deepspeed", str(file))
-    assert "No such file" in missing and "training/configs/README.md" in missing
+    assert "No such file" in missing and "training/configs/deepspeed/zero3.json" in missing
     file.write_text("{'stage': 2}")
     assert "is not JSON" in refused("--deepspeed", str(file))
     assert "is not JSON" in refused("--deepspeed", "{'stage': 2}")
