@@ -14,6 +14,7 @@ import datasets
 import torch
 from huggingface_hub import HfApi
 from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, Trainer, get_scheduler
@@ -537,6 +538,11 @@ def count_parameters(
                 f"linear layers are named {names}"
             ) from error
     counts = parameter_counts(skeleton)
+    if isinstance(skeleton.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            f"lora_target_modules={model_args.lora_target_modules!r} reach the head, and TRL's loss reads its weight without "
+            "the adapter; leave lm_head out there, and train it in full with --lora_modules_to_save lm_head"
+        )
     if counts["vision_tower"][1]:
         raise ValueError(
             f"lora_target_modules={model_args.lora_target_modules!r} reach into the vision tower, which no stage trains; "

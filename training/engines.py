@@ -32,7 +32,7 @@ def read_deepspeed_settings(given: dict | str) -> dict:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"--deepspeed {given!r} cannot be read ({error}); give a JSON file with DeepSpeed's settings, for instance "
-                "the one in training/configs/README.md"
+                "training/configs/deepspeed/zero3.json"
             ) from error
     try:
         settings = json.loads(text)

@@ -146,6 +146,10 @@ def commands(path) -> list[list[str]]:
 
 def parsed(words):
     arguments = words[words.index("training/sft.py") + 1 :]
+    if "--deepspeed" in arguments:  # which would start its processes; test_engines.py does
+        place = arguments.index("--deepspeed")
+        assert (REPOSITORY / arguments[place + 1]).is_file()
+        del arguments[place : place + 2]
     args, training_args, model_args = parse_arguments([*arguments, "--use_cpu", "True"])
     check_arguments(args, training_args, model_args)
     settle_batch_size(args, training_args)

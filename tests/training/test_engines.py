@@ -7,6 +7,7 @@ the cells of the table that add least, too.
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -34,7 +35,7 @@ ENGINES = {
 RUNS = ["align", "instruct", "lora", "mixture", "killed"]
 MORE_RUNS = ["tied", "tied-lora", "grouped"]
 CELLS = [(engine, run) for engine in ("ddp", "fsdp2", "zero2", "zero3") for run in RUNS]
-CELLS += [("zero3-json", "instruct"), ("zero3-json", "lora"), ("fsdp2", "tied-lora")]
+CELLS += [("zero2-json", "align"), ("zero3-json", "instruct"), ("zero3-json", "lora"), ("fsdp2", "tied-lora")]
 if os.environ.get("HONEYBEE_ALL_ENGINES"):
     CELLS = [(engine, run) for engine in ENGINES for run in RUNS + MORE_RUNS]
 if not is_deepspeed_available():
@@ -71,9 +72,9 @@ def job(engine: str | None, run: str, root, shards: bool = False) -> list[dict]:
     """
     file, distributed_type = ENGINES[engine] if engine else (None, "NO")
     out = root / (engine or "one") / ("shards" if shards else run)
-    # Steps of 4 samples in `instruct`, two of them accumulated; else of 2.
-    batch = ["--global_batch_size", 4 if run in ("instruct", "killed") else 2, "--per_device_train_batch_size"]
-    arguments = [*SHORT, *arguments_of(run, root), *batch, 1 if engine else 2, "--output_dir", out]
+    # Steps of four samples, two of them accumulated.
+    batch = ["--global_batch_size", 4, "--per_device_train_batch_size", 1 if engine else 2]
+    arguments = [*SHORT, *arguments_of(run, root), *batch, "--output_dir", out]
     if engine and engine.endswith("json"):
         arguments += ["--deepspeed", root / f"{engine}.json"]
     start = {
@@ -96,13 +97,10 @@ def write_world(root) -> None:
         processor_from_vision_text_pretrained(vision, text, 4).save_pretrained(root / f"{name}-model")
     write_dataset(root / "data", [sample(i, image=i % 2 == 0) for i in range(16)])
     write_mixture(root / "mixture")
-    settings = {"stage": 2}, {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
-    for zero in settings:
-        auto = dict.fromkeys(
-            ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size"), "auto"
-        )
-        text = json.dumps({**auto, "gradient_clipping": "auto", "zero_optimization": zero})
-        (root / f"zero{zero['stage']}-json.json").write_text(text)
+    auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping"), "auto")
+    zero2 = {**auto, "gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}}
+    (root / "zero2-json.json").write_text(json.dumps(zero2))
+    shutil.copy(REPOSITORY / "training" / "configs" / "deepspeed" / "zero3.json", root / "zero3-json.json")
     for name, setting in (("fsdp2", "FULL_STATE_DICT"), ("zero3", "save_16bit_model: true")):
         text = (LAUNCHERS / f"{name}.yaml").read_text()
         assert setting in text
@@ -201,7 +199,7 @@ def refused(*words) -> str:
 def test_a_deepspeed_file_that_cannot_be_used(tmp_path, monkeypatch):
     file = tmp_path / "zero.json"
     missing = refused("--deepspeed", str(file))
-    assert "No such file" in missing and "training/configs/README.md" in missing
+    assert "No such file" in missing and "training/configs/deepspeed/zero3.json" in missing
     file.write_text("{'stage': 2}")
     assert "is not JSON" in refused("--deepspeed", str(file))
     assert "is not JSON" in refused("--deepspeed", "{'stage': 2}")

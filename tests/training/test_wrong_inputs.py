@@ -165,6 +165,10 @@ def new(**projector):
             ["--use_peft", "--lora_target_modules", ".*(q_proj|v_proj)"],
             ["lora_target_modules='.*(q_proj|v_proj)'", "vision tower", "names alone"],
         ),
+        (
+            ["--use_peft", "--lora_target_modules", ".*(language_model.*q_proj|lm_head)"],
+            ["lora_target_modules='.*(language_model.*q_proj|lm_head)'", "the head", "--lora_modules_to_save lm_head"],
+        ),
         (["--use_peft", "--lora_r", "0"], ["lora_r=0", "positive"]),
         (["--use_peft", "--lora_alpha", "0"], ["lora_alpha=0", "lora_r"]),
         (["--use_peft", "--lora_modules_to_save", "lm_hed"], ["lora_modules_to_save", "no 'lm_hed'", "lm_head"]),
