@@ -10,20 +10,14 @@ that are not listed here go to `transformers serve` (`--device cuda:0`, `--dtype
 
 import argparse
 import json
+import os
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from importlib.util import find_spec
 
-import transformers
-from transformers import AutoProcessor
-from transformers.models.auto import modeling_auto
-
-from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
-from modeling_honeybee.model_folder import model_folder
-from processing import HoneybeeProcessor
 from serving.limits import LimitError, Limits, add_limit_arguments, limits_from
 
-TRANSFORMERS_4 = transformers.__version__.startswith("4.")
+TRANSFORMERS_4 = version("transformers").startswith("4.")
 # Everything else of `transformers serve` stays closed: one address loads any model by name, another unloads ours.
 CHAT, MODELS, HEALTH = "/v1/chat/completions", "/v1/models", "/health"
 # Not in it: `generation_config` and `chat_template_kwargs`, which would set any limit aside, and what a chat here has
@@ -133,6 +127,12 @@ class LimitedApp:
 
 def register() -> None:
     """Makes transformers find our classes by the names that `transformers serve` looks up. Comes after its import."""
+    from transformers import AutoProcessor
+    from transformers.models.auto import modeling_auto
+
+    from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
+    from processing import HoneybeeProcessor
+
     # The module object itself changes while transformers 5 is imported; the command sees the one in sys.modules.
     sys.modules["transformers"].HoneybeeForConditionalGeneration = HoneybeeForConditionalGeneration
     modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["honeybee"] = HoneybeeForConditionalGeneration.__name__
@@ -157,6 +157,8 @@ def limit_uvicorn(model: str, limits: Limits) -> None:
 
 
 def main():
+    # Waiting threads of torch would spin and take the core from the one that they wait for, wherever other work runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, help="folder or Hub name of a Honeybee model")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
@@ -165,6 +167,8 @@ def main():
     args, more = parser.parse_known_args()
     try:
         limits = limits_from(args)
+        from modeling_honeybee.model_folder import model_folder  # loads for seconds
+
         model_folder(args.model)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
