@@ -4,9 +4,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from processing.processing_honeybee import GUARD, SYSTEM_BASE
-
-SYSTEM_DETAIL = f"{SYSTEM_BASE} The assistant gives helpful, detailed, and polite answers to the user's questions."
+DETAIL = " The assistant gives helpful, detailed, and polite answers to the user's questions."  # behind the system line
 INSTRUCTIONS = {
     "short": "Answer the question using a single word or phrase. ",
     "choice": "Answer with the option's letter from the given choices directly. ",
@@ -43,11 +41,13 @@ def with_options(question: str, options: dict[str, str], context: str | None = N
 
 def as_messages(question: Question, template: str = "task") -> list[dict]:
     """Chat messages of a question; template `none` leaves the instruction out."""
+    from processing.processing_honeybee import SYSTEM_BASE  # loads for seconds, and saved answers are scored without it
+
     free = question.kind == "free" or template == "none"
     text = question.text if free else INSTRUCTIONS[question.kind] + question.text
     content = [{"type": "image"}] if question.image is not None else []
     return [
-        {"role": "system", "content": [{"type": "text", "text": SYSTEM_DETAIL if free else SYSTEM_BASE}]},
+        {"role": "system", "content": [{"type": "text", "text": SYSTEM_BASE + DETAIL if free else SYSTEM_BASE}]},
         {"role": "user", "content": [*content, {"type": "text", "text": text}]},
     ]
 
@@ -59,4 +59,6 @@ def render(question: Question, processor, template: str = "task") -> str:
 
 def plain(prompt: str, processor) -> str:
     """The prompt as people read it: without bos and without the guard inside typed markers."""
+    from processing.processing_honeybee import GUARD
+
     return prompt.removeprefix(processor.tokenizer.bos_token or "").replace(GUARD, "")

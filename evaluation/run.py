@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -354,6 +355,8 @@ def evaluate(arguments) -> None:
 
 
 def main(argv=None) -> None:
+    # Waiting threads of torch would spin and take the core from the one that they wait for, wherever other work runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
     try:
         arguments = parse_arguments(argv)
         if arguments.predictions is not None:

@@ -15,14 +15,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from queue import Queue
 from threading import Thread
+from typing import TYPE_CHECKING
 
-import torch
-
-from modeling_honeybee import HoneybeeForConditionalGeneration
-from modeling_honeybee.model_folder import model_folder
-from processing import HoneybeeProcessor
-from serving.answer import Answer
 from serving.limits import ChatRequest, LimitError, Limits, add_limit_arguments, limits_from
+
+if TYPE_CHECKING:
+    from modeling_honeybee import HoneybeeForConditionalGeneration
+    from processing import HoneybeeProcessor
 
 
 def as_messages(message: dict, history: list[dict]) -> tuple[list[dict], list[str]]:
@@ -68,7 +67,7 @@ def _user(items: list[tuple[str, str]]) -> dict:
 class Chat:
     """A model that answers Gradio's chats within limits."""
 
-    def __init__(self, model: HoneybeeForConditionalGeneration, processor: HoneybeeProcessor, limits: Limits):
+    def __init__(self, model: "HoneybeeForConditionalGeneration", processor: "HoneybeeProcessor", limits: Limits):
         self.model, self.processor, self.limits = model, processor, limits
 
     def answer(self, message: dict, history: list[dict]) -> Iterator[str]:
@@ -77,6 +76,8 @@ class Chat:
         Raises:
             LimitError: the chat is empty or over a limit; nothing was computed.
         """
+        from serving.answer import Answer
+
         messages, paths = as_messages(message, history)
         if not messages[-1]["content"]:
             raise LimitError("the message is empty; write something or add an image")
@@ -125,21 +126,29 @@ def build_page(chat: Chat, title: str):
 
 
 def main():
+    # Waiting threads of torch would spin and take the core from the one that they wait for, wherever other work runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, help="folder or Hub name of a Honeybee model")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
-    )
+    parser.add_argument("--device", help="cuda, cpu, cuda:1 ... (default: cuda where there is one)")
     add_limit_arguments(parser)
     args = parser.parse_args()
     if find_spec("gradio") is None:
         sys.exit('error: the chat page needs gradio; install with: pip install -e ".[serve]"')
     try:
         limits = limits_from(args)
+        # Only here: these load for seconds.
+        import torch
+
+        from modeling_honeybee import HoneybeeForConditionalGeneration
+        from modeling_honeybee.model_folder import model_folder
+        from processing import HoneybeeProcessor
+
         folder = model_folder(args.model)
-        model = HoneybeeForConditionalGeneration.from_pretrained(folder, dtype="auto").eval().to(args.device)
+        model = HoneybeeForConditionalGeneration.from_pretrained(folder, dtype="auto").eval()
+        model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         processor = HoneybeeProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -10,17 +10,18 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from modeling_honeybee import HoneybeeForConditionalGeneration
-from modeling_honeybee.model_folder import model_folder
-from processing import HoneybeeProcessor
-from serving.answer import Answer
 from serving.limits import ChatRequest, LimitError, Limits, add_limit_arguments, check_chat, limits_from
+
+if TYPE_CHECKING:
+    from serving.answer import Answer
 
 CHAT, MODELS, HEALTH = "/v1/chat/completions", "/v1/models", "/health"
 logger = logging.getLogger("uvicorn.error")
@@ -82,6 +83,8 @@ class ChatServer:
 
     async def chat(self, request: ChatRequest, receive, send):
         """Generates in the worker's thread and sends, until all is sent, something fails or the client leaves."""
+        from serving.answer import Answer
+
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
         answer = Answer(self.model, self.processor, request)
 
@@ -101,7 +104,7 @@ class ChatServer:
             answer.cancelled = True
             watcher.cancel()
 
-    async def whole(self, answer: Answer, events: asyncio.Queue, send):
+    async def whole(self, answer: "Answer", events: asyncio.Queue, send):
         while isinstance(event := await events.get(), str):
             pass
         if event is not None:
@@ -111,7 +114,7 @@ class ChatServer:
         head = self.head("chat.completion")
         await self.reply(send, 200, {**head, "choices": [choice], "usage": usage(answer)})
 
-    async def stream(self, answer: Answer, events: asyncio.Queue, send):
+    async def stream(self, answer: "Answer", events: asyncio.Queue, send):
         """Server-sent events. What fails before the first token still has its own status."""
         event = await events.get()
         if isinstance(event, BaseException):
@@ -153,12 +156,14 @@ class ChatServer:
         await send({"type": "http.response.body", "body": data})
 
 
-def usage(answer: Answer) -> dict:
+def usage(answer: "Answer") -> dict:
     prompt, completion = answer.prompt_tokens, answer.completion_tokens
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def main():
+    # Waiting threads of torch would spin and take the core from the one that they wait for, wherever other work runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, help="folder or Hub name of a Honeybee model")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
@@ -174,6 +179,11 @@ def main():
         sys.exit('error: the server needs uvicorn; install with: pip install -e ".[serve]"')
     try:
         limits = limits_from(args)
+        # Only here: these load for seconds.
+        from modeling_honeybee import HoneybeeForConditionalGeneration
+        from modeling_honeybee.model_folder import model_folder
+        from processing import HoneybeeProcessor
+
         folder = model_folder(args.model)
         model = HoneybeeForConditionalGeneration.from_pretrained(
             folder, dtype=args.dtype, device_map=args.device, attn_implementation=args.attn_implementation

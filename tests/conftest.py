@@ -5,6 +5,8 @@ import os
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in the scripts; before torch is loaded
+
 
 @pytest.fixture(autouse=True)
 def environment():

@@ -17,6 +17,7 @@ step and exit with code 0; `--resume` goes on.
 """
 
 import logging
+import os
 import sys
 import warnings
 
@@ -35,6 +36,8 @@ def quickstart() -> None:
 
 
 def main():
+    # Waiting threads of torch would spin and take the core from the one that they wait for, wherever other work runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # transformers 5 has another name for it, which 4 does not know.

@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quickstart's parts; the whole of it is run by .ci/run, which holds it to its accuracies."""
 
+import json
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 from datasets import load_from_disk
 from transformers import LlamaForCausalLM
 
+from tests.tiny import REPOSITORY, run_script
 from training.conversations import check_dataset
 from training.quickstart import digit_scenes
 from training.quickstart.digit_scenes import CELL_NAMES, DIGIT_WORDS, QUESTION_WEIGHTS, SPLITS, SceneMaker, caption
 from training.quickstart.run import Questions, make_dataset
 from training.quickstart.stand_ins import SymbolicScenes, make_language_model, make_stand_ins, make_tokenizer
 
+RUN_QUICKSTART = REPOSITORY / "tests" / "training" / "run_quickstart.py"
 CONTENTS = [None] * 16
 CONTENTS[1], CONTENTS[6], CONTENTS[8], CONTENTS[15] = 5, 2, 5, 0  # b1, c2, a3, d4
 
@@ -99,3 +106,41 @@ def test_stand_ins_are_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr("training.quickstart.stand_ins.make_language_model", None)
     assert make_stand_ins(str(tmp_path), 0) == (str(tmp_path / "vision"), str(tmp_path / "text"))
     assert digit_scenes.GRID == 4
+
+
+def test_the_whole_of_it_in_a_few_steps_and_again(tmp_path):
+    result = run_script(RUN_QUICKSTART, tmp_path, 2)
+    assert "Accuracy on 40 questions" in result.stdout and "blind.log" in result.stdout
+    table = json.loads((tmp_path / "results.json").read_text())
+    assert list(table) == ["model", "after alignment only", "blind control"]
+    assert "Finished after 2 steps" in (tmp_path / "blind.log").read_text()
+    again = run_script(RUN_QUICKSTART, tmp_path, 2)
+    assert "Finished after" not in again.stdout and "second process" not in again.stdout
+    assert json.loads((tmp_path / "results.json").read_text()) == table
+
+
+def test_stopped_it_goes_on_with_both_models(tmp_path):
+    command = [sys.executable, str(RUN_QUICKSTART), str(tmp_path), "2000"]
+    quickstart = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # Both processes are in their loops once both have logged a loss.
+    log, seen = tmp_path / "blind.log", ""
+    for line in quickstart.stdout:
+        seen += line
+        if "'loss'" in seen and log.exists() and "'loss'" in log.read_text():
+            break
+    quickstart.send_signal(signal.SIGTERM)
+    seen += quickstart.stdout.read()
+    assert quickstart.wait(120) == 0, seen
+    assert "Stopped by SIGTERM after step" in seen and "the same command again" in seen
+    assert "Stopped by SIGTERM after step" in log.read_text()
+    for name in ("model", "blind"):
+        assert list((tmp_path / f"{name}_align").glob("checkpoint-*"))
+
+
+def test_a_control_that_fails_is_named(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "blind_align").write_text("in the way")
+    result = run_script(RUN_QUICKSTART, tmp_path, 2, check=False)
+    assert result.returncode == 1 and "The blind control is not finished" in result.stdout
+    assert "blind_align" in (tmp_path / "blind.log").read_text()
+    assert (tmp_path / "model" / "model.safetensors").exists()

@@ -96,3 +96,32 @@ def test_a_wrong_setting_of_trl_loads_the_settings_alone(setting):
 def test_ctrl_c_while_libraries_are_loaded_is_a_sentence(arguments, tmp_path):
     code, text, _ = answer("training/sft.py", *arguments, wrapper=INTERRUPTED, cwd=tmp_path)
     assert code and "Interrupted" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("script", ["evaluation/run.py", "serving/serve.py", "serving/chat_demo.py"])
+def test_help_of_what_answers_loads_no_model_code(script):
+    code, text, libraries = answer(script, "--help")
+    assert code == 0 and "--model" in text
+    assert not libraries & {"datasets", "matplotlib", "modeling_honeybee", "peft", "processing", "torch"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP there")
+@pytest.mark.parametrize(
+    "command, chosen",
+    [
+        ("training/sft.py --model_name_or_path nowhere --use_cpu", None),
+        ("training/sft.py --model_name_or_path nowhere --use_cpu", "active"),
+        ("evaluation/run.py --model nowhere --tasks pope --data_root . --output out", None),
+        ("serving/serve.py --model nowhere", None),
+    ],
+)
+def test_threads_that_wait_leave_the_core_to_others(command, chosen, tmp_path, monkeypatch):
+    """Where other work runs, threads that spin while they wait make a step many times slower."""
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "true")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if chosen:
+        monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
+    code, text, libraries = answer(*command.split(), cwd=tmp_path)
+    assert code and "torch" in libraries
+    assert set(re.findall(r"OMP_WAIT_POLICY = '(\w+)'", text)) == {(chosen or "passive").upper()}

@@ -2,8 +2,10 @@
 """The quickstart from stand-ins to a table of accuracies. All training here goes through `training/run.py`."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import sys
 from collections import defaultdict
 
 import torch
@@ -60,9 +62,14 @@ def make_dataset(folder: str, stage: str, seed: int, blind: bool) -> None:
     Dataset.from_list(list(samples()), features=FEATURES).save_to_disk(folder)
 
 
+def is_model(folder: str) -> bool:
+    """Whether a stage was finished here."""
+    return os.path.isfile(os.path.join(folder, "model.safetensors"))
+
+
 def train_stage(folder: str, stage: str, dataset: str, seed: int, **model) -> str:
     """Trains a stage into `folder` unless it is finished there, or what is left of it; returns `folder`."""
-    if os.path.isfile(os.path.join(folder, "model.safetensors")):
+    if is_model(folder):
         return folder
     stopped = last_whole_checkpoint(folder) is not None
     if not stopped:
@@ -92,6 +99,66 @@ def train_stage(folder: str, stage: str, dataset: str, seed: int, **model) -> st
     )
     run(trainer, checkpoint, how_to_go_on="the same command again")
     return folder
+
+
+def set_up(seed: int) -> None:
+    """A process of the quickstart. Models as small as these gain next to nothing from a second thread."""
+    set_seed(seed)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+def build(name: str, blind: bool, stand_ins: tuple[str, str], output_dir: str, seed: int) -> tuple[str, str]:
+    """Trains both stages; returns the folders of the two models."""
+    vision, text = stand_ins
+    folders = {}
+    for stage in ("align", "instruct"):
+        data = os.path.join(output_dir, "data", f"{name}_{stage}")
+        if not os.path.isfile(os.path.join(data, "dataset_info.json")):  # written last
+            make_dataset(data, stage, seed + (stage == "instruct"), blind)
+        parts = (
+            {"vision_model": vision, "text_model": text, "projector": PROJECTOR}
+            if stage == "align"
+            else {"model_name_or_path": folders["align"]}
+        )
+        target = name if stage == "instruct" else f"{name}_{stage}"
+        folders[stage] = train_stage(os.path.join(output_dir, target), stage, data, seed, **parts)
+    return folders["align"], folders["instruct"]
+
+
+def build_control(log: str, *arguments) -> None:
+    """[`build`] of the blind control, in a process of its own that writes to a file."""
+    with open(log, "w", encoding="utf-8") as file:
+        for output in (1, 2):
+            os.dup2(file.fileno(), output)
+    set_up(arguments[-1])
+    build("blind", True, *arguments)
+
+
+def build_both(stand_ins: tuple[str, str], output_dir: str, seed: int) -> tuple[str, str, str]:
+    """The model after alignment, the model, and the blind control, which a second process trains at the same time.
+
+    Raises:
+        SystemExit: the training was stopped, or that of the control failed.
+    """
+    arguments = (stand_ins, output_dir, seed)
+    blind, log = os.path.join(output_dir, "blind"), os.path.join(output_dir, "blind.log")
+    # Not forked: torch may have threads by now.
+    control = multiprocessing.get_context("spawn").Process(target=build_control, args=(log, *arguments))
+    if is_model(blind):
+        return *build("model", False, *arguments), blind
+    print(f"A second process trains the blind control and writes to {log}", flush=True)
+    control.start()
+    try:
+        aligned, model = build("model", False, *arguments)
+        control.join()
+    finally:
+        if control.is_alive():  # the model's training was stopped or failed; the control saves what it has
+            control.terminate()
+            control.join()
+    if not is_model(blind):
+        sys.exit(f"The blind control is not finished; {log} says why. The same command goes on")
+    return aligned, model, blind
 
 
 class Questions:
@@ -164,26 +231,9 @@ def run_quickstart(output_dir: str = os.path.join("outputs", "quickstart"), seed
     """Makes stand-ins, trains both stages and a blind control, evaluates by generation on held-out scenes, and prints
     the result. What an earlier run finished in `output_dir` is kept. Returns accuracies by model and kind of question.
     """
-    set_seed(seed)
-    vision, text = make_stand_ins(os.path.join(output_dir, "stand_ins"), seed)
-
-    def build(name: str, blind: bool) -> tuple[str, str]:
-        folders = {}
-        for stage in ("align", "instruct"):
-            data = os.path.join(output_dir, "data", f"{name}_{stage}")
-            if not os.path.isdir(data):
-                make_dataset(data, stage, seed + (stage == "instruct"), blind)
-            parts = (
-                {"vision_model": vision, "text_model": text, "projector": PROJECTOR}
-                if stage == "align"
-                else {"model_name_or_path": folders["align"]}
-            )
-            target = name if stage == "instruct" else f"{name}_{stage}"
-            folders[stage] = train_stage(os.path.join(output_dir, target), stage, data, seed, **parts)
-        return folders["align"], folders["instruct"]
-
-    aligned, model = build("model", blind=False)
-    _, blind = build("blind", blind=True)
+    set_up(seed)
+    stand_ins = make_stand_ins(os.path.join(output_dir, "stand_ins"), seed)
+    aligned, model, blind = build_both(stand_ins, output_dir, seed)
 
     questions = Questions("test", seed, TEST_QUESTIONS)
     given = questions.ask(model)
