@@ -64,18 +64,23 @@ def check_deepspeed(given: dict | str | None) -> None:
 
 
 def settle_deepspeed(training_args: SFTConfig) -> None:
-    """Fills what `--deepspeed` leaves to `auto` once more: the trainer's arguments did so before the accumulation steps
-    were known. The settings of `accelerate launch` are filled by the trainer, later.
+    """Fills what `--deepspeed` leaves to `auto` or leaves out once more: the trainer's arguments did so before the
+    accumulation steps were known. The settings of `accelerate launch` are filled by the trainer, later.
 
     Raises:
         ValueError: a setting that is another one in the run's own arguments.
     """
+    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") == "auto":  # which transformers 4 reads as a number
+        os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(training_args.gradient_accumulation_steps)
     if not training_args.deepspeed:
         return
     given, settings = read_deepspeed_settings(training_args.deepspeed), training_args.hf_deepspeed_config
     for name in ("gradient_accumulation_steps", "train_batch_size"):
         if given.get(name, "auto") == "auto":
             settings.config[name] = "auto"
+    for name in ("bf16", "fp16"):  # without the second, transformers 4 gives the model its pixels in half precision
+        if name not in given:
+            settings.config[name] = {"enabled": "auto"}
     settings.mismatches.clear()
     settings.trainer_config_process(training_args)
     training_args.deepspeed_plugin.gradient_accumulation_steps = settings.config["gradient_accumulation_steps"]
