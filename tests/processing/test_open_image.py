@@ -4,6 +4,7 @@
 import base64
 import io
 import threading
+import zlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -41,6 +42,19 @@ def as_grey(values) -> np.ndarray:
     return np.stack([values.astype(np.uint8)] * 3, axis=-1)
 
 
+def deep_png(values: np.ndarray, colour: int) -> bytes:
+    """A PNG of 16 bits in several channels, which Pillow reads and does not write."""
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    height, width, _ = values.shape
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, colour, 0, 0, 0])
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
 def kinds() -> dict[str, tuple[bytes, np.ndarray]]:
     """A file of each kind and the picture in it (H, W, 3), without Pillow's conversions where it has a formula."""
     rgb, grey, alpha = Image.fromarray(RGB), Image.fromarray(GREY), Image.fromarray(RGB[..., 1])
@@ -62,6 +76,11 @@ def kinds() -> dict[str, tuple[bytes, np.ndarray]]:
         "palette": (encoded(palette, "PNG"), in_palette),
         "transparent palette": (encoded(palette, "PNG", transparency=bytes(range(0, 160, 10))), in_palette),
         "16 bits, PNG": (encoded(Image.fromarray(DEEP), "PNG"), as_grey(DEEP // 256)),
+        "16 bits, colour": (
+            deep_png(np.stack([DEEP, DEEP[::-1], DEEP[:, ::-1]], axis=-1), 2),
+            np.stack([DEEP, DEEP[::-1], DEEP[:, ::-1]], axis=-1).astype(">u2").view(np.uint8)[..., ::2],
+        ),
+        "16 bits, transparent": (deep_png(np.stack([DEEP, DEEP[::-1]], axis=-1), 4), as_grey(DEEP // 256)),
         "16 bits, TIFF": (encoded(Image.fromarray(DEEP), "TIFF"), as_grey(DEEP // 256)),
         "16 bits, PGM": (b"P5 40 24 65535\n" + DEEP.astype(">u2").tobytes(), as_grey(DEEP // 256)),
         "16 bits, turned": (encoded(Image.fromarray(DEEP), "TIFF", exif=turned()), np.rot90(as_grey(DEEP // 256), -1)),
