@@ -89,7 +89,7 @@ def test_a_wrong_setting_of_ours_loads_nothing(arguments, said):
 def test_a_wrong_setting_of_trl_loads_the_settings_alone(setting):
     code, text, libraries = answer("training/sft.py", setting, "often", "--use_cpu")
     assert code and setting in text and "often" in text
-    assert not libraries & {"datasets", "matplotlib", "modeling_honeybee", "pandas", "processing"}
+    assert not libraries & {"datasets", "matplotlib", "modeling_honeybee", "processing"}
 
 
 @pytest.mark.parametrize("arguments", [["--dataset", "nowhere", "--use_cpu"], []], ids=["run", "quickstart"])
