@@ -24,6 +24,13 @@ class HoneybeeTrainer(ThroughputMixin, SFTTrainer):
     position, and most of a row (images, questions, padding) is never learned. Here it gets the others only. The loss
     is the same."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # The model declines it, because a count of labels made before it masks placeholders would be wrong. Our collator
+        # masks them itself, so that accumulation steps can weigh by their tokens. (Sequence parallelism counts alone.)
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        self.model_accepts_loss_kwargs = not getattr(parallelism, "sp_enabled", False)
+
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
         # accelerate reads batches from the one inside, and makes another of the outer one's settings to skip batches.

@@ -68,11 +68,7 @@ class HoneybeeTester:
         self.parent = parent
         self.is_training = True
         self.batch_size = 3
-        self.image_token_id, self.pad_token_id = # By the names in these the mixins tell which class has a loss and which has none.
-modeling_auto.MODEL_MAPPING_NAMES["honeybee"] = "HoneybeeModel"
-modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["honeybee"] = "HoneybeeForConditionalGeneration"
-
-IMAGE_TOKEN_ID, PAD_TOKEN_ID
+        self.image_token_id, self.pad_token_id = IMAGE_TOKEN_ID, PAD_TOKEN_ID
         self.num_hidden_layers, self.num_attention_heads = TEXT["num_hidden_layers"], TEXT["num_attention_heads"]
         self.hidden_size, self.vocab_size = TEXT["hidden_size"], TEXT["vocab_size"]
         self.num_image_tokens = self.get_config().num_image_tokens
