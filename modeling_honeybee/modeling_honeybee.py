@@ -33,8 +33,10 @@ from .configuration_honeybee import HoneybeeConfig, HoneybeeProjectorConfig
 from .deformable_attention_honeybee import HoneybeeDeformableAttention  # noqa: F401  transformers 4 copies code from a local folder only where this file itself imports it
 from .projectors_honeybee import PROJECTORS, HoneybeeProjector, build_projector
 
+_OUTPUT_FIELDS = tuple(field.name for field in fields(BaseModelOutputWithPast))
+_TOWER_FIELDS = tuple(field.name for field in fields(BaseModelOutputWithPooling) if field.name != "pooler_output")
 # What a cache of keys and values is called, as an argument and in outputs: transformers 5.24 renamed `past_key_values`.
-CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
+CACHE = next(name for name in _OUTPUT_FIELDS if name in ("cache", "past_key_values"))
 _TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
 
@@ -338,8 +340,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             if _TRANSFORMERS_4:
                 return visual_tokens
             return_dict = self.config.return_dict
-        names = [field.name for field in fields(BaseModelOutputWithPooling) if field.name != "pooler_output"]
-        tower_outputs = {name: getattr(outputs, name, None) for name in names}
+        tower_outputs = {name: getattr(outputs, name, None) for name in _TOWER_FIELDS}
         output = BaseModelOutputWithPooling(pooler_output=visual_tokens, **tower_outputs)
         return output if return_dict else output.to_tuple()
 
@@ -499,7 +500,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         if isinstance(outputs, tuple):  # return_dict=False
             return outputs
         # Language models have outputs of their own; what is common to all is taken.
-        common = {field.name: outputs.get(field.name) for field in fields(BaseModelOutputWithPast)}
+        common = {name: outputs.get(name) for name in _OUTPUT_FIELDS}
         if states_to_keep is not None:
             states = common["last_hidden_state"]
             common["last_hidden_state"] = states[states_to_keep.to(states.device)][None]
