@@ -39,7 +39,7 @@ def compare_folder(folder: str, reference: str, names_file: str) -> bool:
         rows.append((what, difference, limit, difference <= limit))
 
     pixels = io["pixel_values"]
-    tokens = model.get_image_features(pixels)
+    tokens = model.model.get_visual_tokens(pixels)
     compare("projector output", (tokens - io["projector_output"]).abs().max().item(), 5e-4 if wide else 1e-4)
 
     # The official training loop gives the language model no attention mask.

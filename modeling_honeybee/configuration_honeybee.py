@@ -15,6 +15,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_honeybee.HoneybeeConfig",
     "AutoModel": "modeling_honeybee.HoneybeeModel",
     "AutoModelForImageTextToText": "modeling_honeybee.HoneybeeForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_honeybee.HoneybeeForConditionalGeneration",
     "AutoModelForVision2Seq": "modeling_honeybee.HoneybeeForConditionalGeneration",
     "AutoProcessor": "processing_honeybee.HoneybeeProcessor",
 }

@@ -66,7 +66,8 @@ class HoneybeeDeformableAttention(nn.Module):
         offsets = self.sampling_offsets(query).float().view(*per_head, 2)
         extent = offsets.new_tensor([width, height])
         locations = reference_points.float()[:, :, None, None, None, :] + offsets / extent
-        weights = self.attention_weights(query).float().view(*per_head[:3], -1).softmax(-1).view(per_head)
+        # A view of its own: vLLM merges linear layers that read one argument, and splits the result between its ranks.
+        weights = self.attention_weights(query.flatten(0, 1)).float().view(*per_head[:3], -1).softmax(-1).view(per_head)
 
         value = self.value_proj(features).view(batch, -1, self.num_heads, query.shape[-1] // self.num_heads)
         matrix = sampling_matrix(locations, weights, height, width).to(value.dtype)

@@ -9,18 +9,25 @@ M visual tokens an image (extra tokens included), D_v width of the tower, D_lm w
 """
 
 import copy
+import functools
 import json
 import logging
+import threading
+import types
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, fields
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, find_adapter_config_file
 
@@ -30,8 +37,11 @@ from .projectors_honeybee import PROJECTORS, HoneybeeProjector, build_projector
 
 logger = logging.getLogger(__name__)
 
+_OUTPUT_FIELDS = tuple(field.name for field in fields(BaseModelOutputWithPast))
+_TOWER_FIELDS = tuple(field.name for field in fields(BaseModelOutputWithPooling) if field.name != "pooler_output")
 # What a cache of keys and values is called, as an argument and in outputs: transformers 5.24 renamed `past_key_values`.
-CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
+CACHE = next(name for name in _OUTPUT_FIELDS if name in ("cache", "past_key_values"))
+_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
 
 @dataclass
@@ -48,9 +58,6 @@ class HoneybeeCausalLMOutputWithPast(CausalLMOutputWithPast):
     image_hidden_states: torch.FloatTensor | None = None
 
 
-_hidden_states: ContextVar[dict[int, torch.Tensor] | None] = ContextVar("hidden_states", default=None)
-
-
 def _tower_blocks(vision_tower: nn.Module, number: int) -> nn.ModuleList:
     for module in vision_tower.modules():
         if isinstance(module, nn.ModuleList) and len(module) == number:
@@ -61,33 +68,60 @@ def _tower_blocks(vision_tower: nn.Module, number: int) -> nn.ModuleList:
     )
 
 
+class _Collected(threading.local):
+    """Hidden states by number, of the running thread's call alone; torch.compile cannot follow a ContextVar."""
+
+    states: dict[int, torch.Tensor] | None = None
+
+
+_collected = _Collected()
+
+
+def _keep_state(layer: int, module: nn.Module, args: tuple, output=None) -> None:
+    """A hook: behind a block it gets the block's output, before the first one its input."""
+    if _collected.states is not None:
+        state = args if layer == 0 else output
+        _collected.states[layer] = state[0] if isinstance(state, tuple) else state
+
+
 @contextmanager
-def _capture_hidden_states(vision_tower: nn.Module, config: HoneybeeConfig):
-    """Collects the hidden states that `config` reads, by number, while the tower runs.
+def _collect_states():
+    """Collects the hidden states that the hooks of a tower see.
 
     `output_hidden_states` would keep all of them, and the inner tower that transformers 4 needs us to hold does not
-    know it for every kind of tower. What is collected belongs to the running thread, whichever thread hung the hook.
+    know it for every kind of tower.
     """
-    blocks = _tower_blocks(vision_tower, config.num_vision_blocks)
-
-    def keep(layer, output):
-        if (collected := _hidden_states.get()) is not None:
-            collected[layer] = output[0] if isinstance(output, tuple) else output
-
-    handles = [
-        blocks[layer - 1].register_forward_hook(lambda module, args, output, layer=layer: keep(layer, output))
-        if layer
-        else blocks[0].register_forward_pre_hook(lambda module, args: keep(0, args))
-        for layer in config.vision_hidden_states
-    ]
-    collected = {}
-    token = _hidden_states.set(collected)
+    _collected.states = {}
     try:
-        yield collected
+        yield _collected.states
     finally:
-        _hidden_states.reset(token)
-        for handle in handles:
-            handle.remove()
+        _collected.states = None
+
+
+def _share_config(part: nn.Module, config) -> None:
+    """Makes `config` the one object that all modules of a part read, so that a change of it reaches them."""
+    own = part.config
+    for module in part.modules():
+        if getattr(module, "config", None) is own:
+            module.config = config
+
+
+def _without_placeholders(labels: torch.Tensor | None, image_token_id: int) -> torch.Tensor | None:
+    """The labels with -100 at placeholders: an image is nothing to predict."""
+    return None if labels is None else labels.masked_fill(labels == image_token_id, -100)
+
+
+def _masking_labels(forward):
+    """A forward that gets no placeholder to learn, whatever it does with labels."""
+
+    @functools.wraps(forward)
+    def masked(self, *args, **kwargs):
+        for name in ("labels", "shift_labels"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = _without_placeholders(kwargs[name], self.config.image_token_id)
+        return forward(self, *args, **kwargs)
+
+    return masked
 
 
 def _is_packed(position_ids: torch.LongTensor | None) -> bool:
@@ -167,6 +201,7 @@ class HoneybeePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     def _init_weights(self, module: nn.Module):
         """New weights as the official model ends up with them: N(0, 0.02), zero biases, norms 1 and 0.
@@ -240,18 +275,32 @@ class HoneybeeModel(HoneybeePreTrainedModel):
 
     def __init__(self, config: HoneybeeConfig):
         super().__init__(config)
-        # Blocks above the chosen feature layer are never read, so they are not built.
-        vision_config = copy.deepcopy(config.vision_config)
-        vision_config.num_hidden_layers = config.num_vision_blocks
-        vision_tower = AutoModel.from_config(vision_config)
+        vision_tower = AutoModel.from_config(config.vision_config)
         language_model = AutoModel.from_config(config.text_config)
+        self.projector = build_projector(config)
+        self.hold(vision_tower, language_model)
+        self.post_init()
+        self._no_split_modules = self._blocks_of(vision_tower, language_model)  # post_init of 5 collects all names
+
+    def hold(self, vision_tower: PreTrainedModel, language_model: PreTrainedModel) -> None:
+        """Takes a whole tower and a language model without head as its own.
+
+        They read the objects in `self.config` from now on. Blocks above the feature layer are never read, and dropped.
+        """
         # transformers 4 wraps the CLIP tower in a module that 5 has dropped; holding the inner one gives the weights
         # the same names on both.
         self.vision_tower = getattr(vision_tower, "vision_model", vision_tower)
-        self.projector = build_projector(config)
         self.language_model = language_model
-        self.post_init()
-        self._no_split_modules = self._blocks_of(vision_tower, language_model)  # post_init of 5 collects all names
+        _share_config(self.vision_tower, self.config.vision_config)
+        _share_config(self.language_model, self.config.text_config)
+        blocks = _tower_blocks(self.vision_tower, self.config.vision_config.num_hidden_layers)
+        del blocks[self.config.num_vision_blocks :]
+        for layer in self.config.vision_hidden_states:  # the hooks stay: one hung during a call does not compile
+            hook = functools.partial(_keep_state, layer)
+            if layer:
+                blocks[layer - 1].register_forward_hook(hook)
+            else:
+                blocks[0].register_forward_pre_hook(hook)
 
     def _blocks_of(self, *parts: PreTrainedModel) -> list[str]:
         """Classes that `device_map="auto"` keeps whole and FSDP shards one by one, those alone that there are: FSDP
@@ -271,7 +320,6 @@ class HoneybeeModel(HoneybeePreTrainedModel):
     def set_decoder(self, decoder):
         self.language_model = decoder
 
-    @torch.compiler.disable  # the hooks that collect features; a compiled model breaks its graph here
     def get_patch_features(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
         """Features of the chosen layer(s), class token dropped.
 
@@ -284,6 +332,10 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         Raises:
             ValueError: wrong number of dimensions, or the tower's tokens do not match `config.num_patches`.
         """
+        return self._encode(pixel_values)[0]
+
+    def _encode(self, pixel_values: torch.FloatTensor, **kwargs):
+        """Patch features as above, and the tower's own output; `kwargs` are the tower's."""
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, 3, height, width), with all "
@@ -294,8 +346,8 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         # gradient checkpointing).
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
         layers = self.config.vision_hidden_states
-        with torch.set_grad_enabled(trained), _capture_hidden_states(self.vision_tower, self.config) as hidden_states:
-            self.vision_tower(pixel_values.to(parameters[0].dtype))
+        with torch.set_grad_enabled(trained), _collect_states() as hidden_states:
+            outputs = self.vision_tower(pixel_values.to(parameters[0].dtype), **kwargs)
         features = [hidden_states[layer] for layer in layers]
         if self.config.vision_feature_select_strategy == "default":
             features = [feature[:, 1:] for feature in features]
@@ -305,20 +357,70 @@ class HoneybeeModel(HoneybeePreTrainedModel):
                 f"{self.config.vision_feature_select_strategy!r}, but image_size and patch_size make "
                 f"{self.config.num_patches}; use 'default' for a tower with one class token and 'full' for one without"
             )
-        return features[0] if len(features) == 1 else torch.stack(features, dim=1)
+        return features[0] if len(features) == 1 else torch.stack(features, dim=1), outputs
 
-    def get_image_features(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
+    def get_visual_tokens(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
         """Visual tokens (I, M, D_lm) of the images `pixel_values` (I, 3, S, S)."""
-        features = self.get_patch_features(pixel_values)
+        return self._project(self.get_patch_features(pixel_values))
+
+    def _project(self, features: torch.FloatTensor) -> torch.FloatTensor:
         return self.projector(features.to(next(self.projector.parameters()).dtype))
+
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> torch.FloatTensor | BaseModelOutputWithPooling | tuple:
+        """Visual tokens of images, in the form that this line of transformers expects.
+
+        Args:
+            pixel_values: (I, 3, S, S).
+            vision_feature_layer, vision_feature_select_strategy: the config's; no others.
+            return_dict: whether to return an output or a tuple. Default: on transformers 4 neither, on 5 an output.
+            kwargs: of the vision tower, such as `output_hidden_states`.
+
+        Returns:
+            The visual tokens (I, M, D_lm); or the tower's output with these as `pooler_output`.
+
+        Raises:
+            ValueError: another feature layer or strategy than the config's.
+        """
+        self._check_feature_settings(vision_feature_layer, vision_feature_select_strategy)
+        features, outputs = self._encode(pixel_values, **kwargs)
+        visual_tokens = self._project(features)
+        if return_dict is None:
+            if _TRANSFORMERS_4:
+                return visual_tokens
+            return_dict = self.config.return_dict
+        tower_outputs = {name: getattr(outputs, name, None) for name in _TOWER_FIELDS}
+        output = BaseModelOutputWithPooling(pooler_output=visual_tokens, **tower_outputs)
+        return output if return_dict else output.to_tuple()
+
+    def _check_feature_settings(self, layer: int | list[int] | None, strategy: str | None) -> None:
+        config = self.config
+        layers = None if layer is None else list(layer) if isinstance(layer, (list, tuple)) else [layer]
+        depth = config.vision_config.num_hidden_layers
+        if layers is not None and [i if i >= 0 else depth + 1 + i for i in layers] != config.vision_hidden_states:
+            raise ValueError(
+                f"vision_feature_layer={layer} is not the config's {config.vision_feature_layer}, for which the "
+                "projector was trained and above which the tower has no blocks; leave the argument out"
+            )
+        if strategy not in (None, config.vision_feature_select_strategy):
+            raise ValueError(
+                f"vision_feature_select_strategy={strategy!r} is not the config's "
+                f"{config.vision_feature_select_strategy!r}; leave the argument out"
+            )
 
     def get_placeholder_mask(
         self,
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.FloatTensor,
-        num_images: int,
+        num_images: int | None,
     ) -> torch.BoolTensor:
-        """(B, T), True where a visual token goes.
+        """(B, T), True where a visual token goes. With `num_images=None` they are not counted.
 
         Raises:
             ValueError: the number of placeholders is not `num_images` times M, or a row holds part of an image.
@@ -328,7 +430,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         else:
             token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-        if not torch.compiler.is_compiling():
+        if num_images is not None and not torch.compiler.is_compiling():
             tokens_per_image = self.config.num_image_tokens
             counts = mask.sum(-1)
             found, expected = int(counts.sum()), num_images * tokens_per_image
@@ -339,6 +441,26 @@ class HoneybeeModel(HoneybeePreTrainedModel):
                     f"<image> an image, and a processor with num_image_tokens={tokens_per_image}"
                 )
         return mask
+
+    def _place_images(self, input_ids, inputs_embeds, pixel_values, encoded) -> tuple[torch.Tensor, torch.BoolTensor]:
+        """Visual tokens, of images or encoded before, and the places (B, T) that they go to."""
+        if encoded is None:
+            visual_tokens = self.get_visual_tokens(pixel_values)
+            return visual_tokens, self.get_placeholder_mask(input_ids, inputs_embeds, len(pixel_values))
+        if pixel_values is not None:
+            raise ValueError("pixel_values and mm_encoder_outputs give images twice; give one of them")
+        visual_tokens = encoded.pooler_output
+        if not isinstance(visual_tokens, torch.Tensor):  # a list, an image each
+            visual_tokens = torch.cat(list(visual_tokens))
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds, num_images=None)
+        if not torch.compiler.is_compiling():
+            found, given = int(mask.sum()), visual_tokens.shape[:-1].numel()
+            if found != given:
+                raise ValueError(
+                    f"input_ids hold {found} image placeholders, but mm_encoder_outputs {given} visual tokens; give one "
+                    "for each"
+                )
+        return visual_tokens, mask
 
     def _touch_projector(self, inputs_embeds: torch.FloatTensor) -> torch.FloatTensor:
         """Keeps the projector in the graph of a batch without images: alone it would leave nothing to train, and ranks
@@ -351,7 +473,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             height, width = (size, size) if isinstance(size, int) else size
             channels = getattr(vision_config, "num_channels", 3)
             blank = torch.zeros(1, channels, height, width, device=inputs_embeds.device)
-            touched = self.get_image_features(blank)
+            touched = self.get_visual_tokens(blank)
         else:
             shape = (1, self.config.num_patches, vision_config.hidden_size)
             if levels > 1:
@@ -368,6 +490,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         states_to_keep: torch.BoolTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
         **kwargs,
     ) -> HoneybeeModelOutputWithPast:
@@ -379,12 +502,17 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             position_ids: (B, T). Several conversations packed into a row start at 0 each, and none sees another; this
                 needs `attention_mask=None` and no cache.
             states_to_keep: (B, T), where the last hidden states are wanted: they are (1, kept, D_lm) then.
+            mm_encoder_outputs: instead of `pixel_values`, what [`get_image_features`] returned for them, as "image". Its
+                visual tokens fill the placeholders in order, and may be those of a part of an image (chunked prefill).
             past_key_values, cache: two names of one argument, the older one and that of transformers 5.24.
 
         Raises:
-            ValueError: both or none of `input_ids` and `inputs_embeds`, a cache under both of its names, images where the
-                vocabulary has no placeholder, or placeholders and images that disagree.
+            ValueError: both or none of `input_ids` and `inputs_embeds`, a cache under both of its names, images given
+                twice or where the vocabulary has no placeholder, placeholders and images that disagree, or another
+                feature layer than the config's.
         """
+        feature_settings = ("vision_feature_layer", "vision_feature_select_strategy")
+        self._check_feature_settings(*(kwargs.pop(name, None) for name in feature_settings))
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one argument; give one of them")
         cache = past_key_values if cache is None else cache
@@ -399,10 +527,10 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
+        encoded = (mm_encoder_outputs or {}).get("image")
         visual_tokens = None
-        if pixel_values is not None:
-            visual_tokens = self.get_image_features(pixel_values)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, pixel_values.shape[0])
+        if pixel_values is not None or encoded is not None:
+            visual_tokens, mask = self._place_images(input_ids, inputs_embeds, pixel_values, encoded)
             inputs_embeds = inputs_embeds.masked_scatter(
                 mask.unsqueeze(-1).to(inputs_embeds.device),
                 visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype),
@@ -427,7 +555,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         if isinstance(outputs, tuple):  # return_dict=False
             return outputs
         # Language models have outputs of their own; what is common to all is taken.
-        common = {field.name: outputs.get(field.name) for field in fields(BaseModelOutputWithPast)}
+        common = {name: outputs.get(name) for name in _OUTPUT_FIELDS}
         if states_to_keep is not None:
             states = common["last_hidden_state"]
             common["last_hidden_state"] = states[states_to_keep.to(states.device)][None]
@@ -438,6 +566,9 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
     """[`HoneybeeModel`] with the language model's head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_rep" if _TRANSFORMERS_4 else "colwise_gather_output"}
+    # Trainers count what is learned before the model masks placeholders: a sum divided by their count would be too small.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: HoneybeeConfig):
         super().__init__(config)
@@ -449,6 +580,13 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         self.generation_config = _greedy_generation_config(self.generation_config.to_diff_dict(), config.image_token_id)
         self.post_init()
         self._no_split_modules = self.model._no_split_modules
+
+    def __setattr__(self, name: str, value):
+        # Trainers put a forward of their own in the place of ours, for a loss without all logits (TRL, Liger), and some
+        # call it without going through `__call__` (peft).
+        if name == "forward" and isinstance(value, types.MethodType):
+            value = types.MethodType(_masking_labels(value.__func__), value.__self__)
+        super().__setattr__(name, value)
 
     # Read by tools that look for the parts on the outermost module (peft, vLLM, quantization).
     @property
@@ -473,9 +611,9 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
     def set_decoder(self, decoder):
         self.model.set_decoder(decoder)
 
-    def get_image_features(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
-        """Visual tokens (I, M, D_lm) of the images `pixel_values` (I, 3, S, S)."""
-        return self.model.get_image_features(pixel_values)
+    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs):
+        """See [`HoneybeeModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
 
     def forward(
         self,
@@ -486,14 +624,18 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         return_dict: bool | None = None,
         cache: Cache | None = None,
         **kwargs,
     ) -> HoneybeeCausalLMOutputWithPast | tuple:
         """
         Args:
-            labels: (B, T), -100 where a token is not to be learned (placeholders always are such).
+            labels: (B, T), -100 where a token is not to be learned; placeholders never are, whatever is given.
+            shift_labels: (B, T), what each position predicts, where `labels` cannot be shifted here (a row that is split
+                between devices); `labels` are not read then.
             logits_to_keep: compute logits for this many last positions, or for the positions that it lists; 0 for all.
                 Default: all, except in training with `labels`. There the head runs where a label is learned and nowhere
                 else, the loss is the same, and `logits` is None: most of what a row holds (images, questions, padding)
@@ -509,35 +651,43 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             past_key_values=past_key_values,
             cache=cache,
             inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         loss_settings = {"vocab_size": self.config.text_config.vocab_size, **kwargs}
+        if shift_labels is None and labels is not None:
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        shift_labels = _without_placeholders(shift_labels, self.config.image_token_id)
         logits = loss = None
-        if labels is not None and self.training and logits_to_keep is None:
-            next_labels = labels[:, 1:].to(hidden_states.device)  # (B, T - 1)
-            learned = next_labels != -100
-            predictions = self.lm_head(hidden_states[:, :-1][learned])  # (learned, V)
-            loss = self.loss_function(predictions, None, shift_labels=next_labels[learned], **loss_settings)
+        if shift_labels is not None and self.training and logits_to_keep is None:
+            shift_labels = shift_labels.to(hidden_states.device)  # (B, T)
+            learned = shift_labels != -100
+            predictions = self.lm_head(hidden_states[learned])  # (learned, V)
+            loss = self.loss_function(predictions, None, shift_labels=shift_labels[learned], **loss_settings)
         else:
             if isinstance(logits_to_keep, int) and logits_to_keep:
                 logits_to_keep = slice(-logits_to_keep, None)
             everywhere = logits_to_keep is None or isinstance(logits_to_keep, int)
             logits = self.lm_head(hidden_states if everywhere else hidden_states[:, logits_to_keep])
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, **loss_settings)
+            if shift_labels is not None:
+                loss = self.loss_function(logits, None, shift_labels=shift_labels, **loss_settings)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         output = HoneybeeCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
         return output.to_tuple() if return_dict is False else output
 
-    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, inputs_embeds=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, pixel_values=None, mm_encoder_outputs=None, inputs_embeds=None, **kwargs
+    ):
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         # Images go in with the step that holds their placeholders; the steps of one token that follow find them in the
         # cache.
         step_ids, cache = model_inputs.get("input_ids"), model_inputs.get(CACHE)
         decoding = step_ids is not None and step_ids.shape[1] == 1 and cache is not None and cache.get_seq_length() > 0
         if not decoding and (step_ids is None or bool((step_ids == self.config.image_token_id).any())):
-            model_inputs["pixel_values"] = pixel_values
+            # transformers 5 has encoded them by now; where it goes through a prompt in chunks it hands out their parts.
+            images = {"pixel_values": pixel_values, "mm_encoder_outputs": mm_encoder_outputs or None}
+            model_inputs.update({name: value for name, value in images.items() if value is not None})
         return model_inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
@@ -684,13 +834,11 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=planned.vision_feature_select_strategy,
         )
-        del _tower_blocks(tower, vision_config.num_hidden_layers)[config.num_vision_blocks :]
         # Built without memory, then given the loaded parts: no weight exists twice.
         with torch.device("meta"):
             model = cls(config)
-        model.model.vision_tower = getattr(tower, "vision_model", tower)
         # Gemma 3 on transformers 4 is its own base model
-        model.model.language_model = causal_lm.base_model if causal_lm.base_model is not causal_lm else causal_lm.model
+        model.model.hold(tower, causal_lm.base_model if causal_lm.base_model is not causal_lm else causal_lm.model)
         model.lm_head = causal_lm.get_output_embeddings()
         projector = build_projector(config).to(model.lm_head.weight.dtype)
         projector.apply(model._init_weights)

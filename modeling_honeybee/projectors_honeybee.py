@@ -243,7 +243,8 @@ class HoneybeeDAbstractor(HoneybeeProjector):
         if self.level_emb is not None:
             features = features + self.level_emb  # (B, L, N, D)
 
-        learned = self.query_embeddings.weight.unsqueeze(0)
+        # By a call, not by reading the weight, which offloading and sharding bring in for a call alone.
+        learned = self.query_embeddings(torch.arange(self.num_query_tokens, device=features.device)).unsqueeze(0)
         if self.pooled_v_target == "none":
             position, target = learned.expand(batch, -1, -1).chunk(2, dim=-1)
         else:

@@ -262,8 +262,9 @@ def make_tokenizer_portable(folder: str | os.PathLike) -> None:
     settings["model_input_names"] = ["input_ids", "attention_mask"]
     for name in ("backend", "is_local", "local_files_only"):
         settings.pop(name, None)
-    if isinstance(settings.get("extra_special_tokens"), list):
-        del settings["extra_special_tokens"]
+    settings["extra_special_tokens"] = {
+        "image_token": IMAGE_TOKEN
+    }  # a name for it; 5 writes a list, which 4 cannot read
     with open(path, "w", encoding="utf-8") as file:
         json.dump(settings, file, indent=2, ensure_ascii=False)
         file.write("\n")
@@ -314,6 +315,8 @@ class HoneybeeProcessor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        # Tools look for both here as well; a tokenizer that was saved by us brings them.
+        tokenizer.image_token, tokenizer.image_token_id = image_token, self.image_token_id
         # A repository on the Hub has `default` alone: transformers 4 cannot load named templates from there (it looks for
         # caption.jinja.jinja), so what is not there comes from here.
         if not isinstance(chat_template, dict):
@@ -431,7 +434,7 @@ class HoneybeeProcessor(ProcessorMixin):
             return [
                 {**message, "content": [{"type": "text", "text": message["content"]}]}
                 if isinstance(message.get("content"), str)
-                else {**message, "content": [as_item(item) for item in message["content"]]}
+                else {**message, "content": [as_item(item) for item in message.get("content") or ()]}  # None: no words
                 for message in messages
             ]
 

@@ -165,9 +165,8 @@ def test_imports_between_the_packages_point_one_way(package):
         "benchmarks",
         "tests",
     }
-    allowed = (
-        {package} if package in {"modeling_honeybee", "processing"} else {package, "modeling_honeybee", "processing"}
-    )
+    # `modeling_honeybee` registers the processor beside the models; the files that it ships do not import it.
+    allowed = {package, "processing"} | (set() if package == "processing" else {"modeling_honeybee"})
     for path in (REPOSITORY / package).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -32,6 +32,10 @@ class HoneybeeTrainer(ThroughputMixin, SFTTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        # The model declines it, because a count of labels made before it masks placeholders would be wrong. Our collator
+        # masks them itself, so that accumulation steps can weigh by their tokens. (Sequence parallelism counts alone.)
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        self.model_accepts_loss_kwargs = not getattr(parallelism, "sp_enabled", False)
         check_saves_whole_models(self.accelerator.state)
         gather_head_before_use(self.model)
         if self.is_fsdp_enabled:

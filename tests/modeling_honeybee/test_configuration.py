@@ -96,6 +96,7 @@ def test_config_survives_the_disk(projector_type, tmp_path):
         "AutoConfig",
         "AutoModel",
         "AutoModelForImageTextToText",
+        "AutoModelForMultimodalLM",
         "AutoModelForVision2Seq",
         "AutoProcessor",
     }

@@ -121,7 +121,7 @@ def test_only_the_blocks_below_the_feature_layer_exist():
         model = tiny_model(config={"vision_feature_layer": layer})
         assert len(model.model.vision_tower.encoder.layers) == blocks
         assert model.config.vision_config.num_hidden_layers == 3
-        assert model.get_image_features(torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)).shape == (1, 4, 24)
+        assert model.model.get_visual_tokens(torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)).shape == (1, 4, 24)
 
 
 @pytest.mark.parametrize("layer", [0, 1, -2, -1])
@@ -139,9 +139,9 @@ def test_features_of_concurrent_calls_do_not_mix():
     model = tiny_model()
     pixels = [torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE) for _ in range(16)]
     with torch.no_grad():
-        expected = [model.get_image_features(p) for p in pixels]
+        expected = [model.model.get_visual_tokens(p) for p in pixels]
         with ThreadPoolExecutor(4) as pool:
-            for got, wanted in zip(pool.map(torch.no_grad()(model.get_image_features), pixels), expected):
+            for got, wanted in zip(pool.map(torch.no_grad()(model.model.get_visual_tokens), pixels), expected):
                 torch.testing.assert_close(got, wanted)
 
 
@@ -303,7 +303,7 @@ def test_another_image_size_keeps_the_towers_weights(save_vision, extra, tmp_pat
     model.save_pretrained(tmp_path / "out")
     loaded = HoneybeeForConditionalGeneration.from_pretrained(tmp_path / "out")
     pixels = torch.randn(1, 3, 48, 48)
-    assert torch.equal(loaded.get_image_features(pixels), model.get_image_features(pixels))
+    assert torch.equal(loaded.model.get_visual_tokens(pixels), model.model.get_visual_tokens(pixels))
     processor = processor_from_vision_text_pretrained(vision, text, 4, image_size=48)
     assert processor(images=picture(), return_tensors="pt")["pixel_values"].shape[-1] == 48
 

@@ -131,7 +131,7 @@ def test_multi_level_d_abstractor():
     model = tiny_model("d-abs", pooled_v_target="none", config={"vision_feature_layer": [1, 2, -2]})
     pixels = torch.randn(2, 3, 32, 32)
     assert model.model.get_patch_features(pixels).shape == (2, 3, 16, 32)
-    assert model.get_image_features(pixels).shape == (2, 4, 24)
+    assert model.model.get_visual_tokens(pixels).shape == (2, 4, 24)
 
 
 @pytest.mark.parametrize("projector_type", PROJECTORS)
@@ -181,7 +181,7 @@ def test_gradient_checkpointing_changes_no_gradient(projector_type, pos_emb):
         if checkpointing:
             model.gradient_checkpointing_enable()
         model.train()
-        model.get_image_features(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))).pow(
+        model.model.get_visual_tokens(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))).pow(
             2
         ).sum().backward()
         gradients.append({n: p.grad for n, p in model.model.projector.named_parameters()})

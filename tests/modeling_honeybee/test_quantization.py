@@ -58,8 +58,8 @@ def test_only_the_language_model_is_quantized(kind, projector_type, tmp_path):
     assert all(linears(headless.language_model)) and not any(linears(headless.projector))
     inputs = tiny_inputs(model)
     with torch.no_grad():
-        torch.testing.assert_close(loaded.get_image_features(inputs["pixel_values"]),
-                                   model.get_image_features(inputs["pixel_values"]), atol=1e-5, rtol=0)  # fmt: skip
+        torch.testing.assert_close(loaded.model.get_visual_tokens(inputs["pixel_values"]),
+                                   model.model.get_visual_tokens(inputs["pixel_values"]), atol=1e-5, rtol=0)  # fmt: skip
         assert torch.isfinite(loaded(**inputs).logits).all()
 
 

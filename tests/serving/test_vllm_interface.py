@@ -45,14 +45,17 @@ def test_config_and_weight_names(folder):
 
 @pytest.mark.parametrize("projector_type", PROJECTORS)
 def test_visual_tokens_of_each_image_alone_and_together(projector_type):
-    """vLLM computes them apart from the text, and splits them by image."""
+    """vLLM computes them apart from the text, and splits them by image. It asks for an output, and older ones for what
+    the line of transformers gives; where that is an output, it reads the same field."""
     model = tiny_model(projector_type)
     pixels = tiny_inputs(model, rows=[("image", "image", 5)])["pixel_values"]
     with torch.no_grad():
-        features = model.model.get_image_features(pixels)
+        features = model.model.get_image_features(pixels, return_dict=True).pooler_output
         assert isinstance(features, torch.Tensor)
+        older = model.model.get_image_features(pixels)
+        assert torch.equal(getattr(older, "pooler_output", older), features)
         assert features.shape == (2, model.config.num_image_tokens, model.config.text_config.hidden_size)
-        for image, alone in zip(features, (model.model.get_image_features(p[None])[0] for p in pixels)):
+        for image, alone in zip(features, (model.model.get_visual_tokens(p[None])[0] for p in pixels)):
             torch.testing.assert_close(image, alone, atol=1e-5, rtol=0)
 
 
@@ -77,7 +80,7 @@ def test_a_given_attention_function_serves_the_language_model(folder):
     inputs = tiny_inputs(reference)
     with torch.no_grad():
         embeddings = model.get_input_embeddings()(inputs["input_ids"])
-        visual = model.get_image_features(inputs["pixel_values"])
+        visual = model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
         embeddings[inputs["input_ids"] == config.image_token_id] = visual.flatten(0, 1)
         positions = torch.arange(embeddings.shape[1])[None]
         hidden = model(
