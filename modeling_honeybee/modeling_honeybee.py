@@ -9,6 +9,8 @@ M visual tokens an image (extra tokens included), D_v width of the tower, D_lm w
 """
 
 import copy
+import json
+import logging
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
@@ -17,14 +19,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import find_adapter_config_file
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file, find_adapter_config_file
 
 from .configuration_honeybee import HoneybeeConfig, HoneybeeProjectorConfig
 from .deformable_attention_honeybee import HoneybeeDeformableAttention  # noqa: F401  transformers 4 copies code from a local folder only where this file itself imports it
 from .projectors_honeybee import PROJECTORS, HoneybeeProjector, build_projector
+
+logger = logging.getLogger(__name__)
 
 # What a cache of keys and values is called, as an argument and in outputs: transformers 5.24 renamed `past_key_values`.
 CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
@@ -109,6 +113,48 @@ def _keep_unquantized(quantization_config):
     return quantization_config
 
 
+# The generation settings that a new model takes over from its language model. Without any other it answers greedily.
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens")
+# Settings that others are refused without.
+MODES = ("do_sample", "num_beams", "return_dict_in_generate")
+METADATA = ("transformers_version", "_from_model_config")
+
+
+def _savable_generation_config(settings: dict) -> tuple[GenerationConfig, dict]:
+    """A generation config of those `settings` that can be saved, and the others: loading only warns of some for which
+    saving raises, such as a temperature without `do_sample`."""
+    kept, refused = {}, {}
+    for name in sorted(settings, key=lambda name: name not in MODES):
+        try:
+            GenerationConfig(**kept, **{name: settings[name]}).validate(strict=True)
+            kept[name] = settings[name]
+        except (AttributeError, TypeError, ValueError):
+            refused[name] = settings[name]
+    return GenerationConfig(**kept), refused
+
+
+def _greedy_generation_config(settings: dict, image_token_id: int) -> GenerationConfig:
+    """A generation config of the special tokens among `settings` alone. The placeholder is suppressed, too: it stands for
+    an image that was given and is nothing to answer with."""
+    tokens = {name: settings[name] for name in SPECIAL_TOKENS if settings.get(name) is not None}
+    tokens["suppress_tokens"] = sorted({*tokens.get("suppress_tokens", ()), image_token_id})
+    return _savable_generation_config(tokens)[0]
+
+
+def _generation_settings(name: str) -> dict:
+    """What the generation_config.json of a model on the Hub or in a folder holds, valid or not; nothing where there is none
+    that can be read, as in transformers."""
+    try:
+        with open(cached_file(name, GENERATION_CONFIG_NAME), encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (OSError, TypeError, ValueError):
+        return {}
+
+
+def _in_words(settings: dict) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()) if name not in METADATA)
+
+
 class HoneybeePreTrainedModel(PreTrainedModel):
     config_class = HoneybeeConfig
     base_model_prefix = "model"
@@ -177,6 +223,15 @@ class HoneybeePreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of {cls.__name__}: {shown}. Save the "
                 "checkpoint again with save_pretrained, or check that its config.json belongs to these weights."
             )
+        if model.can_generate():
+            savable, refused = _savable_generation_config(model.generation_config.to_diff_dict())
+            if refused:
+                logger.warning(
+                    "Generation settings of %s that could not be saved again are left out: %s",
+                    pretrained_model_name_or_path,
+                    _in_words(refused),
+                )
+                model.generation_config = savable
         return (model, info) if output_loading_info else model
 
 
@@ -391,8 +446,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         name = next(name for name, module in self.model.language_model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{name}.weight"}
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        # A placeholder stands for an image that was given; it is nothing to answer with.
-        self.generation_config.suppress_tokens = [config.image_token_id]
+        self.generation_config = _greedy_generation_config(self.generation_config.to_diff_dict(), config.image_token_id)
         self.post_init()
         self._no_split_modules = self.model._no_split_modules
 
@@ -576,7 +630,8 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         Args:
             vision: Hub name or folder of a vision model; of a two-tower model (CLIP, SigLIP) the vision half is taken.
             text: Hub name or folder of a causal language model. Both of types that transformers itself has: a saved
-                Honeybee carries its own code and nobody else's.
+                Honeybee carries its own code and nobody else's. Of its generation settings the special tokens and
+                `suppress_tokens` are taken over; the log names the others.
             image_token_id: id of `<image>`. Default: the one that the tokenizer of `text` has or would give to a new
                 token. The embedding grows where needed; new rows start at the mean of the others.
             image_size: S, in pixels, of the square images; default: the tower's own. For another size its position
@@ -600,6 +655,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             **projector_settings,
         )
         image_token_id = planned.image_token_id
+        generation_settings = _generation_settings(text)
         vision_config = AutoConfig.from_pretrained(vision)
         vision_config = getattr(vision_config, "vision_config", vision_config)
         own_size = vision_config.image_size
@@ -607,7 +663,8 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         loading = {"dtype": dtype}
         if attn_implementation is not None:
             loading["attn_implementation"] = attn_implementation
-        causal_lm = AutoModelForCausalLM.from_pretrained(text, **loading)
+        # Its own generation config may be one that cannot be loaded, or not saved.
+        causal_lm = AutoModelForCausalLM.from_pretrained(text, generation_config=GenerationConfig(), **loading)
         tower = AutoModel.from_pretrained(vision, config=vision_config, **loading)
         if image_size and image_size != own_size:
             _resize_positions(tower, image_size)
@@ -638,8 +695,11 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         projector = build_projector(config).to(model.lm_head.weight.dtype)
         projector.apply(model._init_weights)
         model.model.projector = projector
-        model.generation_config = causal_lm.generation_config
-        model.generation_config.suppress_tokens = [image_token_id]
+        tokens = {name: getattr(causal_lm.config, name, None) for name in SPECIAL_TOKENS}
+        model.generation_config = _greedy_generation_config({**tokens, **generation_settings}, image_token_id)
+        kept = model.generation_config.to_diff_dict()
+        if dropped := _in_words({name: value for name, value in generation_settings.items() if name not in kept}):
+            logger.info("Generation settings of %s that the new model starts without: %s", text, dropped)
         model.tie_weights()
         return model.eval()
 

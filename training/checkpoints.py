@@ -33,6 +33,7 @@ LORA = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora",
     "load_in_4bit", "load_in_8bit",
 )  # fmt: skip
+TRIAL = "_save_trial"  # what a start saves to see that it can, and removes
 STATE_FILE = "trainer_state.json"  # the trainer writes it last, into a checkpoint and into the output folder
 NOT_THE_RUN = ("mixture_settings", "resume", "merge", "dry_run")
 
@@ -103,7 +104,10 @@ def is_finished(folder: str, training_args: SFTConfig) -> bool:
 
 
 def copy_model(checkpoint: str, folder: str) -> None:
-    """Copies a checkpoint's model or adapter, with its processor, and not what only resuming needs."""
+    """Copies a checkpoint's model or adapter, with its processor, and not what only resuming needs; nothing where the
+    checkpoint is the folder itself."""
+    if os.path.abspath(checkpoint) == os.path.abspath(folder):
+        return
     ignored = shutil.ignore_patterns("optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*", STATE_FILE)
     shutil.copytree(checkpoint, folder, ignore=ignored, dirs_exist_ok=True)
     # Last, as the trainer does: it says that the rest is whole.
@@ -115,7 +119,7 @@ def find_checkpoint(run: dict, training_args: SFTConfig, merge: bool = False) ->
 
     Args:
         run: see [`describe_run`].
-        merge: something is left to do of a finished run.
+        merge: something is left to do of a finished run, whose folder is the checkpoint.
 
     Raises:
         ValueError: the output folder holds another run, a finished one, or nothing to resume.
@@ -123,14 +127,16 @@ def find_checkpoint(run: dict, training_args: SFTConfig, merge: bool = False) ->
     folder, resume = training_args.output_dir, training_args.resume_from_checkpoint
     mark = os.path.join(folder, RUN_FILE)
     if not resume:
-        # A start that failed later leaves its mark, and a tracker's folder.
-        if os.path.isdir(folder) and set(os.listdir(folder)) - {RUN_FILE, "runs"}:
+        # A start that failed later leaves its mark, and a tracker's folder; one that was killed, its trial.
+        if os.path.isdir(folder) and set(os.listdir(folder)) - {RUN_FILE, TRIAL, "runs"}:
             raise ValueError(
                 f"output_dir {folder!r} already holds another run or other files; continue it with "
                 "--resume (--resume_from_checkpoint true), or give another folder"
             )
         return None
-    if str(resume).lower() in ("true", "last"):
+    if merge and is_finished(folder, training_args):
+        checkpoint = folder
+    elif str(resume).lower() in ("true", "last"):
         checkpoint = last_whole_checkpoint(folder, training_args.world_size)
     else:
         checkpoint = resume if is_whole(resume, training_args.world_size) else None

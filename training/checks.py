@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from peft import get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
-from transformers import Trainer, get_scheduler
+from transformers import GenerationConfig, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_bitsandbytes_available
@@ -35,6 +35,7 @@ from training.packed_attention import PACKABLE
 from training.recipe.config import load_recipe
 from training.recipe.mixture import Mixture, UnusableRecordError
 from training.recipe.sources import open_mixture
+from training.saving import check_savable
 from training.stages import TRAINED, linear_names, lora_modules, parameter_counts, set_trained
 
 logger = logging.getLogger(__name__)
@@ -87,12 +88,11 @@ def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Mod
 
     config, processor = load_config_and_processor(args, model_args)
     check_processor(config, processor)
+    check_savable(config, processor)
+    if model_args.model_name_or_path:
+        check_generation_config(model_args)
     check_length(training_args, processor)
-    if args.batching == "packed" and config.text_config.model_type not in PACKABLE:
-        raise ValueError(
-            f"batching=packed is known to keep conversations apart in {', '.join(PACKABLE)}, and this LLM is of type "
-            f"{config.text_config.model_type!r}; use --batching grouped"
-        )
+    _check_packable(args, config)
     with torch.device("meta"):
         skeleton = HoneybeeForConditionalGeneration(config)
     if model_args.use_peft:
@@ -131,6 +131,14 @@ def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Mod
                 _check_images(mixture)
             dataset = mixture.as_dataset()
     return Plan(run, checkpoint, dataset, mixture, collator, config, parameters, disk_bytes)
+
+
+def _check_packable(args: HoneybeeArguments, config: HoneybeeConfig) -> None:
+    if args.batching == "packed" and config.text_config.model_type not in PACKABLE:
+        raise ValueError(
+            f"batching=packed is known to keep conversations apart in {', '.join(PACKABLE)}, and this LLM is of type "
+            f"{config.text_config.model_type!r}; use --batching grouped"
+        )
 
 
 def _check_images(mixture: Mixture) -> None:
@@ -458,6 +466,19 @@ def check_length(training_args: SFTConfig, processor: HoneybeeProcessor) -> None
             f"max_length={training_args.max_length} leaves no room for text: an image is {processor.num_image_tokens} "
             "visual tokens; raise it"
         )
+
+
+def check_generation_config(model_args: ModelConfig) -> None:
+    """Raises a ValueError where the model's generation_config.json cannot be loaded."""
+    path = model_args.model_name_or_path
+    try:
+        GenerationConfig.from_pretrained(path, revision=model_args.model_revision or "main")
+    except OSError:
+        pass  # there is none, and none is needed
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the generation_config.json of {path!r} cannot be loaded ({error}); correct what it names, or remove the file"
+        ) from error
 
 
 def check_weights(path: str, skeleton: HoneybeeForConditionalGeneration) -> None:

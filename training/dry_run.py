@@ -28,7 +28,8 @@ class Tokens:
 
 
 def dry_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> str:
-    """Checks the run and describes it. Reads settings, configs, tokenizer and data; writes nothing.
+    """Checks the run and describes it. Reads settings, configs, tokenizer and data, and leaves nothing
+    behind.
 
     Raises:
         ValueError, OSError: what [`check_run`] refuses.

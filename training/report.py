@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is left to read when a run ends: a plot of the loss and a page that says what was trained on what, and how."""
 
+import logging
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from transformers import TrainerCallback, TrainerState
@@ -15,23 +17,32 @@ from training.checks import Plan
 from training.preview import mixture_table
 from training.stages import parts_table
 
+logger = logging.getLogger(__name__)
+
 PLOT, SUMMARY = "loss.png", "run_summary.md"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes", "deepspeed")
 
 
-class ReportCallback(TrainerCallback):
-    """Writes [`loss_plot`] and [`run_summary`] into the output folder when training ends, finished or stopped."""
+class Report(TrainerCallback):
+    """Writes [`loss_plot`] and [`run_summary`] into the output folder. Hangs on the trainer for whoever has saved the model,
+    because a callback's own turn, the end of training, comes before that."""
 
     def __init__(self, plan: Plan, args: HoneybeeArguments, model_args: ModelConfig):
         self.plan, self.args, self.model_args = plan, args, model_args
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        os.makedirs(args.output_dir, exist_ok=True)
-        loss_plot(state, os.path.join(args.output_dir, PLOT))
-        with open(os.path.join(args.output_dir, SUMMARY), "w", encoding="utf-8") as file:
-            file.write(run_summary(self.plan, self.args, args, self.model_args, state))
+    def write(self, training_args: SFTConfig, state: TrainerState) -> None:
+        """What cannot be written is a warning."""
+        writers = {
+            PLOT: lambda path: loss_plot(state, path),
+            SUMMARY: lambda path: Path(path).write_text(
+                run_summary(self.plan, self.args, training_args, self.model_args, state), encoding="utf-8"
+            ),
+        }
+        for name, write in writers.items():
+            try:
+                write(os.path.join(training_args.output_dir, name))
+            except Exception as error:  # plotting and its fonts, the disk, the table: none is worth a run
+                logger.warning("%s could not be written (%s: %s)", name, type(error).__name__, error)
 
 
 def _logged(state: TrainerState) -> list[dict]:

@@ -18,6 +18,7 @@ step and exit with code 0; `--resume` goes on.
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -26,8 +27,9 @@ from functools import partial
 import yaml
 from trl import ModelConfig, SFTConfig, get_peft_config
 
+from modeling_honeybee.model_folder import NetworkError
 from training.arguments import HoneybeeArguments, parse_arguments
-from training.checkpoints import copy_model, global_batch_size, is_finished, mark_run
+from training.checkpoints import check_output_dir, copy_model, global_batch_size, is_finished, mark_run
 from training.checks import Plan, check_run
 from training.dry_run import dry_run
 from training.interruption import StopOnSignal
@@ -36,7 +38,8 @@ from training.loading import load_model, merge_adapter
 from training.packed_attention import use_packed_attention
 from training.recipe.mixture import TooManyBadSamplesError
 from training.recipe.trainer import MixtureCallback, MixtureTrainer
-from training.report import ReportCallback
+from training.report import Report
+from training.saving import prove_saving, push
 from training.stages import freeze_for_stage, keep_trained_in_float32, parts_table, set_trained
 from training.trainer import HoneybeeTrainer
 
@@ -63,6 +66,7 @@ def prepare(
         ValueError, FileNotFoundError: with the value, the limit and the remedy.
     """
     plan = check_run(args, training_args, model_args)
+    existing = check_output_dir(training_args.output_dir)  # the trainer makes the folder
     model = load_model(args, training_args, model_args)
     if model_args.use_peft:
         # LoRA takes the place of training the LLM; peft makes its own parameters trainable.
@@ -75,7 +79,7 @@ def prepare(
     # The collator prepares samples on the fly and needs their columns as they are.
     training_args.remove_unused_columns = False
     training_args.dataset_kwargs = {**(training_args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-    callbacks = [StopOnSignal(), ReportCallback(plan, args, model_args)]
+    callbacks = [StopOnSignal(), Report(plan, args, model_args)]
     if plan.mixture is not None:
         callbacks.append(MixtureCallback(plan.mixture, plan.checkpoint))
     if args.batching == "packed":
@@ -91,6 +95,10 @@ def prepare(
     )
     if training_args.bf16 or training_args.fp16:
         keep_trained_in_float32(trainer.model)  # now, because TRL casts what is trained beside quantized weights
+    if model_args.use_peft:
+        # peft writes its card before the adapter, which a card that fails would lose; hub_upload/push.py writes ours.
+        trainer.model.create_or_update_model_card = lambda folder: None
+    prove_saving(trainer, existing)
     # Marked only now: a start that failed leaves the folder as it was, and every rank has seen it without the mark.
     trainer.accelerator.wait_for_everyone()
     if plan.checkpoint is None and trainer.is_world_process_zero():
@@ -98,8 +106,22 @@ def prepare(
     return trainer, plan.checkpoint
 
 
+def callback_of(trainer: HoneybeeTrainer, kind: type):
+    return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind))
+
+
+def train(trainer: HoneybeeTrainer, checkpoint: str | None) -> None:
+    """Trains. What fails after the last step, such as a tracker that cannot close, is a warning: the model is to be saved."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception:
+        if not trainer.state.global_step >= trainer.state.max_steps > 0:
+            raise
+        logger.warning("All steps are done, and this failed after them:", exc_info=True)
+
+
 def run(trainer: HoneybeeTrainer, checkpoint: str | None, how_to_go_on: str = "the same command with --resume") -> None:
-    """Trains and saves model, processor and trainer state in the output folder.
+    """Trains, saves model, processor and trainer state in the output folder, and then writes the report there.
 
     Args:
         how_to_go_on: said where a signal stops the run.
@@ -113,12 +135,14 @@ def run(trainer: HoneybeeTrainer, checkpoint: str | None, how_to_go_on: str = "t
             print(f"Nothing was left to train; saved {trainer.args.output_dir} from {checkpoint}", flush=True)
         trainer.end()
         return
-    stop = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopOnSignal))
+    stop = callback_of(trainer, StopOnSignal)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        train(trainer, checkpoint)
         if stop.stopped_at is None:
-            trainer.save_model(trainer.args.output_dir)
+            trainer.save_model(trainer.args.output_dir, _internal_call=True)  # a call of ours would upload it as well
             trainer.save_state()
+        if trainer.is_world_process_zero():
+            callback_of(trainer, Report).write(trainer.args, trainer.state)
     finally:
         if stop.stopped_at is None:
             stop.restore()
@@ -136,9 +160,38 @@ def run(trainer: HoneybeeTrainer, checkpoint: str | None, how_to_go_on: str = "t
         sys.exit(0)
     if trainer.is_world_process_zero():
         print(f"Finished after {trainer.state.global_step} steps; saved {trainer.args.output_dir}", flush=True)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
     trainer.end()
+
+
+def finish(
+    trainer: HoneybeeTrainer, args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig
+) -> None:
+    """Uploads and merges, where that was asked for. One that fails keeps neither the saved model nor the other from us.
+
+    Raises:
+        SystemExit: with a sentence for each that failed.
+    """
+    folder, errors = training_args.output_dir, []
+
+    def failed(what: str, error: Exception, remedy: str) -> None:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        errors.append(f"error: {folder} is saved, but {what} ({type(error).__name__}: {said}); {remedy}")
+
+    if training_args.push_to_hub:
+        try:
+            push(trainer)
+        except Exception as error:
+            command = (
+                f"python hub_upload/push.py --model {shlex.quote(folder)} --repo_id {trainer.hub_model_id} --update"
+            )
+            failed("not uploaded", error, f"upload it with `{command}`")
+    if args.merge:
+        try:
+            print("Merged model:", merge_adapter(args, training_args, model_args))
+        except Exception as error:
+            failed("not merged with its base model", error, "merge it with the same command and --resume")
+    if errors:
+        sys.exit("\n".join(errors))
 
 
 def main():
@@ -157,7 +210,7 @@ def main():
             print(dry_run(args, training_args, model_args))
             return
         trainer, checkpoint = prepare(args, training_args, model_args)
-    except (ValueError, OSError, ImportError, yaml.YAMLError, TooManyBadSamplesError) as error:
+    except (ValueError, OSError, ImportError, yaml.YAMLError, TooManyBadSamplesError, NetworkError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted before the first step")
@@ -166,8 +219,8 @@ def main():
     except TooManyBadSamplesError as error:
         # A worker's comes with the whole of its traceback in front.
         sys.exit(f"error: {str(error).rpartition(f'{TooManyBadSamplesError.__name__}: ')[2]}")
-    if args.merge and trainer.is_world_process_zero():
-        print("Merged model:", merge_adapter(args, training_args, model_args))
+    if trainer.is_world_process_zero():
+        finish(trainer, args, training_args, model_args)
 
 
 if __name__ == "__main__":

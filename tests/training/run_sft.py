@@ -3,9 +3,10 @@
 
     torchrun --nproc_per_node 2 run_sft.py record FOLDER ARGUMENTS...      # each process writes FOLDER/RANK.json, at its end
     torchrun --nproc_per_node 2 run_sft.py stop STEP ARGUMENTS...          # the last process gets a SIGTERM
+    python run_sft.py trouble KIND ARGUMENTS...                            # something breaks while it trains, see Trouble
     python run_sft.py kill PROCESSES STEP,STEP,... ARGUMENTS...            # dies at each step, resuming in between
 
-The second starts its processes by forking, since loading the libraries takes longer than the training.
+The last starts its processes by forking, since loading the libraries takes longer than the training.
 """
 
 import json
@@ -59,6 +60,35 @@ def stop(step: int):
         run(trainer, checkpoint)
 
     sft.run = stopped
+    sft.main()
+
+
+class Trouble(TrainerCallback):
+    """What a run does not expect. `folders`: somebody makes folders with the names of what is written about a run.
+    `tracker`: one that cannot close. `base`: the weights that a merge needs are moved away."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.kind == "folders":
+            for name in ("loss.png", "run_summary.md", "README.md"):
+                Path(args.output_dir, name).mkdir()
+        if self.kind == "base":
+            weights = Path(sys.argv[sys.argv.index("--model_name_or_path") + 1], "model.safetensors")
+            weights.rename(weights.with_suffix(".away"))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.kind == "tracker":
+            raise RuntimeError("the tracker's server is gone")
+
+
+def trouble(kind: str):
+    def troubled(trainer, checkpoint):
+        trainer.add_callback(Trouble(kind))
+        run(trainer, checkpoint)
+
+    sft.run = troubled
     sft.main()
 
 
@@ -116,5 +146,7 @@ if __name__ == "__main__":
         record(Path(first))
     elif what == "stop":
         stop(int(first))
+    elif what == "trouble":
+        trouble(first)
     else:
         kill(int(first), [int(step) for step in sys.argv.pop(1).split(",")])
