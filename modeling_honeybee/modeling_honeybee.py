@@ -26,6 +26,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file, find_adapter
 
 from .configuration_honeybee import HoneybeeConfig, HoneybeeProjectorConfig
 from .deformable_attention_honeybee import HoneybeeDeformableAttention  # noqa: F401  transformers 4 copies code from a local folder only where this file itself imports it
+from .probe_honeybee import ask_language_model, ask_tower, check_language_model, check_tower
 from .projectors_honeybee import PROJECTORS, HoneybeeProjector, build_projector
 
 logger = logging.getLogger(__name__)
@@ -642,7 +643,8 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             projector_settings: fields of [`HoneybeeProjectorConfig`].
 
         Raises:
-            ValueError: an unknown setting, or parts that do not fit.
+            ValueError: an unknown setting, parts that do not fit, or one that does not answer in the joined model as it
+                does alone: a short text and a picture are compared, and what differs is said.
         """
         # Joined once without weights, so that parts that do not fit are refused before any are read.
         planned = cls.config_from_vision_text_pretrained(
@@ -670,6 +672,10 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             _resize_positions(tower, image_size)
             vision_config.image_size = image_size
 
+        # Both are asked before they are taken apart, for there is no second copy to ask.
+        features = ask_tower(tower, planned.vision_hidden_states, vision)
+        answers = ask_language_model(causal_lm, image_token_id, text)
+
         vocab_size = causal_lm.get_input_embeddings().weight.shape[0]
         if image_token_id >= vocab_size:
             causal_lm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
@@ -688,9 +694,10 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         # Built without memory, then given the loaded parts: no weight exists twice.
         with torch.device("meta"):
             model = cls(config)
-        model.model.vision_tower = getattr(tower, "vision_model", tower)
         # Gemma 3 on transformers 4 is its own base model
-        model.model.language_model = causal_lm.base_model if causal_lm.base_model is not causal_lm else causal_lm.model
+        base_model = causal_lm.base_model if causal_lm.base_model is not causal_lm else causal_lm.model
+        _put_in(model.model, "vision_tower", getattr(tower, "vision_model", tower), vision)
+        _put_in(model.model, "language_model", base_model, text)
         model.lm_head = causal_lm.get_output_embeddings()
         projector = build_projector(config).to(model.lm_head.weight.dtype)
         projector.apply(model._init_weights)
@@ -701,7 +708,22 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         if dropped := _in_words({name: value for name, value in generation_settings.items() if name not in kept}):
             logger.info("Generation settings of %s that the new model starts without: %s", text, dropped)
         model.tie_weights()
-        return model.eval()
+        model.eval()
+        check_tower(model, features, vision)
+        check_language_model(model, answers, text)
+        return model
+
+
+def _put_in(model: HoneybeeModel, part: str, loaded: nn.Module, name: str) -> None:
+    """Puts a loaded part in the place of the one that was built from its config, as it will be when the model is loaded."""
+    built, found = ({k: v.shape for k, v in each.state_dict().items()} for each in (getattr(model, part), loaded))
+    if differing := [k for k in sorted(built.keys() | found.keys()) if built.get(k) != found.get(k)]:
+        raise ValueError(
+            f"{name}: a saved Honeybee could not be loaded, because {len(differing)} tensors such as {differing[0]} are "
+            f"others in {type(loaded).__name__} than in the {type(getattr(model, part)).__name__} that its config makes; "
+            f"use another {part.replace('_', ' ')}"
+        )
+    setattr(model, part, loaded)
 
 
 def _resize_positions(tower: PreTrainedModel, image_size: int) -> None:
