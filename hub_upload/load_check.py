@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a folder the way a stranger does, with torch, transformers and pillow alone, and asks it one thing.
+"""Loads a folder the way a stranger does, with torch, transformers and pillow alone, and asks it one thing; and asks its
+language model and its tower, each alone, whether they still answer and see the same in it.
 
     python hub_upload/load_check.py RESULT.json FOLDER [BASE]
 
 Every other installed package is hidden, this project included. With BASE, FOLDER is a peft adapter of that model, and
-peft is there too. Imports nothing of this project: it runs in a process of its own.
+peft is there too. Of this project one file alone is read, which needs no other: it runs in a process of its own.
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import sys
+from pathlib import Path
 
 OURS = {"modeling_honeybee", "processing", "training", "evaluation", "hub_upload", "serving", "benchmarks", "tests"}
 
@@ -61,6 +64,18 @@ def hide_all_but(roots: list[str]) -> None:
     sys.meta_path[:] = [_Hiding(finder, hidden) for finder in sys.meta_path]
 
 
+def check_parts(model, name: str) -> None:
+    """The probe of this project: the code in the folder may be older than it."""
+    path = Path(__file__).parents[1] / "modeling_honeybee" / "probe_honeybee.py"
+    spec = importlib.util.spec_from_file_location("probe_honeybee", path)
+    probe = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(probe)
+    try:
+        probe.check_parts(model, name)
+    except ValueError as error:
+        sys.exit(str(error))
+
+
 def check(folder: str, base: str | None) -> dict:
     import torch
     from PIL import Image
@@ -69,6 +84,7 @@ def check(folder: str, base: str | None) -> dict:
     remote = {"trust_remote_code": True}
     model = AutoModelForImageTextToText.from_pretrained(base or folder, dtype="auto", **remote).eval()
     code = type(model).__module__
+    check_parts(model, base or folder)
     if base:
         from peft import PeftModel
 

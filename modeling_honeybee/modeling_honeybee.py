@@ -33,6 +33,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file, find_adapter
 
 from .configuration_honeybee import HoneybeeConfig, HoneybeeProjectorConfig
 from .deformable_attention_honeybee import HoneybeeDeformableAttention  # noqa: F401  transformers 4 copies code from a local folder only where this file itself imports it
+from .probe_honeybee import ask_language_model, ask_tower, check_language_model, check_tower
 from .projectors_honeybee import PROJECTORS, HoneybeeProjector, build_projector
 
 logger = logging.getLogger(__name__)
@@ -792,7 +793,8 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             projector_settings: fields of [`HoneybeeProjectorConfig`].
 
         Raises:
-            ValueError: an unknown setting, or parts that do not fit.
+            ValueError: an unknown setting, parts that do not fit, or one that does not answer in the joined model as it
+                does alone: a short text and a picture are compared, and what differs is said.
         """
         # Joined once without weights, so that parts that do not fit are refused before any are read.
         planned = cls.config_from_vision_text_pretrained(
@@ -820,6 +822,10 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             _resize_positions(tower, image_size)
             vision_config.image_size = image_size
 
+        # Both are asked before they are taken apart, for there is no second copy to ask.
+        features = ask_tower(tower, planned.vision_hidden_states, vision)
+        answers = ask_language_model(causal_lm, image_token_id, text)
+
         vocab_size = causal_lm.get_input_embeddings().weight.shape[0]
         if image_token_id >= vocab_size:
             causal_lm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
@@ -838,7 +844,11 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         with torch.device("meta"):
             model = cls(config)
         # Gemma 3 on transformers 4 is its own base model
-        model.model.hold(tower, causal_lm.base_model if causal_lm.base_model is not causal_lm else causal_lm.model)
+        base_model = causal_lm.base_model if causal_lm.base_model is not causal_lm else causal_lm.model
+        built_tower, built_language_model = model.model.vision_tower, model.model.language_model
+        model.model.hold(tower, base_model)
+        _check_same_tensors(built_tower, model.model.vision_tower, vision)
+        _check_same_tensors(built_language_model, base_model, text)
         model.lm_head = causal_lm.get_output_embeddings()
         projector = build_projector(config).to(model.lm_head.weight.dtype)
         projector.apply(model._init_weights)
@@ -849,7 +859,21 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         if dropped := _in_words({name: value for name, value in generation_settings.items() if name not in kept}):
             logger.info("Generation settings of %s that the new model starts without: %s", text, dropped)
         model.tie_weights()
-        return model.eval()
+        model.eval()
+        check_tower(model, features, vision)
+        check_language_model(model, answers, text)
+        return model
+
+
+def _check_same_tensors(built: nn.Module, loaded: nn.Module, name: str) -> None:
+    """Raises a ValueError where a loaded part has other tensors than the one that its config makes, which is what a saved
+    model is loaded into."""
+    expected, found = ({key: tensor.shape for key, tensor in each.state_dict().items()} for each in (built, loaded))
+    if differing := [key for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]:
+        raise ValueError(
+            f"{name}: a saved Honeybee could not be loaded, because {len(differing)} tensors such as {differing[0]} are "
+            f"others in {type(loaded).__name__} than in the {type(built).__name__} that its config makes; use another model"
+        )
 
 
 def _resize_positions(tower: PreTrainedModel, image_size: int) -> None:

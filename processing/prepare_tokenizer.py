@@ -8,11 +8,11 @@ here does the same inside a plain tokenizer.json, so that any runtime gets the s
 import json
 
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.image_processing_base import ImageProcessingMixin
 
-from .processing_honeybee import GUARD, IMAGE_TOKEN, ROLE_MARKERS, HoneybeeProcessor
+from .processing_honeybee import GUARD, IMAGE_TOKEN, ROLE_MARKERS, SYSTEM_BASE, HoneybeeProcessor
 
 # The PIL kind has a name of its own on transformers 5.
 IMAGE_PROCESSOR_CLASS = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
@@ -22,34 +22,119 @@ _SPLIT = "\ufdd0"
 _START = "\ufdd1"
 
 
-def _split_sentencepiece(backend: Tokenizer):
-    """Every piece gets its own "▁" in front, as the slow Llama tokenizer gives to each string."""
-    steps = [normalizers.Prepend(_START)]
-    for marker in ROLE_MARKERS:
-        steps.append(normalizers.Replace(marker, f"{_SPLIT}{_START}{marker}{_SPLIT}{_START}"))
-    steps += [
-        normalizers.Replace(_START + _SPLIT, _SPLIT),  # an empty piece
-        normalizers.Replace(Regex(_START + r"\z"), ""),  # the same at the end; `$` would match before a last newline
-        normalizers.Replace(_START, "▁"),
-        normalizers.Replace(" ", "▁"),
-        normalizers.Replace(GUARD, ""),
+def _replace(pattern: str | dict, content: str) -> dict:
+    return {
+        "type": "Replace",
+        "pattern": {"String": pattern} if isinstance(pattern, str) else pattern,
+        "content": content,
+    }
+
+
+def _steps(pipeline: dict | None) -> list[dict]:
+    """The steps of a normalizer, pre-tokenizer or decoder of a tokenizer.json, in order."""
+    if pipeline is None:
+        return []
+    for inner in ("normalizers", "pretokenizers", "decoders"):
+        if inner in pipeline:
+            return [step for part in pipeline[inner] for step in _steps(part)]
+    return [pipeline]
+
+
+def _of_each_piece(step: dict) -> list[dict]:
+    """A tokenizer's own normalizing step that does to each piece what it did to the whole text."""
+    if step["type"] != "Prepend":
+        return [step]
+    return [
+        {"type": "Prepend", "prepend": _START},
+        _replace(_SPLIT, _SPLIT + _START),
+        _replace(_START + _SPLIT, _SPLIT),  # an empty piece
+        _replace({"Regex": _START + r"\z"}, ""),  # the same at the end; `$` would match before a last newline
+        _replace(_START, step["prepend"]),
     ]
-    backend.normalizer = normalizers.Sequence(steps)
-    backend.pre_tokenizer = pre_tokenizers.Split(_SPLIT, "removed")
-    backend.post_processor = processors.Sequence([])
-    # Read back, each piece would show the blank that was put in front of it.
-    undo = [decoders.Replace(Regex(f" ?{marker} ?"), marker) for marker in ROLE_MARKERS]
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *undo, decoders.Strip(" ", 1, 0)]
+
+
+def _has_dummy_prefix(splitting: list[dict]) -> bool:
+    """Whether these pre-tokenizing steps are how transformers writes what sentencepiece does for Llama."""
+    return len(splitting) == 1 and splitting[0].get("split") is False and splitting[0]["prepend_scheme"] != "never"
+
+
+def _split_into_pieces(state: dict) -> None:
+    """Lets a tokenizer.json treat each role marker, and what stands between them, as a text of its own.
+
+    The tokenizer's own steps stay, and their order: whether a piece gets a "▁" or a blank in front is theirs to say. Where
+    it is Llama's, a piece that begins with a blank gets it, too, as sentencepiece and the official code do.
+    """
+    normalizing, splitting = _steps(state["normalizer"]), _steps(state["pre_tokenizer"])
+    if _has_dummy_prefix(splitting):
+        blank = splitting.pop()["replacement"]
+        normalizing += [{"type": "Prepend", "prepend": blank}, _replace(" ", blank)]
+    marked = [_replace(marker, _SPLIT + marker + _SPLIT) for marker in ROLE_MARKERS] + [_replace(GUARD, "")]
+    state["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [*marked, *(new for step in normalizing for new in _of_each_piece(step))],
+    }
+    for step in splitting:
+        if step.get("prepend_scheme") == "first":  # of the whole text
+            step["prepend_scheme"] = "always"
+    split = {"type": "Split", "pattern": {"String": _SPLIT}, "behavior": "Removed", "invert": False}
+    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, *splitting]}
+    state["post_processor"] = None
+    in_front = any(step["type"] == "Prepend" for step in normalizing) or any(
+        step.get("add_prefix_space") or step.get("prepend_scheme") == "always" for step in splitting
     )
+    if in_front and state["decoder"] is not None:
+        # Read back, each piece would show the blank that was put in front of it.
+        undo = [_replace({"Regex": f" ?{marker} ?"}, marker) for marker in ROLE_MARKERS]
+        state["decoder"] = {"type": "Sequence", "decoders": [*_steps(state["decoder"]), {"type": "Fuse"}, *undo]}
 
 
-def _split_other(backend: Tokenizer):
-    """Role markers become pieces; within a piece the tokenizer's own pipeline goes on (byte-level BPE, words)."""
-    own = [backend.pre_tokenizer] if backend.pre_tokenizer is not None else []
-    markers = pre_tokenizers.Split(Regex("|".join(ROLE_MARKERS)), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([markers, pre_tokenizers.Split(GUARD, "removed"), *own])
-    backend.post_processor = processors.Sequence([])
+# What answers and questions are made of, and what tokenizers treat in ways of their own.
+_PIECES = (
+    *ROLE_MARKERS, SYSTEM_BASE, "What is in the picture?", "Yes", "a", "3.14 + 2,000 = ?", "[0.125,0.250,1.000,0.500]",
+    " a blank in front", "one behind ", "two  or   three", "a\nline\n\nbreak", "\n", "\ttab", " ", "it's \"so\" (a-b)!",
+    "na\u00efve cafe\u0301", "\u65e5\u672c\u8a9e", "\U0001f41d", "<b>x</b>", "CamelCase UPPER",
+)  # fmt: skip
+
+
+def _check_pieces(tokenizer: PreTrainedTokenizerBase, prepared: PreTrainedTokenizerFast) -> None:
+    """Compares the ids of pieces in a conversation with those that the language model's own tokenizer gives to each alone.
+
+    Raises:
+        ValueError: the first piece that differs, with both.
+    """
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    dummy_prefix = _has_dummy_prefix(_steps(state["pre_tokenizer"]))
+
+    def own(text: str) -> list[int]:
+        # The fast form takes a blank for the "▁" that sentencepiece puts before it.
+        in_front = "▁" if dummy_prefix and text.startswith(" ") else ""
+        return tokenizer(in_front + text, add_special_tokens=False)["input_ids"]
+
+    human, ai = ROLE_MARKERS
+    for piece in _PIECES:
+        parts = [piece, human, IMAGE_TOKEN, human, piece, ai, piece, tokenizer.eos_token, human]
+        special = {
+            IMAGE_TOKEN: prepared.convert_tokens_to_ids(IMAGE_TOKEN),
+            tokenizer.eos_token: tokenizer.eos_token_id,
+        }
+        expected = [id for part in parts for id in ([special[part]] if part in special else own(part))]
+        found = prepared("".join(parts), add_special_tokens=False)["input_ids"]
+        if found != expected:
+            raise ValueError(
+                f"the piece {piece!r} is {own(piece)} in {type(tokenizer).__name__}, but in a conversation "
+                f"{''.join(parts)!r} becomes {found} instead of {expected}; use a language model whose tokenizer can be "
+                "split at role markers, such as Llama's, Qwen's or Gemma's"
+            )
+
+
+def check_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises a ValueError where the tokenizer has no token for the end of an answer: no model would learn to stop."""
+    if not tokenizer.eos_token or tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer has eos_token={tokenizer.eos_token!r}, so no answer would end and a model could not learn to "
+            "stop; name the token that ends its texts as eos_token in tokenizer_config.json"
+        )
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
@@ -58,21 +143,22 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     Pads on the left, as generation needs; the padding token is `unk` (official) or, where there is none, eos.
 
     Raises:
-        ValueError: the tokenizer has no fast (tokenizer.json) form.
+        ValueError: the tokenizer has no fast (tokenizer.json) form or no eos, or a piece would get other ids than
+            `tokenizer` gives it.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"{type(tokenizer).__name__} is not a fast tokenizer; give a folder with a tokenizer.json, or one that "
             "AutoTokenizer converts to it (pip install sentencepiece protobuf)"
         )
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()
-    backend.no_truncation()
-    state = json.loads(backend.to_str())
-    if "▁" in json.dumps([state["normalizer"], state["pre_tokenizer"]], ensure_ascii=False):
-        _split_sentencepiece(backend)
-    else:
-        _split_other(backend)
+    check_ends(tokenizer)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["padding"] = state["truncation"] = None
+    _split_into_pieces(state)
+    for token in state["added_tokens"]:
+        if token["content"] in (tokenizer.bos_token, tokenizer.eos_token):
+            # A blank or newline beside it is the next piece's; and it is found in the text as it was written.
+            token |= {"lstrip": False, "rstrip": False, "normalized": False}
     pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     special = {
         name: getattr(tokenizer, name)
@@ -80,7 +166,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
         if getattr(tokenizer, name) is not None
     }
     prepared = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
         **special,
         pad_token=pad_token,
         padding_side="left",
@@ -89,6 +175,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
         model_input_names=["input_ids", "attention_mask"],
     )
     prepared.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    _check_pieces(tokenizer, prepared)
     return prepared
 
 
@@ -112,7 +199,7 @@ def processor_from_vision_text_pretrained(
         image_size: where it is not the vision model's own, the one that the model was made with.
 
     Raises:
-        ValueError: a tokenizer that is not fast, or preprocessing without a mean and a standard deviation.
+        ValueError: what [`prepare_tokenizer`] refuses, or preprocessing without a mean and a standard deviation.
     """
     config = AutoConfig.from_pretrained(vision)
     size = image_size or getattr(config, "vision_config", config).image_size
@@ -133,7 +220,8 @@ def processor_from_vision_text_pretrained(
 
 def check_processor(config, processor: HoneybeeProcessor) -> None:
     """Raises a ValueError with both numbers where the processor prepares something else than a model of `config` (a
-    `HoneybeeConfig`) takes."""
+    `HoneybeeConfig`) takes, or where [`check_ends`] does."""
+    check_ends(processor.tokenizer)
     size = config.vision_config.image_size
     pairs = {
         "visual tokens an image": (processor.num_image_tokens, config.num_image_tokens),

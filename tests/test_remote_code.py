@@ -31,6 +31,7 @@ SHIPPED = [
     REPOSITORY / "modeling_honeybee" / "configuration_honeybee.py",
     REPOSITORY / "modeling_honeybee" / "deformable_attention_honeybee.py",
     REPOSITORY / "modeling_honeybee" / "projectors_honeybee.py",
+    REPOSITORY / "modeling_honeybee" / "probe_honeybee.py",
     REPOSITORY / "modeling_honeybee" / "modeling_honeybee.py",
     REPOSITORY / "processing" / "processing_honeybee.py",
 ]

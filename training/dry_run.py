@@ -62,9 +62,20 @@ def dry_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Model
         "Memory of a device, estimated (activations roughly):",
         *memory_lines(plan, tokens, training_args, model_args),
         f"Disk: {gigabytes(plan.disk_bytes)} for checkpoints and the model in {training_args.output_dir}",
+        *not_shown_lines(args, model_args),
         "Dry run: nothing was written, nothing was trained.",
     ]
     return "\n".join(lines)
+
+
+def not_shown_lines(args: HoneybeeArguments, model_args: ModelConfig) -> list[str]:
+    """What the start of a run shows and a dry run, which reads no weights, does not."""
+    if model_args.model_name_or_path:
+        return []
+    return [
+        f"Not shown here: that {args.text_model} answers and {args.vision_model} sees in the new model as they do alone; the "
+        "run's start compares them, once the weights are read"
+    ]
 
 
 def data_line(plan: Plan) -> str:
