@@ -847,8 +847,8 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         base_model = causal_lm.base_model if causal_lm.base_model is not causal_lm else causal_lm.model
         built_tower, built_language_model = model.model.vision_tower, model.model.language_model
         model.model.hold(tower, base_model)
-        _check_same_tensors(built_tower, model.model.vision_tower, vision)
-        _check_same_tensors(built_language_model, base_model, text)
+        _check_same_tensors(built_tower, model.model.vision_tower, f"the vision tower {vision}")
+        _check_same_tensors(built_language_model, base_model, f"the language model {text}")
         model.lm_head = causal_lm.get_output_embeddings()
         projector = build_projector(config).to(model.lm_head.weight.dtype)
         projector.apply(model._init_weights)
@@ -872,7 +872,7 @@ def _check_same_tensors(built: nn.Module, loaded: nn.Module, name: str) -> None:
     if differing := [key for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]:
         raise ValueError(
             f"{name}: a saved Honeybee could not be loaded, because {len(differing)} tensors such as {differing[0]} are "
-            f"others in {type(loaded).__name__} than in the {type(built).__name__} that its config makes; use another model"
+            f"others in {type(loaded).__name__} than in the {type(built).__name__} that its config makes; use another one"
         )
 
 
