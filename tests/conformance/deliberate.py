@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of transformers that a Honeybee does not pass, and why."""
+
+import re
+
+PLACEHOLDERS = (
+    "it calls the model with image placeholders (at random, or with the pixels taken away) and no picture, which stays "
+    "an error: the answer would be about an image that was never seen"
+)
+MISSING = "it loads a checkpoint that lacks tensors, which stays an error: random weights answer fluently and wrongly"
+UNUSED = (
+    "it wants a gradient for the tower's last norm, which comes after the features and gets none; llava's is marked as "
+    "an expected failure for the same"
+)
+INNER = "transformers 4 only: the CLIP tower is held without its wrapper, so that 4 and 5 give its weights one name"
+
+DELIBERATE = {
+    r"test_eager_matches_sdpa_inference_\d+_.*": PLACEHOLDERS,
+    r"test_model_rope_scaling_from_config_\d_.*": PLACEHOLDERS,
+    r"test_base_model_prefix_loads_base_weights": MISSING,
+    r"test_correct_missing_keys": MISSING,
+    r"test_model_weights_reload_no_missing_tied_weights": MISSING,
+    r"test_training_gradient_checkpointing(_use_reentrant(_true|_false)?)?": UNUSED,
+    r"test_sdpa_can_dispatch_composite_models": INNER,
+}
+
+
+def reason(test: str) -> str | None:
+    """Why a test is not passed on purpose; None for all others."""
+    return next((why for pattern, why in DELIBERATE.items() if re.fullmatch(pattern, test)), None)
