@@ -76,12 +76,17 @@ def share(questions: list[Question], prompts: dict[str, str], batch_size: int, r
 def answer(
     model, processor, batches: list[list[Question]], max_new_tokens: int, template: str = "task"
 ) -> Iterator[list[tuple[Question, str]]]:
-    """For each batch its questions with the model's answers.
+    """For each batch its questions with the model's answers, greedy whatever generation settings its checkpoint has: the
+    model is left with those of `greedy_generation_config`.
 
     Raises:
         ValueError: an image that cannot be read, by question.
     """
     device = next(model.parameters()).device
+    # Sampling, penalties, beams, minimum lengths: what `generate` is not given it takes from here.
+    model.generation_config = model.greedy_generation_config()
+    ends, pad = model.generation_config.eos_token_id, processor.tokenizer.pad_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), processor.tokenizer.eos_token_id} - {None}
     for batch in batches:
         try:
             images = [q.image() if callable(q.image) else q.image for q in batch if q.image is not None]
@@ -96,16 +101,6 @@ def answer(
         except (OSError, ValueError) as error:
             raise ValueError(f"one of the questions {', '.join(repr(q.id) for q in batch)}: {error}") from error
         inputs = inputs.to(device, model.dtype)
-        # The checkpoint's own generation settings may sample; a benchmark does not.
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=processor.tokenizer.pad_token_id,
-        )
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), pad_token_id=pad)
         new = output[:, inputs["input_ids"].shape[1] :]
         yield list(zip(batch, processor.tokenizer.batch_decode(new, skip_special_tokens=True)))

@@ -259,7 +259,9 @@ class HoneybeePreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of {cls.__name__}: {shown}. Save the "
                 "checkpoint again with save_pretrained, or check that its config.json belongs to these weights."
             )
-        if model.can_generate():
+        if model.can_generate() and getattr(model.generation_config, "_from_model_config", False):
+            model.generation_config = model.greedy_generation_config()  # there is no file, and 5 takes its defaults
+        elif model.can_generate():
             savable, refused = _savable_generation_config(model.generation_config.to_diff_dict())
             if refused:
                 logger.warning(
@@ -588,6 +590,11 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         if name == "forward" and isinstance(value, types.MethodType):
             value = types.MethodType(_masking_labels(value.__func__), value.__self__)
         super().__setattr__(name, value)
+
+    def greedy_generation_config(self) -> GenerationConfig:
+        """Of the model's generation settings the special tokens and `suppress_tokens` alone, with which it answers greedily;
+        whatever else its checkpoint has, such as penalties or a minimum length, would give other tokens."""
+        return _greedy_generation_config(self.generation_config.to_diff_dict(), self.config.image_token_id)
 
     # Read by tools that look for the parts on the outermost module (peft, vLLM, quantization).
     @property

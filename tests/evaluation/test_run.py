@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import evaluation.generate
-from evaluation.generate import fingerprint
+from evaluation.generate import answer, fingerprint, load
 from evaluation.predictions import collect, read_lines
+from evaluation.prompts import Question
 from evaluation.readers import READERS
 from evaluation.run import main
 from modeling_honeybee import HoneybeeForConditionalGeneration
@@ -299,3 +300,37 @@ def test_two_runs_do_not_write_into_one_folder(place, tmp_path):
             ["--model", str(place / "model"), "--tasks", "owl", "--data_root", str(place / "data")]
             + ["--output", str(tmp_path / "out")]
         )
+
+
+# Settings that change the tokens of an answer, or where it stops.
+FOREIGN = {
+    "sampling": {"do_sample": True, "temperature": 3.0, "top_k": 0},
+    "repetition_penalty": {"repetition_penalty": 3.0},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
+    "min_new_tokens": {"min_new_tokens": 12},
+    "beams": {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 3.0, "early_stopping": True},
+    "bad_words_ids": {"bad_words_ids": [[token] for token in range(3, 150)]},
+    "sequence_bias": {"sequence_bias": [[[7], 100.0]]},
+    "begin_suppress_tokens": {"begin_suppress_tokens": list(range(3, 150))},
+    "exponential_decay_length_penalty": {"exponential_decay_length_penalty": [1, 50.0]},
+    "stop_strings": {"stop_strings": ["a", "e", "i"]},
+    "max_time": {"max_time": 1e-9},
+    "no end": {"eos_token_id": None},
+    "return_dict_in_generate": {"return_dict_in_generate": True, "output_scores": True},
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_answers_are_greedy_whatever_the_checkpoint_says(place, tmp_path, kind):
+    """The settings of the language model that a checkpoint once began with, or of whoever saved it."""
+    questions = [Question(str(n), "own", f"What is {n}?" * n) for n in range(1, 13)]
+
+    def answers(folder):
+        model, processor = load(folder, "float32", torch.device("cpu"), None)
+        return [text for batch in answer(model, processor, [questions[:6], questions[6:]], 8) for _, text in batch]
+
+    folder = tmp_path / "model"
+    shutil.copytree(place / "model", folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, **FOREIGN[kind]}))
+    assert answers(folder) == answers(place / "model")

@@ -85,3 +85,33 @@ def test_a_checkpoint_keeps_what_can_be_saved(tmp_path, caplog):
     HoneybeeForConditionalGeneration.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "again")
     assert saved(tmp_path / "again") == {**before, "repetition_penalty": 1.1}
     assert "left out: length_penalty=2.0, temperature=0.7" in caplog.text
+
+
+def test_settings_in_the_language_models_config_do_not_survive(parts, tmp_path):
+    """Older checkpoints have them there."""
+    parts[2].unlink(missing_ok=True)
+    plain = join(parts)
+    inputs = tiny_inputs(plain)
+    expected = plain.generate(**inputs, max_new_tokens=6)
+    path = parts[2].with_name("config.json")
+    before = json.loads(path.read_text())
+    penalties = {
+        "repetition_penalty": 3.0,
+        "no_repeat_ngram_size": 1,
+        "min_length": 40,
+        "num_beams": 3,
+        "do_sample": True,
+    }
+    path.write_text(json.dumps({**before, **penalties}))
+    model = join(parts)
+    path.write_text(json.dumps(before))
+    model.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["text_config"] |= penalties  # as transformers 4 saves them
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with_file = HoneybeeForConditionalGeneration.from_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    without = HoneybeeForConditionalGeneration.from_pretrained(tmp_path)
+    for each in (model, with_file, without):
+        assert torch.equal(each.generate(**inputs, max_new_tokens=6), expected)
+        assert each.generation_config.suppress_tokens == [model.config.image_token_id]
