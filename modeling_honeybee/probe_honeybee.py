@@ -137,7 +137,7 @@ def check_language_model(model: PreTrainedModel, own: Answers, name: str) -> Non
                     f"{name} does not answer as a part of a Honeybee, {how}, as it does alone ({_said(error)}); use "
                     "another language model, or another version of transformers"
                 ) from error
-        if difference := _difference(expected, found):
+        if difference := _difference(expected, found, model.dtype):
             raise ValueError(
                 f"{name} does not answer as a part of a Honeybee, {how}, as it does alone: {difference} a logit; use "
                 "another language model, or another version of transformers"
@@ -152,9 +152,10 @@ def _both(text: torch.LongTensor, own: torch.Tensor, found_text: torch.LongTenso
     return own[:length], found[:length]
 
 
-def _difference(own: torch.Tensor, found: torch.Tensor) -> str | None:
-    """In words, where `found` (..., V or more) is not `own` (..., V) up to rounding."""
-    limit_of_dtype = max(1e-4, 4 * torch.finfo(found.dtype).eps)
+def _difference(own: torch.Tensor, found: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """In words, where `found` (..., V or more) is not `own` (..., V) up to rounding in `dtype`. The two come from the same
+    weights and kernels, and mostly are equal to the last bit."""
+    limit_of_dtype = max(1e-4, torch.finfo(dtype).eps)
     own, found = own.float(), found[..., : own.shape[-1]].float()
     # Broken weights are broken in both.
     same = (own == found) | (own.isnan() & found.isnan())
@@ -203,7 +204,7 @@ def check_tower(model: PreTrainedModel, own: torch.Tensor, name: str) -> None:
     own = own[0] if len(own) == 1 else own.transpose(0, 1)
     with _undisturbed(model):
         features = model.model.get_patch_features(_picture(model.model.vision_tower, model.config.vision_config))
-    if difference := _difference(own, features):
+    if difference := _difference(own, features, features.dtype):
         raise ValueError(
             f"{name} does not see as a part of a Honeybee what it sees alone: {difference} a feature; use another vision "
             "tower, or another version of transformers"

@@ -105,6 +105,7 @@ def test_shipped_configs_pass_a_dry_run(path, data, world):
     assert f"Stage {settings['stage']}" in text and "8,064 trained" in text or "8,064 parameters, trained" in text
     assert f"A step: {settings['global_batch_size']} samples" in text
     assert f"{settings['max_steps']:,} steps" in text
+    assert ("the run's start compares them" in text) == (settings["stage"] == "align")
     assert not (world / "out").exists()
 
 
