@@ -13,11 +13,19 @@ UNUSED = (
     "an expected failure for the same"
 )
 INNER = "transformers 4 only: the CLIP tower is held without its wrapper, so that 4 and 5 give its weights one name"
-
+CACHE_NAME = (
+    "5.24 and later: it wants a warning for the older name of the cache, which stays a name of it; llava's fails too"
+)
+TOWER = (
+    "5.24 and later: it wants the tower's whole output beside the visual tokens; `get_image_features` gives it, and a step "
+    "of training does not keep it"
+)
 SAYS = {
     PLACEHOLDERS: r"input_ids hold \d+ image placeholders",
     MISSING: r"lacks \d+ tensors of",
     UNUSED: r"post_layernorm\.\w+ in \w+ has no gradient",
+    CACHE_NAME: r"False is not true",
+    TOWER: r"False is not true",
     INNER: r"has no attribute '_supports_sdpa'",
 }
 DELIBERATE = {
@@ -27,6 +35,8 @@ DELIBERATE = {
     r"test_correct_missing_keys": MISSING,
     r"test_model_weights_reload_no_missing_tied_weights": MISSING,
     r"test_training_gradient_checkpointing(_use_reentrant(_true|_false)?)?": UNUSED,
+    r"test_bc_cache_name_forward": CACHE_NAME,
+    r"test_multimodal_outputs_are_returned": TOWER,
     r"test_sdpa_can_dispatch_composite_models": INNER,
 }
 
