@@ -36,7 +36,7 @@ def unusable(checkout: str) -> str | None:
 
 
 def run(checkout: str, *arguments: str) -> dict[str, dict[str, str]]:
-    """What became of each test, by class and name: "passed", "skipped", "xfailed", or the first line of its failure."""
+    """What became of each test, by class and name: "passed", "skipped", "xfailed", or what its failure says."""
     arguments = list(arguments)
     file = str(HERE / "honeybee_classes.py")
     if "--llava" in arguments:
@@ -63,7 +63,7 @@ def _outcomes(report: Path) -> dict[str, dict[str, str]]:
         result = "passed"
         for child in case:
             if child.tag in ("failure", "error"):
-                result = (child.get("message") or child.tag).splitlines()[0]
+                result = child.get("message") or child.tag
             elif child.tag == "skipped":
                 result = "xfailed" if child.get("type") == "pytest.xfail" else "skipped"
         # A test has an entry of its own beside those of the subtests that failed.
@@ -82,7 +82,7 @@ def main() -> int:
         failed = {test: result for test, result in tests.items() if result not in counts}
         print(f"{name}: {len(tests)} tests, {counts}, not passed: {len(failed)}")
         for test, result in failed.items():
-            why = reason(test)
+            why = reason(test, result)
             status = status if why else 1
             print(f"  {test}: {why or 'UNEXPECTED: ' + result[:200]}")
     return status
