@@ -142,7 +142,12 @@ def _check_code(folder: Path, files: dict[str, Path], needed: set[str]) -> list[
             "save_pretrained, which copies it"
         )
     for name in sorted(set(files) & set(CODE)):
-        for node in ast.walk(ast.parse(files[name].read_text(encoding="utf-8"))):
+        tree = ast.parse(files[name].read_text(encoding="utf-8"))
+        # As transformers, which asks for the packages of other imports before it runs the code.
+        guarded = {node for outer in ast.walk(tree) if isinstance(outer, ast.Try) for node in outer.body}
+        for node in ast.walk(tree):
+            if node in guarded:
+                continue
             if isinstance(node, ast.ImportFrom) and node.level:
                 modules = [] if f"{node.module}.py" in files else [f".{node.module or ''}"]
             elif isinstance(node, ast.ImportFrom):

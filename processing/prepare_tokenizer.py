@@ -140,7 +140,8 @@ def check_ends(tokenizer: PreTrainedTokenizerBase) -> None:
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
     """A plain fast tokenizer with the `<image>` token and the official splitting into pieces.
 
-    Pads on the left, as generation needs; the padding token is `unk` (official) or, where there is none, eos.
+    Pads on the left, as generation needs; the padding token is `unk` (official) or, where there is none, eos. One that was
+    prepared before is returned as it is.
 
     Raises:
         ValueError: the tokenizer has no fast (tokenizer.json) form or no eos, or a piece would get other ids than
@@ -153,6 +154,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
         )
     check_ends(tokenizer)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if _SPLIT in json.dumps(state["pre_tokenizer"], ensure_ascii=False):
+        return tokenizer  # was prepared before
     state["padding"] = state["truncation"] = None
     _split_into_pieces(state)
     for token in state["added_tokens"]:

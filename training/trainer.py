@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRL's SFTTrainer, its head applied where a label is learned, and its speed in the log."""
 
+import gc
+
 import torch
 from torch.utils.data import DataLoader
 from trl import SFTTrainer
@@ -57,6 +59,7 @@ class HoneybeeTrainer(ThroughputMixin, SFTTrainer):
         """
         self.model_wrapped = self.model
         self.accelerator.free_memory()
+        gc.collect()  # the model's forward and hooks refer to the model
         self.accelerator.end_training()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

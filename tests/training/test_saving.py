@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from trl import SFTTrainer
 
+import training.run
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, check_processor, processor_from_vision_text_pretrained
 from tests.hub_upload.fake_hub import FakeHub, HttpError
@@ -121,7 +122,7 @@ def test_what_cannot_be_saved_is_said_before_weights_are_read(world, tmp_path, s
         line = arguments(world, folder, output_dir=tmp_path / "new" / "out")
         monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, [*line, *more])])
         monkeypatch.setattr(SFTTrainer, "train", lambda *_, **__: pytest.fail("training started"))
-        monkeypatch.setattr(sft, "load_model", lambda *_: pytest.fail("weights were read"))
+        monkeypatch.setattr(training.run, "load_model", lambda *_: pytest.fail("weights were read"))
         with pytest.raises(SystemExit) as exit:
             sft.main()
         assert words in str(exit.value) and "correct" in str(exit.value)
