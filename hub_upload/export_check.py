@@ -72,10 +72,12 @@ def is_pickle(path: Path) -> bool:
     if path.suffix.lower() in PICKLE_SUFFIXES:
         return True
     with path.open("rb") as file:
-        head = file.read(2)
-    if head[:1] == b"\x80" and len(head) == 2 and 2 <= head[1] <= 5:
+        head = file.read(9)
+    # A safetensors file begins with the length of its header, which may look like it. No pickle has an opcode 0.
+    safetensors = head[4:] == bytes(4) + b"{"
+    if head[:1] == b"\x80" and len(head) > 1 and 2 <= head[1] <= 5 and not safetensors:
         return True
-    if head == b"PK" and zipfile.is_zipfile(path):
+    if head[:2] == b"PK" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith(".pkl") for name in archive.namelist())
     return False

@@ -280,6 +280,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         super().__init__(config)
         vision_tower = AutoModel.from_config(config.vision_config)
         language_model = AutoModel.from_config(config.text_config)
+        self.vision_tower = vision_tower  # the first: saved optimizers know parameters by their order
         self.projector = build_projector(config)
         self.hold(vision_tower, language_model)
         self.post_init()

@@ -5,7 +5,9 @@ import os
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in the scripts; before torch is loaded
+# Before torch is loaded. The policy is that of the scripts; the models are tiny, and there is a test process for each core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

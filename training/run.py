@@ -53,6 +53,7 @@ def launch(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelC
         sys.exit(f"error: {str(error).rpartition(f'{TooManyBadSamplesError.__name__}: ')[2]}")
     if trainer.is_world_process_zero():
         finish(trainer, args, training_args, model_args)
+    trainer.leave()
 
 
 def trainer_class(args: HoneybeeArguments, training_args: SFTConfig, plan: Plan):
@@ -166,6 +167,7 @@ def run(trainer: HoneybeeTrainer, checkpoint: str | None, how_to_go_on: str = "t
             )
         trainer.end()
         stop.ignore()
+        trainer.leave()
         sys.exit(0)
     if trainer.is_world_process_zero():
         print(f"Finished after {trainer.state.global_step} steps; saved {trainer.args.output_dir}", flush=True)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRL's SFTTrainer, its head applied where a label is learned, and its speed in the log."""
 
-import gc
+import atexit
+import os
+import sys
 
 import torch
 from torch.utils.data import DataLoader
@@ -52,15 +54,22 @@ class HoneybeeTrainer(ThroughputMixin, SFTTrainer):
         return loader
 
     def end(self) -> None:
-        """Leaves the other processes, once all is saved.
-
-        Left to the interpreter's ending, a thread of the process group may still free what belongs to Python, which
-        aborts the process. Destroying the group ends its threads only when nothing holds it, as the wrapped model does.
-        """
+        """Leaves the other processes, once all is saved, and lets go of what only training needs."""
         self.model_wrapped = self.model
         self.accelerator.free_memory()
-        gc.collect()  # the model's forward and hooks refer to the model
         self.accelerator.end_training()
+
+    def leave(self) -> None:
+        """Ends this process with code 0 where it is one of several. What `atexit` knows runs, as always.
+
+        In the interpreter's own ending a thread of the process group may still free what belongs to Python, which aborts the
+        process, and torch and DeepSpeed hold the group so that destroying it does not end its threads.
+        """
+        if self.accelerator.num_processes > 1:
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with saved_as_one_process(self.model, state_dict):

@@ -3,6 +3,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -13,8 +14,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 
-from hub_upload.export_check import CODE, ExportError, check_folder
+from hub_upload.export_check import CODE, ExportError, check_folder, is_pickle
 from hub_upload.push import prepare_adapter
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from tests.hub_upload.fake_hub import Blob, FakeHub
@@ -200,6 +202,19 @@ def test_it_loads_by_name_with_the_code_of_a_commit(hub, world, pushed):
     assert_same(result, world["model"], world["root"])
     with pytest.raises(AssertionError, match="changed code ran"):
         load_by_name(sys.executable, hub, world, "bee/tiny", "changed")
+
+
+def test_weights_whose_header_looks_like_a_pickle_are_none(tmp_path):
+    """The first bytes of a safetensors file are the length of its header."""
+    tensors = {"a": torch.zeros(1)}
+    for padding in range(700):
+        save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt", "padding": "x" * padding})
+        head = (tmp_path / "x.safetensors").read_bytes()[:2]
+        if head == b"\x80\x02":
+            break
+    assert head == b"\x80\x02" and not is_pickle(tmp_path / "x.safetensors")
+    (tmp_path / "y.safetensors").write_bytes(pickle.dumps(list(range(99)), protocol=2))
+    assert is_pickle(tmp_path / "y.safetensors")
 
 
 def test_card(hub, world, pushed):

@@ -325,6 +325,13 @@ def test_unknown_projector_setting_is_named(tmp_path):
         HoneybeeForConditionalGeneration.from_vision_text_pretrained("vision", "text", num_querry_tokens=4)
 
 
+def test_parts_keep_their_order():
+    """By which saved optimizers know them, and `dtype="auto"` the dtype of a folder that has several."""
+    model = tiny_model()
+    assert [name for name, _ in model.named_children()] == ["model", "lm_head"]
+    assert [name for name, _ in model.model.named_children()] == ["vision_tower", "projector", "language_model"]
+
+
 def test_outputs_have_the_librarys_fields_and_ours():
     for ours, theirs in (
         (HoneybeeModelOutputWithPast, BaseModelOutputWithPast),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`training/sft.py` with its batches recorded, or killed at given steps.
 
-    torchrun --nproc_per_node 2 run_sft.py record FOLDER ARGUMENTS...      # each process writes FOLDER/RANK.json, at its end
+    torchrun --nproc_per_node 2 run_sft.py record FOLDER ARGUMENTS...      # each process writes FOLDER/RANK.json at its end, and marks how it ends
     torchrun --nproc_per_node 2 run_sft.py stop STEP ARGUMENTS...          # the last process gets a SIGTERM
     python run_sft.py trouble KIND ARGUMENTS...                            # something breaks while it trains, see Trouble
     python run_sft.py kill PROCESSES STEP,STEP,... ARGUMENTS...            # dies at each step, resuming in between
@@ -9,12 +9,14 @@
 The last starts its processes by forking, since loading the libraries takes longer than the training.
 """
 
+import atexit
 import json
 import os
 import signal
 import socket
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -23,6 +25,16 @@ import training.run
 from training import sft
 
 run = training.run.run
+
+
+class Last:
+    """Makes a file when the interpreter ends."""
+
+    def __init__(self, path: Path):
+        self.mark = partial(os.open, str(path), os.O_CREAT | os.O_WRONLY)
+
+    def __del__(self):
+        self.mark()
 
 
 def record(folder: Path):
@@ -37,9 +49,11 @@ def record(folder: Path):
         run(trainer, checkpoint)
         folder.mkdir(exist_ok=True)
         rank, world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
-        threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-        said = {"world_size": world_size, "batches": batches, "threads": threads}
+        said = {"world_size": world_size, "batches": batches}
         (folder / f"{rank}.json").write_text(json.dumps(said))
+        atexit.register((folder / f"{rank}.exit_functions").touch)
+        global last
+        last = Last(folder / f"{rank}.interpreter")
 
     training.run.run = recorded
     sft.main()
