@@ -45,6 +45,7 @@ class Interrupt(MetaPathFinder):
         if name == "datasets":
             os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
 sys.meta_path.insert(0, Interrupt())
 """ + SCRIPT  # fmt: skip
 
