@@ -40,7 +40,8 @@ PUBLISHED = (
 BY_PRODUCTS = (
     "training_args.bin", "trainer_state.json", "honeybee_run.json", "honeybee_conversion.json",
     "loss.png", "run_summary.md", "checkpoint-*", "runs", "README.md", ".git", ".gitattributes", ".cache",
-    # transformers 4 cannot load a repository that has it; `load_in_fresh_process` sees to it that no template is lost.
+    # Of older versions. transformers 4 cannot load a repository that has it; `load_in_fresh_process` sees to it that no
+    # template is lost.
     "additional_chat_templates",
 )  # fmt: skip
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill"}
@@ -280,10 +281,11 @@ def load_in_fresh_process(export: Export, staged: Path, base: str | None = None)
             said = [line for line in process.stdout.splitlines() if line.strip()] or ["it said nothing"]
             raise ExportError(f"the folder does not work in a process without this project: {said[-1]}")
         found = json.loads(result.read_text(encoding="utf-8"))
-    lost = sorted(set(export.processor.chat_template.items()) - set(found["chat_template"].items()))
+    lost = sorted(set(export.processor.chat_templates.items()) - set(found["chat_templates"].items()))
     if lost:
         raise ExportError(
-            f"the chat template {lost[0][0]!r} would not reach those who load it by name: on the Hub only `default` is kept, "
-            "and `caption` comes with the code. Save the processor again with this version of Honeybee, or remove it"
+            f"the chat template {lost[0][0]!r} would not reach those who load it by name: the files of "
+            "additional_chat_templates are left out. Save the processor again with this version of Honeybee, which writes "
+            "them into processor_config.json, or remove it"
         )
     return found

@@ -107,11 +107,10 @@ def check(folder: str, base: str | None) -> dict:
             sys.exit("the model's logits are not finite numbers; its weights are broken")
         output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     answer = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    template = processor.chat_template
     return {
         "answer": answer,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "chat_template": template if isinstance(template, dict) else {"default": template},
+        "chat_templates": processor.chat_templates,
     }
 
 

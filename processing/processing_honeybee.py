@@ -279,8 +279,9 @@ class HoneybeeProcessor(ProcessorMixin):
         tokenizer: a fast tokenizer that has `image_token` as one token (see `processing.prepare_tokenizer`).
         num_image_tokens: placeholders that one `<image>` becomes; equals `model.config.num_image_tokens`.
         image_token: the placeholder, `<image>`: the templates and the prepared tokenizer know no other.
-        chat_template: templates by name, or the `default` one; those of `default` (conversation) and `caption` (stage 1)
-            that are not given are the ones above.
+        chat_template: of conversations; the one above by default. Older folders give templates by name here.
+        named_chat_templates: the others by name; `caption` (stage 1) is the one above where it is not given. They are part
+            of processor_config.json.
 
     Raises:
         ValueError: `num_image_tokens` is not positive, `image_token` is another, or the tokenizer lacks it.
@@ -297,7 +298,8 @@ class HoneybeeProcessor(ProcessorMixin):
         tokenizer,
         num_image_tokens: int = 144,
         image_token: str = IMAGE_TOKEN,
-        chat_template=None,
+        chat_template: str | dict[str, str] | None = None,
+        named_chat_templates: dict[str, str] | None = None,
         **kwargs,
     ):
         if isinstance(num_image_tokens, bool) or not isinstance(num_image_tokens, int) or num_image_tokens < 1:
@@ -317,12 +319,19 @@ class HoneybeeProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         # Tools look for both here as well; a tokenizer that was saved by us brings them.
         tokenizer.image_token, tokenizer.image_token_id = image_token, self.image_token_id
-        # A repository on the Hub has `default` alone: transformers 4 cannot load named templates from there (it looks for
-        # caption.jinja.jinja), so what is not there comes from here.
-        if not isinstance(chat_template, dict):
-            chat_template = {"default": chat_template or CHAT_TEMPLATE}
-        chat_template = {"caption": CAPTION_TEMPLATE, **chat_template}
-        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        # Serving runtimes take nothing but a string as `chat_template`, and transformers 4 cannot load its own files of named
+        # templates from the Hub (it looks for caption.jinja.jinja).
+        named = {"caption": CAPTION_TEMPLATE, **(named_chat_templates or {})}
+        if isinstance(chat_template, dict):
+            named |= chat_template
+            chat_template = named.pop("default", None)
+        self.named_chat_templates = named
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """All templates by name: `default`, which `chat_template` is, `caption`, and what was given besides."""
+        return {**self.named_chat_templates, "default": self.chat_template}
 
     def _check_image_count(self, text: list[str], images: list | None, rows: list | None):
         placeholders = [row.count(self.image_token) for row in text]
@@ -415,8 +424,9 @@ class HoneybeeProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
-    def apply_chat_template(self, conversation, *args, **kwargs):
-        """As in transformers; a message's content may be a plain string.
+    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
+        """As in transformers; a message's content may be a plain string, and a name out of `chat_templates` may stand for
+        the template.
 
         Raises:
             ValueError: a conversation without messages.
@@ -445,7 +455,8 @@ class HoneybeeProcessor(ProcessorMixin):
             conversation = as_items(conversation)
         else:
             conversation = [as_items(getattr(messages, "messages", messages)) for messages in conversation]
-        return super().apply_chat_template(conversation, *args, **kwargs)
+        chat_template = self.chat_templates.get(chat_template, chat_template)
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
         files = super().save_pretrained(save_directory, **kwargs)

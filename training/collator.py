@@ -149,7 +149,7 @@ class HoneybeeDataCollator:
         return [i for token in ids for i in ([image] * count if token == image else (token,))] if image in ids else ids
 
     def _render(self, messages: list[dict], template: str) -> list[tuple[str, bool]]:
-        templates, tokenizer = self.processor.chat_template, self.processor.tokenizer
+        templates, tokenizer = self.processor.chat_templates, self.processor.tokenizer
         if template not in templates:
             raise ValueError(f"chat_template={template!r} is not one of the processor's: {', '.join(templates)}")
         return render(messages, templates[template], tokenizer.bos_token or "", tokenizer.eos_token or "")

@@ -69,7 +69,7 @@ def samples_of(source: Source, seed: int, skipped: Counter, epoch: int = 0) -> I
 
 def rendered(sample: dict, processor: HoneybeeProcessor | None = None) -> list[tuple[str, bool]]:
     """The text of a sample, without bos, eos and expanded placeholders, in parts, and whether each is learned."""
-    templates = processor.chat_template if processor else {"default": CHAT_TEMPLATE, "caption": CAPTION_TEMPLATE}
+    templates = processor.chat_templates if processor else {"default": CHAT_TEMPLATE, "caption": CAPTION_TEMPLATE}
     pieces = render(sample["messages"], templates[sample["chat_template"]], "", "")
     return [(piece.replace(GUARD, ""), is_learned) for piece, is_learned in pieces]
 

@@ -55,7 +55,7 @@ torch.save(
         "logits": logits,
         "hidden": hidden,
         "answer": answer[0]["generated_text"],
-        "chat_template": processor.chat_template,
+        "chat_templates": processor.chat_templates,
         "num_image_tokens": config.num_image_tokens,
         "prepared": dict(processor(images=given["image"], text=prompt, add_special_tokens=False, return_tensors="pt")),
         "modules": [type(part).__module__ for part in (config, processor, model, ask.model)],

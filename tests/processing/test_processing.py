@@ -220,7 +220,8 @@ def test_save_and_load(kind, tmp_path):
     processor = tiny_processor(9, TOKENIZERS[kind]())
     processor.save_pretrained(tmp_path)
     loaded = HoneybeeProcessor.from_pretrained(tmp_path)
-    assert loaded.num_image_tokens == 9 and set(loaded.chat_template) == {"default", "caption"}
+    assert loaded.num_image_tokens == 9 and set(loaded.chat_templates) == {"default", "caption"}
+    assert isinstance(loaded.chat_template, str) and loaded.chat_templates == processor.chat_templates
     rendered = processor.apply_chat_template([user(IMAGE, text("What is it?"))], add_generation_prompt=True)
     arguments = {"images": picture(), "text": rendered, "add_special_tokens": False, "return_tensors": "pt"}
     before, after = processor(**arguments), loaded(**arguments)
@@ -228,6 +229,25 @@ def test_save_and_load(kind, tmp_path):
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert loaded.tokenizer.padding_side == "left"
+
+
+def test_named_templates_survive_saving(tmp_path):
+    own = "{{ messages[0].content[0].text }}, in short:"
+    processor = HoneybeeProcessor(image_processor(), word_tokenizer(), 4, named_chat_templates={"short": own})
+    message = [user("What is it?")]
+    assert processor.apply_chat_template(message, chat_template="short") == "What is it?, in short:"
+    assert processor.apply_chat_template(message, chat_template=own) == "What is it?, in short:"
+    processor.save_pretrained(tmp_path / "now")
+    # Older versions gave transformers all templates by name, which has a folder for them.
+    older = tmp_path / "older"
+    tiny_processor(4).save_pretrained(older)
+    (older / "additional_chat_templates").mkdir()
+    for name, template in processor.named_chat_templates.items():
+        (older / "additional_chat_templates" / f"{name}.jinja").write_text(template)
+    for folder in (tmp_path / "now", older):
+        loaded = HoneybeeProcessor.from_pretrained(folder)
+        assert loaded.chat_template == processor.chat_template and loaded.chat_templates == processor.chat_templates
+        assert loaded.apply_chat_template(message, chat_template="short") == "What is it?, in short:"
 
 
 def test_serving_interface():

@@ -47,7 +47,7 @@ def lines(name: str) -> list[dict]:
 def rendered(sample: dict, collator) -> str:
     tokenizer = collator.processor.tokenizer
     text = collator.processor.apply_chat_template(
-        sample["messages"], chat_template=collator.processor.chat_template[sample["chat_template"]]
+        sample["messages"], chat_template=collator.processor.chat_templates[sample["chat_template"]]
     )
     if sample["chat_template"] == "caption":
         text = text.replace("<image>", "[NO_PROMPT] <image> ", 1)
