@@ -162,6 +162,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
         if token["content"] in (tokenizer.bos_token, tokenizer.eos_token):
             # A blank or newline beside it is the next piece's; and it is found in the text as it was written.
             token |= {"lstrip": False, "rstrip": False, "normalized": False}
+        elif not token["special"] and any(character.isspace() for character in token["content"]):
+            token["normalized"] = True  # Gemma's "\n\n" would take the "\n" of a marker before that is set apart
     pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     special = {
         name: getattr(tokenizer, name)

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from itertools import islice
 
 from datasets import Audio, Dataset, DatasetDict, Image, Video, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
@@ -26,7 +27,14 @@ MAX_DECODED_CHECKS = 1000
 COLUMNS = ("messages", "images", "image", "prompt", "completion", "system")
 # What would be missed in training, by the names that other trainers read and by the ends of file names.
 UNREAD = {"video", "videos", "audio", "audios", "tools", "documents"}
-MEDIA = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|mp4|webm|mov|avi|mkv|wav|mp3|flac|ogg)$", re.IGNORECASE)
+MEDIA = re.compile(
+    r"^(data:(image|video|audio)/|iVBORw0KGgo|/9j/|R0lGOD|UklGR)"  # the last four in base64: PNG, JPEG, GIF, WebP
+    r"|\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|mp4|webm|mov|avi|mkv|wav|mp3|flac|ogg)(\?\S*)?$",
+    re.IGNORECASE,
+)
+# The same of a message, where some trainers read them.
+UNREAD_OF_MESSAGE = UNREAD | {"image", "images", "tool_calls", "function_call", "reasoning_content", "thinking"}
+UNREAD_OF_IMAGE = {"image", "image_url", "url", "path", "base64", "bytes"}
 
 
 class EmptyAnswerError(ValueError):
@@ -91,6 +99,13 @@ def _normalized(turn: int, message: dict, template: str) -> dict:
     roles = ("user", "assistant") if template == "caption" or turn else ("system", "user", "assistant")
     if role not in roles:
         raise ValueError(f"message {turn} has the role {role!r}; here it can be {' or '.join(roles)}")
+    if unread := [name for name, value in message.items() if name in UNREAD_OF_MESSAGE and value]:
+        raise ValueError(
+            f"message {turn} ({role}) has {', '.join(unread)}, which training does not read; pictures belong in the sample's "
+            "`images`, and what is not needed has to be removed"
+        )
+    if message.get("weight", 1) not in (1, None):
+        raise ValueError(f"message {turn} ({role}) has weight={message['weight']}, and all answers are learned; leave it out")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, (list, tuple, type(None))) or not all(isinstance(item, dict) for item in content or ()):
@@ -135,6 +150,12 @@ def _place_images(messages: list[dict], count: int) -> None:
             f"the messages have {placeholders} image placeholders, but the sample has {count} images; "
             "give one image for each placeholder"
         )
+    for place, item in enumerate(item for item in items if item["type"] == "image"):
+        if item.get("index", place) != place or not UNREAD_OF_IMAGE.isdisjoint(item):
+            raise ValueError(
+                f"the image item {str(item)[:200]} is number {place} of the sample, and images are taken from `images` in "
+                "the order of their items; order them so and leave out what else the item says"
+            )
 
 
 def _split_at_tags(item: dict) -> list[dict]:
@@ -179,6 +200,16 @@ def _rename(dataset: Dataset, name: str, columns: dict[str, str]) -> Dataset:
     return dataset.remove_columns(clashing).rename_columns(renamed)
 
 
+def _media(value) -> str | None:
+    """What in a value of a column is a picture, sound or film, or where one is."""
+    if isinstance(value, (dict, list)):
+        parts = value.values() if isinstance(value, dict) else value
+        return next(filter(None, map(_media, parts)), None)
+    if isinstance(value, bytes):
+        return "bytes"
+    return repr(value[:80]) if isinstance(value, str) and MEDIA.search(value) else None
+
+
 def _check_columns(dataset: Dataset, name: str) -> None:
     """Nothing that a dataset has is left out without a word.
 
@@ -191,12 +222,12 @@ def _check_columns(dataset: Dataset, name: str) -> None:
         if column in ("messages", "images", "image", "system", "chat_template") or values.null_count == len(values):
             continue
         feature = getattr(feature, "feature", None) or feature
-        held = "pictures, sound or films" if isinstance(feature, (Image, Audio, Video)) else ""
+        held = "pictures, sound or films" if isinstance(feature, (Image, Audio, Video)) else None
         if column in UNREAD and any(value.as_py() for value in values):
             held = "data"
         elif not held:
-            some = flat_images(values[:1000].to_pylist())
-            held = next((repr(value) for value in some if isinstance(value, str) and MEDIA.search(value)), "")
+            some = islice((value for value in values if value.is_valid), 1000)
+            held = next(filter(None, (_media(value.as_py()) for value in some)), None)
         if held:
             raise ValueError(
                 f"dataset {name!r} has a column {column!r} with {held}, which training does not read; pictures belong in "

@@ -169,6 +169,18 @@ def test_long_rows_are_cut_but_never_through_an_image():
         HoneybeeDataCollator(processor, max_length=20)([example("a")])
 
 
+def talk(*items):
+    return [{"role": "user", "content": [{"type": "image", **item} for item in items]}, says("a")]
+
+
+def test_what_a_message_says_of_itself_changes_nothing():
+    collator = HoneybeeDataCollator(tiny_processor())
+    messages = talk({"index": 0, "text": None}, {"index": 1, "text": None})
+    labelled = [{**messages[0], "name": "me", "tool_calls": []}, {**messages[1], "weight": 1, "images": None}]
+    pictures = [picture(0), picture(1)]
+    assert rows_equal(collator, {"messages": labelled, "images": pictures}, {"messages": talk({}, {}), "images": pictures})
+
+
 @pytest.mark.parametrize(
     ("sample", "words"),
     [
@@ -189,6 +201,11 @@ def test_long_rows_are_cut_but_never_through_an_image():
             {"messages": [QUESTION, says("a")], "images": [picture()], "chat_template": "poem"},
             "'poem' is unknown; use default or caption",
         ),
+        ({"messages": [{**QUESTION, "images": ["a.png"]}, says("a")]}, "message 0 .user. has images, which .* not read"),
+        ({"messages": [QUESTION, {**says("a"), "tool_calls": [{}]}]}, "message 1 .assistant. has tool_calls"),
+        ({"messages": [QUESTION, {**says("a"), "weight": 0}]}, "weight=0, and all answers are learned"),
+        ({"messages": talk({"index": 1}, {"index": 0}), "images": [picture()] * 2}, "'index': 1.* is number 0"),
+        ({"messages": talk({"path": "b.png"}), "images": ["a.png"]}, "'path': 'b.png'.* is number 0"),
     ],
 )
 def test_bad_samples_are_named(sample, words):

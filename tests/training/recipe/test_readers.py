@@ -257,6 +257,10 @@ def test_pictures_of_datasets_stay_undecoded(tmp_path):
         ("photo", "folder/a.JPG"),
         ("pictures", ["a.png", "b.webp"]),
         ("clip", "a.webm"),
+        ("photos", [{"path": "a.png", "title": "a"}]),
+        ("address", "https://somewhere/a.jpg?width=3"),
+        ("inline", "data:image/png;base64,iVBORw0KGgo="),
+        ("inline", "/9j/4AAQSkZJRgABAQAAAQABAAD"),
     ],
 )
 def test_columns_that_would_be_missed_are_refused(column, value, tmp_path):
@@ -272,6 +276,14 @@ def test_pictures_in_a_column_of_another_name_are_refused(tmp_path):
     with pytest.raises(ValueError, match="a column 'scan' with pictures.*`images`"):
         load_conversations(str(tmp_path / "one"))
     assert "images" in load_conversations(str(tmp_path / "one"), columns={"images": "scan"}).column_names
+
+
+@pytest.mark.parametrize("value", [b"any", {"shot": {"bytes": b"any", "path": None}}])
+def test_pictures_in_bytes_are_refused_wherever_they_begin(value, tmp_path):
+    rows = [{"messages": TALK, "scan": None}] * 1_100 + [{"messages": TALK, "scan": value}]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "one")
+    with pytest.raises(ValueError, match="a column 'scan' with bytes.*`images`"):
+        load_conversations(str(tmp_path / "one"))
 
 
 def test_harmless_columns_are_named_once(tmp_path, caplog):
