@@ -186,6 +186,16 @@ def _generation_settings(name: str) -> dict:
         return {}
 
 
+def _with_own_end(eos_token_id: int | list[int] | None, name: str) -> int | list[int] | None:
+    """The ids that end an answer, and with them the tokenizer's eos, which answers are trained to end with."""
+    try:
+        own = AutoTokenizer.from_pretrained(name).eos_token_id
+    except (OSError, ValueError):  # none beside the model
+        return eos_token_id
+    known = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    return eos_token_id if own is None or own in known else [*(id for id in known if id is not None), own]
+
+
 def _in_words(settings: dict) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()) if name not in METADATA)
 
@@ -633,7 +643,6 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         return_dict: bool | None = None,
@@ -652,6 +661,8 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
 
         The other arguments are those of [`HoneybeeModel`].
         """
+        # Not in the signature: a Trainer evaluates no loss where one of the labels that it finds there is not given.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -862,7 +873,9 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         projector.apply(model._init_weights)
         model.model.projector = projector
         tokens = {name: getattr(causal_lm.config, name, None) for name in SPECIAL_TOKENS}
-        model.generation_config = _greedy_generation_config({**tokens, **generation_settings}, image_token_id)
+        tokens = {**tokens, **generation_settings}
+        tokens["eos_token_id"] = _with_own_end(tokens["eos_token_id"], text)
+        model.generation_config = _greedy_generation_config(tokens, image_token_id)
         kept = model.generation_config.to_diff_dict()
         if dropped := _in_words({name: value for name, value in generation_settings.items() if name not in kept}):
             logger.info("Generation settings of %s that the new model starts without: %s", text, dropped)

@@ -73,6 +73,11 @@ def _logits(model: PreTrainedModel, text: torch.LongTensor) -> torch.Tensor:
     return model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False).logits[0]
 
 
+def _logits_of_no_tokens(model: PreTrainedModel, text: torch.LongTensor) -> torch.Tensor:
+    states = model.get_input_embeddings()(text) / 2
+    return model(inputs_embeds=states, attention_mask=torch.ones_like(text), use_cache=False).logits[0]
+
+
 def _prompt(model: PreTrainedModel, image_token_id: int) -> torch.LongTensor:
     """Some tokens of the vocabulary, always the same, (1, PROMPT_LENGTH)."""
     config, vocab_size = model.config, model.get_input_embeddings().weight.shape[0]
@@ -128,6 +133,8 @@ def check_language_model(model: PreTrainedModel, own: Answers, name: str) -> Non
             own.text, own.logits[PROMPT_LENGTH - 1 :], *_generate(model, *prompt, 2, False)
         ),
     }
+    # Some look their input up among the tokens' embeddings (Gemma 4), and a picture is none of these.
+    asked["given what is no token"] = lambda: 2 * (_logits_of_no_tokens(model, own.text),)
     for how, ask in asked.items():
         with _undisturbed(model):
             try:

@@ -135,6 +135,11 @@ def check_ends(tokenizer: PreTrainedTokenizerBase) -> None:
             f"the tokenizer has eos_token={tokenizer.eos_token!r}, so no answer would end and a model could not learn to "
             "stop; name the token that ends its texts as eos_token in tokenizer_config.json"
         )
+    if tokenizer.eos_token_id == tokenizer.unk_token_id and tokenizer.eos_token != tokenizer.unk_token:
+        raise ValueError(
+            f"eos_token={tokenizer.eos_token!r} is no token of the tokenizer, so a model could not learn to stop; name one "
+            "that it has as eos_token in tokenizer_config.json"
+        )
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
@@ -227,6 +232,11 @@ def check_processor(config, processor: HoneybeeProcessor) -> None:
     """Raises a ValueError with both numbers where the processor prepares something else than a model of `config` (a
     `HoneybeeConfig`) takes, or where [`check_ends`] does."""
     check_ends(processor.tokenizer)
+    if processor.tokenizer.eos_token_id >= config.text_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer's eos_token={processor.tokenizer.eos_token!r} has the id {processor.tokenizer.eos_token_id}, and "
+            f"the model's vocabulary ends at {config.text_config.vocab_size - 1}; name a token that it has"
+        )
     size = config.vision_config.image_size
     pairs = {
         "visual tokens an image": (processor.num_image_tokens, config.num_image_tokens),

@@ -138,6 +138,11 @@ def _place_images(messages: list[dict], count: int) -> None:
             f"the texts have {tags} {IMAGE_TOKEN} tags, but the sample has {count} images; give one tag for each image, or "
             "items of type image in their places"
         )
+    others = [item for message in messages if message["role"] != "user" for item in message["content"]]
+    if count and not placeholders and not tags and sum(item["text"].count(IMAGE_TOKEN) for item in others) == count:
+        raise ValueError(
+            f"the {IMAGE_TOKEN} tags are in messages of the system or the assistant, and only a user shows images; move them"
+        )
     if count and not placeholders and tags:
         for message in asked:
             message["content"] = [part for item in message["content"] for part in _split_at_tags(item)]

@@ -73,6 +73,13 @@ def test_special_tokens_of_the_language_model_are_kept(parts, tmp_path):
     assert saved(tmp_path) == {"bos_token_id": 1, "eos_token_id": [2, 7], "suppress_tokens": [9, image]}
 
 
+def test_answers_end_where_training_lets_them_end(parts, tmp_path):
+    """With the tokenizer's eos, which the language model's own settings may not have."""
+    parts[2].write_text(json.dumps({"eos_token_id": 7}))
+    join(parts).save_pretrained(tmp_path)
+    assert saved(tmp_path)["eos_token_id"] == [7, 2]
+
+
 def test_a_checkpoint_keeps_what_can_be_saved(tmp_path, caplog):
     tiny_model().save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "generation_config.json"

@@ -112,6 +112,16 @@ def test_language_models_that_answer_otherwise_are_refused(model_type, tmp_path)
         join(tmp_path, text)
 
 
+def test_a_language_model_that_takes_tokens_alone_is_refused(tmp_path):
+    """It answers to text as alone, and could not be shown a picture."""
+    if "gemma4_text" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no Gemma 4")
+    settings = {**GROUPED, "head_dim": 16, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+    text = save_language_model(tmp_path / "text", "gemma4_text", {**settings, "hidden_size_per_layer_input": 8})
+    with pytest.raises(ValueError, match="given what is no token, as it does alone .RuntimeError: .*inputs_embeds"):
+        join(tmp_path, text)
+
+
 def test_lfm2_answers_with_and_without_a_cache(tmp_path):
     if TRANSFORMERS_4:
         pytest.skip("refused on transformers 4")

@@ -130,3 +130,20 @@ def test_a_tokenizer_that_cannot_end_is_refused(eos):
     processor.tokenizer.eos_token = eos
     with pytest.raises(ValueError, match="no answer would end"):
         check_processor(config, processor)
+
+
+def test_an_end_that_is_no_token_is_refused():
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = "<|nowhere|>"  # its id is that of `unk`
+    with pytest.raises(ValueError, match="eos_token='<|nowhere|>' is no token of the tokenizer"):
+        prepare_tokenizer(tokenizer)
+
+
+def test_an_end_beyond_the_models_vocabulary_is_refused():
+    processor = HoneybeeProcessor(image_processor(), prepare_tokenizer(word_tokenizer()), num_image_tokens=4)
+    processor.tokenizer.add_special_tokens({"eos_token": "<|later|>"})
+    config = tiny_config(config={"image_token_id": processor.image_token_id})
+    check_processor(config, processor)
+    config.text_config.vocab_size = last = processor.tokenizer.eos_token_id
+    with pytest.raises(ValueError, match=f"'<.later.>' has the id {last}, and the model's vocabulary ends at {last - 1}"):
+        check_processor(config, processor)

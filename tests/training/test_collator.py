@@ -201,6 +201,10 @@ def test_what_a_message_says_of_itself_changes_nothing():
             {"messages": [QUESTION, says("a")], "images": [picture()], "chat_template": "poem"},
             "'poem' is unknown; use default or caption",
         ),
+        (
+            {"messages": [{"role": "user", "content": "What?"}, says("see <image>")], "images": [picture()]},
+            "<image> tags are in messages of the system or the assistant",
+        ),
         ({"messages": [{**QUESTION, "images": ["a.png"]}, says("a")]}, "message 0 .user. has images, which .* not read"),
         ({"messages": [QUESTION, {**says("a"), "tool_calls": [{}]}]}, "message 1 .assistant. has tool_calls"),
         ({"messages": [QUESTION, {**says("a"), "weight": 0}]}, "weight=0, and all answers are learned"),

@@ -141,7 +141,8 @@ def test_a_plain_sft_trainer_has_the_loss_of_ours(steps, saved, tmp_path):
     assert losses[SFTTrainer] == pytest.approx(sum(means).item() / steps, abs=1e-4)
 
 
-def test_transformers_trainer_counts_no_placeholders(tmp_path):
+@pytest.mark.parametrize("adapted", [False, True])
+def test_transformers_trainer_counts_no_placeholders(adapted, tmp_path):
     model = tiny_model()
     inputs = tiny_inputs(model, [(5, "image", 7, 8)])
     inputs["labels"] = inputs["input_ids"].clone()
@@ -151,7 +152,10 @@ def test_transformers_trainer_counts_no_placeholders(tmp_path):
         output_dir=str(tmp_path), max_steps=1, learning_rate=0.0, logging_steps=1, report_to="none", save_strategy="no",
         use_cpu=True, dataloader_pin_memory=False, remove_unused_columns=False, per_device_train_batch_size=1,
     )  # fmt: skip
+    if adapted:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=r".*language_model.*q_proj"))
     trainer = Trainer(model=model, args=args, train_dataset=[0], data_collator=lambda rows: dict(inputs))
+    assert trainer.evaluate([0])["eval_loss"] == pytest.approx(expected, abs=1e-4)
     trainer.train()
     logged = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
     assert logged == pytest.approx(expected, abs=1e-4)
