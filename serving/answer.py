@@ -22,6 +22,18 @@ class Penalties(LogitsProcessor):
         return scores - self.frequency * counts - self.presence * (counts > 0)
 
 
+class LogitBias(LogitsProcessor):
+    """OpenAI's: what is added to single tokens. (transformers 4 refuses to bias the token 0.)"""
+
+    def __init__(self, bias: dict[int, float]):
+        self.bias = bias
+
+    def __call__(self, input_ids, scores):
+        added = torch.zeros_like(scores)
+        added[:, list(self.bias)] = torch.tensor([*self.bias.values()], dtype=scores.dtype, device=scores.device)
+        return scores + added
+
+
 class Answer(StoppingCriteria):
     """An answer to `request`. [`run`] generates it; it is the criterion that ends it, too.
 
@@ -89,11 +101,10 @@ class Answer(StoppingCriteria):
             )
         settings = {"max_new_tokens": int(min(request.max_tokens, context - self.prompt_tokens)), "num_beams": 1}
         settings |= {"num_return_sequences": 1, "return_dict_in_generate": False, **self.sampling()}
-        if request.logit_bias:
-            settings["sequence_bias"] = [[[token], bias] for token, bias in request.logit_bias.items()]
+        processors = [LogitBias(request.logit_bias)] if request.logit_bias else []
         if request.frequency_penalty or request.presence_penalty:
-            penalties = Penalties(self.prompt_tokens, request.frequency_penalty, request.presence_penalty)
-            settings["logits_processor"] = [penalties]
+            processors.append(Penalties(self.prompt_tokens, request.frequency_penalty, request.presence_penalty))
+        settings["logits_processor"] = processors
         return inputs.to(self.model.device), settings
 
     def sampling(self) -> dict:

@@ -207,6 +207,10 @@ def test_max_tokens_and_the_reason_of_the_end(world):
 def test_logit_bias(world):
     token = world.processor.tokenizer.convert_tokens_to_ids("g")
     assert said(world, logit_bias={str(token): 100}) == "gggggg"
+    blocked = {str(number): -100 for number in range(300)}  # all alike, the first token too
+    assert said(world, logit_bias=blocked) == said(world)
+    assert said(world, logit_bias={**blocked, str(token): -1}) == "gggggg"
+    assert ask(world, logit_bias={"0": 100}).usage.completion_tokens == 6
 
 
 def test_stop_ends_the_answer_before_it(world):
