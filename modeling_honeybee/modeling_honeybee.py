@@ -710,6 +710,16 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             model_inputs.update({name: value for name, value in images.items() if value is not None})
         return model_inputs
 
+    if _TRANSFORMERS_4:
+
+        def _prefill_chunking(self, input_ids, generation_config, **model_kwargs):
+            if model_kwargs.get("pixel_values") is not None:
+                raise ValueError(
+                    f"prefill_chunk_size={generation_config.prefill_chunk_size} would cut images, which transformers 4 does "
+                    "not encode beforehand; leave it out"
+                )
+            return super()._prefill_chunking(input_ids, generation_config, **model_kwargs)
+
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # Beams repeat rows, and a row owns as many images as it has placeholders for; repeating image by image, as the
         # generic code does, would hand a row's second image to its neighbour.

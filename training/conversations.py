@@ -105,7 +105,9 @@ def _normalized(turn: int, message: dict, template: str) -> dict:
             "`images`, and what is not needed has to be removed"
         )
     if message.get("weight", 1) not in (1, None):
-        raise ValueError(f"message {turn} ({role}) has weight={message['weight']}, and all answers are learned; leave it out")
+        raise ValueError(
+            f"message {turn} ({role}) has weight={message['weight']}, and all answers are learned; leave it out"
+        )
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, (list, tuple, type(None))) or not all(isinstance(item, dict) for item in content or ()):

@@ -217,6 +217,21 @@ def test_generation_encodes_each_image_once(settings):
         assert [t for t in tokens if t] == [t for t in wanted if t]
 
 
+@pytest.mark.skipif(
+    not TRANSFORMERS_4, reason="transformers 5 encodes images before it goes through a prompt in chunks"
+)
+@pytest.mark.parametrize("size", [1, 4])
+def test_chunks_of_a_prompt_with_images_are_refused(size):
+    """In chunks of one token the pictures would be left out without a word."""
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    with pytest.raises(ValueError, match=f"prefill_chunk_size={size} would cut images.*leave it out"):
+        model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=size)
+    inputs = tiny_inputs(model, [(5, 6, 7)])
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False, prefill_chunk_size=size), expected)
+
+
 def test_a_plain_language_model_assists():
     model = tiny_model()
     inputs = tiny_inputs(model, [(5, "image", 6, 7)])

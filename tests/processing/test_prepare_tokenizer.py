@@ -14,7 +14,18 @@ BLANK = normalizers.Replace(" ", "▁")
 READ_BLANK = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
 # pieces of a conversation that are not among those that are checked when a tokenizer is prepared
-PIECES = ["Where is the dog?", "  two blanks in front", "x ", "No.\n\n1. one", "12345 dogs", "", "ends in AI:", "été", "line\n", "\n\n"]
+PIECES = [
+    "Where is the dog?",
+    "  two blanks in front",
+    "x ",
+    "No.\n\n1. one",
+    "12345 dogs",
+    "",
+    "ends in AI:",
+    "été",
+    "line\n",
+    "\n\n",
+]
 
 
 def trained(kind, normalizer, pre_tokenizer, decoder, eos="</s>", **special):
@@ -145,5 +156,7 @@ def test_an_end_beyond_the_models_vocabulary_is_refused():
     config = tiny_config(config={"image_token_id": processor.image_token_id})
     check_processor(config, processor)
     config.text_config.vocab_size = last = processor.tokenizer.eos_token_id
-    with pytest.raises(ValueError, match=f"'<.later.>' has the id {last}, and the model's vocabulary ends at {last - 1}"):
+    with pytest.raises(
+        ValueError, match=f"'<.later.>' has the id {last}, and the model's vocabulary ends at {last - 1}"
+    ):
         check_processor(config, processor)

@@ -178,7 +178,9 @@ def test_what_a_message_says_of_itself_changes_nothing():
     messages = talk({"index": 0, "text": None}, {"index": 1, "text": None})
     labelled = [{**messages[0], "name": "me", "tool_calls": []}, {**messages[1], "weight": 1, "images": None}]
     pictures = [picture(0), picture(1)]
-    assert rows_equal(collator, {"messages": labelled, "images": pictures}, {"messages": talk({}, {}), "images": pictures})
+    assert rows_equal(
+        collator, {"messages": labelled, "images": pictures}, {"messages": talk({}, {}), "images": pictures}
+    )
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,10 @@ def test_what_a_message_says_of_itself_changes_nothing():
             {"messages": [{"role": "user", "content": "What?"}, says("see <image>")], "images": [picture()]},
             "<image> tags are in messages of the system or the assistant",
         ),
-        ({"messages": [{**QUESTION, "images": ["a.png"]}, says("a")]}, "message 0 .user. has images, which .* not read"),
+        (
+            {"messages": [{**QUESTION, "images": ["a.png"]}, says("a")]},
+            "message 0 .user. has images, which .* not read",
+        ),
         ({"messages": [QUESTION, {**says("a"), "tool_calls": [{}]}]}, "message 1 .assistant. has tool_calls"),
         ({"messages": [QUESTION, {**says("a"), "weight": 0}]}, "weight=0, and all answers are learned"),
         ({"messages": talk({"index": 1}, {"index": 0}), "images": [picture()] * 2}, "'index': 1.* is number 0"),
