@@ -11,7 +11,6 @@ model over several: `--device_map auto`. Judged tasks: see the variables in judg
 import argparse
 import datetime
 import hashlib
-import importlib.util
 import json
 import os
 import sys
@@ -19,10 +18,10 @@ from pathlib import Path
 
 from evaluation import judge as judging
 from evaluation import report as reporting
-from evaluation.json_files import append_lines, read_lines, write_json, write_lines
+from evaluation.json_files import append_lines, read_lines, write_json
 from evaluation.predictions import PREDICTIONS, check_folder, collect, part_of_rank
 from evaluation.prompts import TEMPLATES, Question, plain, render
-from evaluation.scoring import Score
+from evaluation.results import origin_of, write_results
 from evaluation.task import Task, check_records, read_task
 from evaluation.tasks import TASKS
 
@@ -106,82 +105,6 @@ def make_judge(arguments, output: Path) -> judging.Judge | None:
     return judge
 
 
-def ask_judge(task: Task, records: list[dict], judge: judging.Judge) -> judging.Verdicts:
-    requests, failed = [], {}
-    for record in task.judging.choose(records):
-        try:
-            requests.append(task.judging.request(record))
-        except ValueError as error:
-            failed[str(record["id"])] = str(error)
-    verdicts = judge(requests)
-    verdicts.failed.update(failed)
-    return verdicts
-
-
-def score(task: Task, records: list[dict], arguments, judge: judging.Judge | None) -> dict:
-    """What goes into scores.json, but for where it comes from; the parsed answers are under `parsed`."""
-    settings, notes, verdicts = {}, [], None
-    if task.seed is not None:
-        settings["seed"] = task.seed if arguments.seed is None else arguments.seed
-    if task.judging is not None:
-        if judge is not None and (not task.judging.optional or getattr(arguments, f"judge_{task.name}")):
-            verdicts = ask_judge(task, records, judge)
-        settings["judged"] = verdicts.judged if verdicts else {}
-    if task.score is None:
-        result = Score({})
-        notes.append(f"has no automatic score; the answers are in {PREDICTIONS}")
-    else:
-        result = task.score(records, **settings)
-    if result.quirks.get("guess"):
-        notes.append(f"{result.quirks['guess']} of {len(records)} answers were guesses")
-    if task.judging is not None and not task.judging.optional:
-        if verdicts is None:
-            notes.append(f"not judged; set {judging.ENVIRONMENT['url']} and {judging.ENVIRONMENT['model']}")
-        elif verdicts.failed:
-            notes.append(f"{len(verdicts.failed)} of {len(records)} answers were not judged, and are not in the score")
-    out = {
-        "task": task.name,
-        "display_name": task.display_name,
-        "questions": len(records),
-        "summary": result.summary,
-        "quirks": result.quirks,
-        "notes": notes,
-        "details": result.details,
-        "parsed": result.parsed,
-    }
-    if verdicts is not None:
-        out["judge"] = {
-            "model": judge.model, "judged": len(verdicts.judged), "failed": verdicts.failed, "cost": verdicts.cost,
-        }  # fmt: skip
-    return out
-
-
-def finish(
-    task: Task, records, folder: Path, source: Path, arguments, judge, model: str | None, model_name: str | None
-) -> None:
-    """Scores a task's records and writes scores.json, parsed.jsonl and the submission."""
-    result = score(task, records, arguments, judge)
-    write_lines(folder / "parsed.jsonl", result.pop("parsed"))
-    submission = None
-    if task.submission_needs is not None and importlib.util.find_spec(task.submission_needs) is None:
-        result["notes"].append(f"no submission file: pip install {task.submission_needs}")
-    elif task.submission is not None:
-        submission = task.submission(records, folder).name
-    result.update(
-        submission=submission,
-        predictions=str(source),
-        sha256=hashlib.sha256(source.read_bytes()).hexdigest(),
-        model=model,
-        model_name=model_name,
-    )
-    write_json(folder / "scores.json", result)
-    shown = ", ".join(
-        f"{name} {reporting.number(value, task.digits)}" for name, value in list(result["summary"].items())[:4]
-    )
-    notes = (f"  note: {note}" for note in result["notes"])
-    print(f"{task.name}: {len(records)} questions; {shown or 'no score'}", *notes, sep="\n")
-
-
 # Saved predictions -----------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +164,7 @@ def score_predictions(arguments) -> None:
     folder = output / task.name
     check_earlier_scores(folder, source)
     folder.mkdir(parents=True, exist_ok=True)
-    finish(task, records, folder, source, arguments, judge, model, model_name)
+    write_results(task, records, folder, origin_of(source, model, model_name), arguments, judge)
     reporting.write(output, model_name, published)
 
 
@@ -349,7 +272,8 @@ def evaluate(arguments) -> None:
             folder = output / task.name
             records = list(collect(folder, prompts[task.name], model_id).values())
             check_records(task, records, str(folder))
-            finish(task, records, folder, folder / PREDICTIONS, arguments, judge, model_id, arguments.model)
+            answers = origin_of(folder / PREDICTIONS, model_id, arguments.model)
+            write_results(task, records, folder, answers, arguments, judge)
         report = reporting.write(output, arguments.model, arguments.paper_row or reporting.paper_model(source))
         averages = ", ".join(f"{name} {reporting.number(value)}" for name, value in report["averages"].items())
         print(f"averages: {averages}\nreport: {output / 'report.md'}")

@@ -113,15 +113,8 @@ def write_submission(records: list[dict], folder: Path) -> Path:
 
 
 TASK = Task(
-    name="llava_w",
-    display_name="LLaVA-Bench (in the wild)",
-    folder="llava-bench-in-the-wild",
-    hub="lmms-lab/llava-bench-in-the-wild",
-    read=read_llava_w,
-    max_new_tokens=1024,
-    questions=60,
-    fields={"pred": TEXT, "question": ANY, "category": ANY},
-    score=score_llava_w,
-    judging=Judging(llava_w_request),
-    submission=write_submission,
-)
+    name="llava_w", display_name="LLaVA-Bench (in the wild)", folder="llava-bench-in-the-wild",
+    hub="lmms-lab/llava-bench-in-the-wild", questions=60, max_new_tokens=1024,
+    read=read_llava_w, score=score_llava_w, fields={"pred": TEXT, "question": ANY, "category": ANY},
+    judging=Judging(llava_w_request), submission=write_submission,
+)  # fmt: skip

@@ -104,15 +104,7 @@ def write_submission(records: list[dict], folder: Path) -> Path:
 
 
 TASK = Task(
-    name="mm_vet",
-    display_name="MM-Vet",
-    folder="mm_vet",
-    hub="lmms-lab/MMVet",
-    read=read_mm_vet,
-    max_new_tokens=1024,
-    questions=218,
-    fields={"pred": TEXT, "question": ANY, "answer": TEXT},
-    score=score_mm_vet,
-    judging=Judging(mm_vet_request),
-    submission=write_submission,
-)
+    name="mm_vet", display_name="MM-Vet", folder="mm_vet", hub="lmms-lab/MMVet", questions=218, max_new_tokens=1024,
+    read=read_mm_vet, score=score_mm_vet, fields={"pred": TEXT, "question": ANY, "answer": TEXT},
+    judging=Judging(mm_vet_request), submission=write_submission,
+)  # fmt: skip

@@ -16,6 +16,7 @@ from evaluation.scoring import Score, option_letter, percent
 from evaluation.task import ANY, TEXT, Judging, Task, of_type
 
 OFFICIAL_SEED = 2680  # the official scorer's own
+NUMBER = (lambda value: isinstance(value, (int, str)) and str(value).isdecimal(), "a number")
 CIRCULAR = 10**6  # rotations of a question have its index plus multiples of this
 
 
@@ -239,28 +240,17 @@ def write_submission(records: list[dict], folder: Path) -> Path:
 
 
 TASK = Task(
-    name="mmbench",
-    display_name="MMBench",
-    folder="MMBench",
-    hub="lmms-lab/MMBench_EN",
-    read=read_mmbench,
-    max_new_tokens=128,
+    name="mmbench", display_name="MMBench", folder="MMBench", hub="lmms-lab/MMBench_EN", max_new_tokens=128,
+    read=read_mmbench, score=score_mmbench, seed=OFFICIAL_SEED,
     fields={
-        "pred": TEXT,
-        "answer": TEXT,
-        "index": (lambda value: isinstance(value, (int, str)) and str(value).isdecimal(), "a number"),
-        "category": ANY,
-        "l2_category": ANY,
+        "pred": TEXT, "answer": TEXT, "index": NUMBER, "category": ANY, "l2_category": ANY,
         "options_dict": of_type(dict, "an object: letter -> text"),
     },
-    score=score_mmbench,
-    seed=OFFICIAL_SEED,
     quirks={
         "empty_option": "with exactly one missing option, an answer that names no option is that option's letter",
         "prefix": 'the length of "The answer is " is cut from the front even where these words stand later, and every dot after it',
         "guess": "no option could be matched: a random one among the answers of the question's rotations",
     },
     judging=Judging(mmbench_request, undecided_mmbench, optional=True),
-    submission=write_submission,
-    submission_needs="openpyxl",
-)
+    submission=write_submission, submission_needs="openpyxl",
+)  # fmt: skip

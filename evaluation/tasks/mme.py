@@ -165,17 +165,10 @@ def score_mme(records: list[dict]) -> Score:
 
 
 TASK = Task(
-    name="mme",
-    display_name="MME",
-    folder="MME",
-    hub="lmms-lab/MME",
-    read=read_mme,
-    max_new_tokens=20,
-    questions=2374,
-    fields={"pred": TEXT, "answer": TEXT, "image_id": ANY, "dataset_name": ANY},
-    score=score_mme,
+    name="mme", display_name="MME", folder="MME", hub="lmms-lab/MME", questions=2374, max_new_tokens=20,
+    read=read_mme, score=score_mme, fields={"pred": TEXT, "answer": TEXT, "image_id": ANY, "dataset_name": ANY},
     quirks={
         "first_four_characters": 'only the first four characters are searched: "Not sure" and "uno" are no, "eyes" is yes',
         "neither": "neither yes nor no was found: wrong, whatever the answer is",
     },
-)
+)  # fmt: skip

@@ -160,25 +160,14 @@ def score_mmmu(records: list[dict], seed: int = 0) -> Score:
 
 
 TASK = Task(
-    name="mmmu",
-    display_name="MMMU",
-    folder="mmmu",
-    hub="MMMU/MMMU",
-    read=read_mmmu,
-    max_new_tokens=40,
-    questions=900,
+    name="mmmu", display_name="MMMU", folder="mmmu", hub="MMMU/MMMU", questions=900, max_new_tokens=40, digits=3,
+    read=read_mmmu, score=score_mmmu, seed=0,
     fields={
-        "pred": TEXT,
-        "answer": of_type((str, list), "a text or a list of them"),
-        "question_type": ANY,
-        "all_choices": LIST,
+        "pred": TEXT, "answer": of_type((str, list), "a text or a list of them"), "question_type": ANY, "all_choices": LIST,
     },
-    score=score_mmmu,
-    seed=0,
     quirks={
         "guess": 'not exactly one of the letters ("A." is not): a random one',
         "list_as_text": "an open question whose several accepted answers are compared as one text, brackets included",
         "unknown_subject": "not one of the 30 subjects: in no score",
     },
-    digits=3,
-)
+)  # fmt: skip

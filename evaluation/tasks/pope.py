@@ -96,18 +96,11 @@ def score_pope(records: list[dict]) -> Score:
 
 
 TASK = Task(
-    name="pope",
-    display_name="POPE",
-    folder="POPE",
-    hub="lmms-lab/POPE",
-    read=read_pope,
-    max_new_tokens=20,
-    fields={"pred": TEXT, "answer": TEXT, "category": ANY},
-    score=score_pope,
+    name="pope", display_name="POPE", folder="POPE", hub="lmms-lab/POPE", max_new_tokens=20, digits=3,
+    read=read_pope, score=score_pope, fields={"pred": TEXT, "answer": TEXT, "category": ANY},
     quirks={
         "yes_by_default": 'everything is yes unless one of the words before the first dot is exactly "No", "no" or "not"; '
         'so are "NO", "Nope" and an empty answer',
         "label_not_no": 'every right answer but exactly "no" is taken for yes; counted where it is not "yes" either',
     },
-    digits=3,
-)
+)  # fmt: skip

@@ -165,9 +165,21 @@ def test_interrupted_by_hand_it_says_that_it_continues(place, monkeypatch, capsy
     assert "interrupted; the same command continues behind the answers that are saved" in capsys.readouterr().err
 
 
-def test_two_processes(place):
+ABORT_AT_THE_END = """
+import os
+class Abort:
+    def __del__(self, abort=os.abort):
+        abort()
+held = Abort() if "RANK" in os.environ else None
+"""
+
+
+def test_two_processes(place, tmp_path):
+    """Each ends before the interpreter's own ending, where a thread of the process group may abort it."""
+    (tmp_path / "sitecustomize.py").write_text(ABORT_AT_THE_END)
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]])}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = run_script(*torchrun, *arguments(place, "two", "mme,seed", "--batch_size", "4"), env=ENVIRONMENT)
+    result = run_script(*torchrun, *arguments(place, "two", "mme,seed", "--batch_size", "4"), env=environment)
     assert "2 process(es) on cpu" in result.stdout
     for task in ("mme", "seed"):
         assert read_lines(place / "two" / task / "predictions.jsonl") == read_lines(
