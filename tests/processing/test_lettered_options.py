@@ -12,6 +12,7 @@ from processing.lettered_options import split_options
         ("(A) one (B) two", ["one", "two"]),
         ("(A) Does vitamin (B) help? (B) Does it glow? (C) Neither", ["Does vitamin (B) help?", "Does it glow?", "Neither"]),
         ("(A) x (B) y (B) (C) z", ["x", "y (B)", "z"]),  # no option is empty
+        ("(A) x (C) y (B) z (C) (D) w", ["x (C) y", "z", "", "w"]),
         ("(A) (R)-alanine (B) (S)-alanine", ["(R)-alanine", "(S)-alanine"]),
     ],
 )  # fmt: skip
