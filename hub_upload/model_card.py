@@ -31,16 +31,6 @@ KNOWN_LICENSES = {
     "lmsys/vicuna-7b-v1.5": "llama2",
     "lmsys/vicuna-13b-v1.5": "llama2",
 }
-BENCHMARKS = {
-    "mme": "MME",
-    "pope": "POPE",
-    "mmbench": "MMBench",
-    "scienceqa": "ScienceQA",
-    "seed": "SEED-Bench",
-    "mmmu": "MMMU",
-    "llava_w": "LLaVA-Bench (in the wild)",
-    "mm_vet": "MM-Vet",
-}
 
 
 @dataclass
@@ -180,7 +170,7 @@ def read_results(path: Path, model: str) -> list[EvalResult]:
     if path.is_dir():
         for file in sorted(path.glob("*/scores.json")):
             task, scores = file.parent.name, read_json(file, ExportError)
-            name = BENCHMARKS.get(task, task)
+            name = scores.get("display_name", task)  # older files have none
             if "questions" in scores:  # not always all of a benchmark's
                 name += f", {scores['questions']} questions"
             found += [(task, name, metric, value) for metric, value in (scores.get("summary") or {}).items()]
