@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of a training run that TRL does not have, and how all of them are read."""
+"""The settings of a training run that TRL does not have, and a parser that is strict about YAML files."""
 
 import json
-import sys
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from trl import TrlParser
 
 from training.stages import TRAINED
-from training.yaml_file import read_yaml
-
-if TYPE_CHECKING:
-    from trl import ModelConfig, SFTConfig
 
 BATCHINGS = ("packed", "grouped", "padded")
 
@@ -143,50 +138,3 @@ class Parser(TrlParser):
                     "are text in quotes only)"
                 )
         return super().set_defaults_with_config(**settings)
-
-
-def parse_arguments(arguments: list[str] | None = None) -> "tuple[HoneybeeArguments, SFTConfig, ModelConfig]":
-    """Flags and the YAML file that `--config` names; a flag wins.
-
-    Args:
-        arguments: instead of the command line's.
-
-    Raises:
-        ValueError: an unknown setting, or one that cannot be.
-        OSError, yaml.YAMLError: a YAML file that is not there, or is none.
-        SystemExit: what argparse refuses.
-    """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[-1:] == ["--config"]:
-        raise ValueError("--config needs the path of a YAML file behind it")
-    if "--config" in arguments:
-        path = arguments[arguments.index("--config") + 1]
-        _, twice = read_yaml(path)
-        if twice:
-            raise ValueError(f"{path}: {'; '.join(twice)}")
-    # Without its own --help, which would list these settings alone.
-    parser = Parser((HoneybeeArguments, EngineArguments), add_help=False)
-    own, engine, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-
-    if {"-h", "--help"} & set(arguments):
-        # transformers 5 loads it with its settings, for seconds; they are listed without it, and the process ends.
-        sys.modules.setdefault("peft", None)
-    # Only here: these load for seconds.
-    import torch
-    from trl import ModelConfig, SFTConfig
-
-    if engine.deepspeed is not None:
-        from training.engines import check_deepspeed
-
-        check_deepspeed(engine.deepspeed)
-    if own.dry_run and not torch.cuda.is_available():
-        arguments += ["--use_cpu", "True"]  # bf16 is refused where there is neither a GPU nor this
-    parser = Parser((HoneybeeArguments, SFTConfig, ModelConfig))
-    args, training_args, model_args = parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
-    if training_args.device.type == "cpu":
-        # Of several processes accelerate numbers the CPU, and transformers 4 loads the optimizer onto that name ("cpu:0"),
-        # which torch.load does not know.
-        training_args._setup_devices = torch.device("cpu")
-    if args.resume and not training_args.resume_from_checkpoint:
-        training_args.resume_from_checkpoint = "true"
-    return args, training_args, model_args

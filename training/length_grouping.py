@@ -3,17 +3,16 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 from datasets import Dataset
 from torch.utils.data import Sampler
 
-from training.checkpoints import global_batch_size
 from training.collator import HoneybeeDataCollator
 from training.conversations import undecoded
 from training.recipe.mixture import Mixture, Stream, UnusableRecordError
-from training.trainer import HoneybeeTrainer
 
 WINDOW = 16  # global batches that are sorted together
 
@@ -34,8 +33,8 @@ class LengthGroupedSampler(Sampler[int]):
         shuffle: draw an order of all samples for each epoch before they are cut into windows; False where samples are
             in random order already.
         window: number of global batches.
-        epoch: tells the epoch whenever one begins. (`set_epoch` does not reach a sampler behind the batches that a resumed
-            run skips, where there are several processes.)
+        epoch: tells the epoch whenever one begins; the trainer sets it. (`set_epoch` does not reach a sampler behind the
+            batches that a resumed run skips, where there are several processes.)
     """
 
     def __init__(
@@ -70,28 +69,14 @@ class LengthGroupedSampler(Sampler[int]):
             yield from np.concatenate([batches.ravel(), samples[whole:]]).tolist()
 
 
-class GroupedTrainer(HoneybeeTrainer):
-    """A HoneybeeTrainer that reads its samples in the order of a [`LengthGroupedSampler`].
-
-    Args:
-        lengths, shuffle: the sampler's; the other arguments are HoneybeeTrainer's.
-    """
-
-    def __init__(self, *args, lengths: Lengths, shuffle: bool = True, **kwargs):
-        self.lengths, self.shuffle = lengths, shuffle
-        super().__init__(*args, **kwargs)
-
-    def _get_train_sampler(self, train_dataset=None) -> LengthGroupedSampler:
-        dataset, args = self.train_dataset if train_dataset is None else train_dataset, self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return LengthGroupedSampler(
-            self.lengths,
-            len(dataset),
-            global_batch_size(args),
-            seed,
-            self.shuffle,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
+def grouped_sampler(
+    dataset: Dataset, mixture: Mixture | None, collator: HoneybeeDataCollator, batch_size: int, seed: int
+) -> LengthGroupedSampler:
+    """The sampler for a dataset of conversations, or for the draws of a mixture, which is shuffled already."""
+    if mixture is None:
+        return LengthGroupedSampler(dataset_lengths(dataset, collator), len(dataset), batch_size, seed)
+    lengths = mixture_lengths(mixture, collator, WINDOW * batch_size)
+    return LengthGroupedSampler(lengths, len(mixture), batch_size, seed, shuffle=False)
 
 
 def dataset_lengths(dataset: Dataset, collator: HoneybeeDataCollator) -> Lengths:
@@ -105,10 +90,26 @@ def mixture_lengths(mixture: Mixture, collator: HoneybeeDataCollator, window: in
     record that takes its place is known only when it is read.
 
     Args:
-        window: samples that are sorted together. The mixture's streams are told to keep that many records, since the
-            sorted draws do not read them in order.
+        window: samples that are sorted together.
     """
-    ahead = copy.copy(mixture)  # reads a window before the mixture itself does, from streams of its own
+    ahead = _read_ahead(mixture, window)
+
+    def lengths(draws: list[int]) -> list[int]:
+        found = dict.fromkeys(draws, 1)
+        samples = {}
+        for draw in draws:
+            with suppress(UnusableRecordError):
+                samples[draw] = ahead.glance(draw)
+        found.update(zip(samples, collator.lengths(list(samples.values()))))
+        return list(found.values())
+
+    return lengths
+
+
+def _read_ahead(mixture: Mixture, window: int) -> Mixture:
+    """The mixture, to glance at draws before the mixture itself reads them, from streams of its own. The mixture's streams
+    are told to keep `window` records, since sorted draws do not read them in order."""
+    ahead = copy.copy(mixture)
     ahead.sources = [
         replace(source, records=Stream(source.records.records)) if isinstance(source.records, Stream) else source
         for source in mixture.sources
@@ -117,16 +118,4 @@ def mixture_lengths(mixture: Mixture, collator: HoneybeeDataCollator, window: in
     for source in mixture.sources:
         if isinstance(source.records, Stream):
             source.records.keep(window)
-
-    def lengths(draws: list[int]) -> list[int]:
-        found = dict.fromkeys(draws, 1)
-        samples = {}
-        for draw in draws:
-            try:
-                samples[draw] = ahead.glance(draw)
-            except UnusableRecordError:
-                continue
-        found.update(zip(samples, collator.lengths(list(samples.values()))))
-        return list(found.values())
-
-    return lengths
+    return ahead

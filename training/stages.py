@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the settings name the stages, and `--help` should not wait for these
@@ -69,32 +68,3 @@ def keep_trained_in_float32(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
-
-
-def lora_modules(stage: str, targets: str | list[str] = ("q_proj", "v_proj")) -> dict:
-    """Where LoRA goes when it takes the LLM's place in a stage (paper, section 4), with the projector trained in full.
-
-    Args:
-        targets: names of linear layers, of which the LLM's are taken (other parts have some of the same name), or a
-            pattern for their whole paths.
-
-    Returns:
-        `target_modules` and `modules_to_save` of a `LoraConfig`.
-
-    Raises:
-        ValueError: LoRA in alignment, which does not train the LLM.
-    """
-    if stage != "instruct":
-        raise ValueError(f"LoRA adapts the LLM, which stage {stage!r} does not train; use it with --stage instruct")
-    if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
-        targets = [targets]
-    if not isinstance(targets, str):
-        targets = rf".*\.language_model\..*\.({'|'.join(map(re.escape, targets))})"
-    return {"target_modules": targets, "modules_to_save": ["projector"]}
-
-
-def linear_names(module: nn.Module) -> list[str]:
-    """Names, without their paths, of the linear layers inside: what `all-linear` means for a part of the model."""
-    from torch import nn
-
-    return sorted({name.rpartition(".")[2] for name, layer in module.named_modules() if isinstance(layer, nn.Linear)})

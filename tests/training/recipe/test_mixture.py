@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerState
 from trl import SFTConfig
 
@@ -27,7 +27,8 @@ from training.recipe.mixture import (
     sample_random,
     sampling_weights,
 )
-from training.recipe.trainer import MixtureCallback, MixtureTrainer
+from training.recipe.trainer import MixtureCallback
+from training.trainer import HoneybeeTrainer
 
 SIZES = {"tiny": 7, "small": 900, "medium": 40_000, "large": 160_000, "huge": 3_000_000}
 TASKS = {"tiny": "a", "small": "a", "medium": "b", "large": "b", "huge": "b"}
@@ -295,9 +296,10 @@ def train(folder, source, max_steps, checkpoint=None, workers=0, max_bad_fractio
         remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=False,
         disable_tqdm=True, gradient_checkpointing=False, lr_scheduler_type="constant",
     )  # fmt: skip
-    trainer = MixtureTrainer(
-        model=tiny_model(config={"image_token_id": tiny_processor().image_token_id}), args=args, data_collator=collate, train_dataset=mixture.as_dataset(),
-        processing_class=tiny_processor(), callbacks=[MixtureCallback(mixture, checkpoint)],
+    dataset = mixture.as_dataset()
+    trainer = HoneybeeTrainer(
+        model=tiny_model(config={"image_token_id": tiny_processor().image_token_id}), args=args, data_collator=collate, train_dataset=dataset,
+        processing_class=tiny_processor(), callbacks=[MixtureCallback(mixture, checkpoint)], sampler=SequentialSampler(dataset),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer, mixture, seen
