@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which run an output folder holds, from where it goes on, and what its checkpoints will take."""
+"""Which run an output folder holds, where that run goes on, and how much space its checkpoints will take."""
 
 import glob
 import json
@@ -18,14 +18,14 @@ from training.recipe.config import Recipe
 from training.settings import Settings
 
 RUN_FILE = "honeybee_run.json"
-# What of `SFTConfig` is recorded in it, for the model card, for the summary, and to resume with the same settings.
+# Fields of `SFTConfig` that it records: for the model card, for the summary, and to resume with the same settings.
 RECORDED = [
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size",
     "gradient_accumulation_steps", "world_size", "max_length", "bf16", "fp16", "gradient_checkpointing", "seed",
     "data_seed", "label_smoothing_factor", "neftune_noise_alpha",
 ]  # fmt: skip
-# What of these may change when a run goes on: its length, and how the same batch is spread.
+# Those that may change when a run goes on: its length, and how the same batch is spread.
 CHANGEABLE = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
     "gradient_checkpointing",
@@ -59,10 +59,10 @@ def recorded(training_args: SFTConfig) -> dict:
 
 
 def is_whole(checkpoint: str, processes: int = 1) -> bool:
-    """Whether the trainer came to the end of saving, in all processes.
+    """Whether the trainer finished saving this checkpoint, in all processes.
 
     Args:
-        processes: of the run that goes on; the others may have been stopped before they wrote theirs.
+        processes: how many the run goes on with. Some may have been stopped before they wrote their part.
     """
     try:
         TrainerState.load_from_json(os.path.join(checkpoint, STATE_FILE))
@@ -82,20 +82,20 @@ def checkpoints(folder: str) -> dict[int, str]:
 
 
 def last_whole_checkpoint(folder: str, processes: int = 1) -> str | None:
-    """The newest checkpoint that a run can go on from; one that was being written when the run was killed is not."""
+    """The newest checkpoint that a run can go on from. One that was half written when the run was killed is passed over."""
     steps = checkpoints(folder)
     return next((steps[step] for step in sorted(steps, reverse=True) if is_whole(steps[step], processes)), None)
 
 
 def is_finished(folder: str, training_args: SFTConfig) -> bool:
-    """Whether the run's last step is in a checkpoint, of which the trainer would still make one more, or in an output
-    folder. Of a run that is counted in epochs the trainer knows the end by itself."""
+    """Whether a checkpoint or an output folder holds the run's last step. (Resumed there, the trainer would still take one
+    more.) False for a run that is counted in epochs, whose end the trainer finds by itself."""
     path = os.path.join(folder, STATE_FILE)
     return os.path.isfile(path) and 0 < training_args.max_steps <= TrainerState.load_from_json(path).global_step
 
 
 def copy_model(checkpoint: str, folder: str) -> None:
-    """Copies a checkpoint's model or adapter, with its processor, and not what only resuming needs; nothing where the
+    """Copies a checkpoint's model or adapter and its processor, without what only resuming needs. Does nothing where the
     checkpoint is the folder itself."""
     if os.path.abspath(checkpoint) == os.path.abspath(folder):
         return
@@ -106,8 +106,8 @@ def copy_model(checkpoint: str, folder: str) -> None:
 
 
 def find_checkpoint(identity: dict, settings: Settings) -> str | None:
-    """The checkpoint to resume from, or None for a new run. With `--merge` there is something left to do of a finished run,
-    whose folder is the checkpoint.
+    """The checkpoint to resume from, or None for a new run. With `--merge` a finished run goes on, too, from its output
+    folder.
 
     Args:
         identity: see [`identity_of`].
@@ -150,7 +150,7 @@ def find_checkpoint(identity: dict, settings: Settings) -> str | None:
 
 
 def changes_since(identity: dict, training_args: SFTConfig) -> list[str]:
-    """What differs from the run that the output folder holds and must not: nothing where it has no mark."""
+    """Settings that should be those of the run in the output folder, and are others. None where no run is marked there."""
     mark = os.path.join(training_args.output_dir, RUN_FILE)
     if not os.path.isfile(mark):
         return []
@@ -194,7 +194,7 @@ def check_output_dir(folder: str) -> str:
 
 
 def check_disk(training_args: SFTConfig, model_bytes: int, optimizer_bytes: int, extra_bytes: int = 0) -> int:
-    """Bytes that the run will write: its checkpoints, as many as are kept at once, and the final model.
+    """Bytes that the run will write: the most checkpoints that are kept at once, and the final model.
 
     Args:
         model_bytes, optimizer_bytes: of one checkpoint.
@@ -228,5 +228,5 @@ def check_disk(training_args: SFTConfig, model_bytes: int, optimizer_bytes: int,
 
 
 def gigabytes(number: float) -> str:
-    """Bytes in words of GB, or MB below one."""
+    """Bytes as a text: in GB, or in MB where that would be little."""
     return f"{number / 1e9:,.1f} GB" if number >= 1e8 else f"{number / 1e6:,.2f} MB"

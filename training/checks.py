@@ -34,7 +34,7 @@ from training.stages import TRAINED
 SEARCHED_FOR_AN_IMAGE = 256  # samples of a mixture
 
 OF_TRL = (
-    "for data and models that TRL prepares; here the model's own processor prepares the samples, and it would change "
+    "it is for data and models that TRL prepares; here the model's own processor prepares the samples, and it would change "
     "nothing; leave it out"
 )
 PACKING = (
@@ -42,7 +42,7 @@ PACKING = (
 )
 NO_EVALUATION = "nothing is evaluated while training; leave it out, and score checkpoints with evaluation/run.py"
 GROUPING = "the trainer's group_by_length does not know how long a sample is; use --batching grouped"
-# Settings that a run of ours cannot do what they ask for, and why.
+# Settings that ask for what a run does not do, and why. What would change nothing is in `settings.WITHOUT_EFFECT`.
 REFUSED = {
     "chat_template_path": OF_TRL,
     "completion_only_loss": OF_TRL,
@@ -59,14 +59,14 @@ REFUSED = {
     "trust_remote_code": "towers and LLMs with code of their own are not supported, because a saved Honeybee carries its own "
     "code alone; leave it out",
 }
-# The same, of one value of a setting.
+# Single values of settings that ask for it.
 REFUSED_VALUES = {
     ("save_strategy", "best"): NO_EVALUATION,
     ("train_sampling_strategy", "group_by_length"): GROUPING,  # of transformers 5
 }
 CHOICES = {"batching": BATCHINGS, "dtype": [name for name in DTYPES if name], "stage": list(TRAINED)}
 MORE_THAN_0 = "more than 0"
-# Setting -> what it must be, and whether it is, of the settings that it is among.
+# Setting -> what it must be, and whether it is, given all settings of its class.
 RANGES: dict[str, tuple[str, Callable]] = {
     "gradient_accumulation_steps": (MORE_THAN_0, lambda s: s.gradient_accumulation_steps > 0),
     "image_size": (

@@ -124,7 +124,7 @@ class HoneybeeDataCollator:
         """
         if self.max_length is None:
             return
-        # A token is a byte at least, and a piece costs its marker and a blank: that tells without a tokenizer for most.
+        # A token is at least a byte, and a piece costs its marker and a blank: for most samples that is all one has to know.
         size, needed, answered = 128, 0, False
         for message in messages:
             for item in message["content"]:

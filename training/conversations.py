@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 MAX_DECODED_CHECKS = 1000
 # What is read of a dataset: `messages`, or `prompt` and `completion`; `images` or `image`; and `system`.
 COLUMNS = ("messages", "images", "image", "prompt", "completion", "system")
-# What would be missed in training, by the names that other trainers read and by the ends of file names.
+# Columns that would be missed in training: by the names that other trainers read, and by the endings of file names.
 UNREAD = {"video", "videos", "audio", "audios", "tools", "documents"}
 MEDIA = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|mp4|webm|mov|avi|mkv|wav|mp3|flac|ogg)$", re.IGNORECASE)
 
@@ -180,7 +180,7 @@ def _rename(dataset: Dataset, name: str, columns: dict[str, str]) -> Dataset:
 
 
 def _check_columns(dataset: Dataset, name: str) -> None:
-    """Nothing that a dataset has is left out without a word.
+    """Names the columns that training does not read.
 
     Raises:
         ValueError: a column that training does not read holds pictures or other data that the conversations need.
@@ -208,7 +208,7 @@ def _check_columns(dataset: Dataset, name: str) -> None:
 
 
 def looks_local(name: str) -> bool:
-    """Whether the name of a dataset means something on this disk, also where it is not there."""
+    """Whether a dataset's name can only be a path on this disk, even if nothing is there."""
     return os.path.isabs(name) or name.startswith(".") or name.endswith((".json", ".jsonl", ".parquet"))
 
 

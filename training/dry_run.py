@@ -12,7 +12,7 @@ from training.settings import Settings
 from training.stages import parts_table
 
 MEASURED = 64  # samples whose tokens are counted
-DEVICES = 8  # that the estimate shows sharding for, where only one process is running
+DEVICES = 8  # over which the estimate shards, where only one process is running
 
 
 @dataclass
@@ -70,7 +70,7 @@ def dry_run(settings: Settings) -> str:
 
 
 def not_shown_lines(settings: Settings) -> list[str]:
-    """What the start of a run shows and a dry run, which reads no weights, does not."""
+    """What only the start of a run can show, because a dry run reads no weights."""
     own = settings.honeybee
     if settings.model.model_name_or_path:
         return []
@@ -96,7 +96,7 @@ def learning_rate_line(training: SFTConfig, steps: int) -> str:
 
 
 def measure_tokens(plan: Plan) -> Tokens:
-    """Tokens of the run's first samples; a mixture's are read with their images, so that missing files are noticed."""
+    """Counts the run's first samples. Those of a mixture are read with their images, so that missing files are noticed."""
     samples = []
     for index in range(min(MEASURED, len(plan.dataset))):
         sample = plan.mixture[index] if plan.mixture is not None else plan.dataset[index]

@@ -86,8 +86,8 @@ def dataset_lengths(dataset: Dataset, collator: HoneybeeDataCollator) -> Lengths
 
 
 def mixture_lengths(mixture: Mixture, collator: HoneybeeDataCollator, window: int) -> Lengths:
-    """Lengths of a mixture's draws; images are not read. A draw whose record is of no use counts as one token: the
-    record that takes its place is known only when it is read.
+    """Lengths of a mixture's draws; images are not read. A draw whose record cannot be used counts as one token: which
+    record takes its place is known only when it is read.
 
     Args:
         window: samples that are sorted together.

@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def new_model_settings(args: HoneybeeArguments) -> dict:
-    """What is said about a new model besides the names of its parts: image size, layer of the tower, and projector."""
+    """The settings of a new model apart from the names of its parts: image size, layer of the tower, and projector."""
     layers = args.vision_feature_layer or [-2]
     layers = layers if len(layers) > 1 else layers[0]
     return {"image_size": args.image_size, "vision_feature_layer": layers, **(args.projector or {})}

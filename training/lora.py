@@ -18,7 +18,7 @@ from processing import HoneybeeProcessor
 from training.engines import whole_models
 from training.loading import load_model
 from training.settings import Settings, is_set
-from training.stages import parameter_counts, set_trained
+from training.stages import parameter_counts, set_trained, trains_language_model
 
 QUANTIZATION = ("load_in_4bit", "load_in_8bit")
 # What of TRL's `ModelConfig` makes one run with LoRA another one than the next.
@@ -70,7 +70,7 @@ def lora_modules(stage: str, targets: str | list[str] = ("q_proj", "v_proj")) ->
     Raises:
         ValueError: LoRA in alignment, which does not train the LLM.
     """
-    if stage != "instruct":
+    if not trains_language_model(stage):
         raise ValueError(f"LoRA adapts the LLM, which stage {stage!r} does not train; use it with --stage instruct")
     if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
         targets = [targets]

@@ -19,7 +19,7 @@ from training.recipe.config import Recipe, load_recipe
 from training.recipe.mixture import Mixture
 from training.recipe.sources import open_mixture
 from training.settings import Settings
-from training.stages import parameter_counts, set_trained
+from training.stages import parameter_counts, set_trained, trains_language_model
 
 
 @dataclass
@@ -70,16 +70,26 @@ def make_plan(settings: Settings) -> Plan:
     lora = lora_config(settings, skeleton)
     if model.model_name_or_path:
         check_weights(model.model_name_or_path, skeleton)
-    if lora is None:
-        set_trained(skeleton, own.stage)
-        parameters = parameter_counts(skeleton)
-    else:
-        parameters = parameter_counts_with(lora, skeleton)
+    parameters = count_parameters(skeleton, own.stage, lora)
     disk_bytes = bytes_to_write(settings, parameters, config)
 
     collator = HoneybeeDataCollator(processor, max_length=training.max_length, pack=own.batching == "packed")
     dataset, mixture = open_data(settings, recipe, collator)
     return Plan(identity, checkpoint, dataset, mixture, collator, config, lora, parameters, disk_bytes)
+
+
+def count_parameters(
+    skeleton: HoneybeeForConditionalGeneration, stage: str, lora: LoraConfig | None
+) -> dict[str, tuple[int, int]]:
+    """[`parameter_counts`] of the model as it will be trained.
+
+    Raises:
+        ValueError: LoRA cannot be put into it.
+    """
+    if lora is not None:
+        return parameter_counts_with(lora, skeleton)
+    set_trained(skeleton, stage)
+    return parameter_counts(skeleton)
 
 
 def open_data(
@@ -91,18 +101,18 @@ def open_data(
         ValueError, FileNotFoundError: samples that cannot be trained on. What of a mixture does not fit into `max_length`
             is the mixture's to skip and count.
     """
-    own, aligns = settings.honeybee, settings.honeybee.stage == "align"
+    own, needs_images = settings.honeybee, not trains_language_model(settings.honeybee.stage)
     # The first process fills the caches, the others read them.
     with settings.training.main_process_first(desc="opening the data"):
         if recipe is None:
             dataset = load_conversations(own.dataset, own.dataset_split)
             collator.image_root = image_root(own.dataset)
-            check_dataset(dataset, collator.image_root, aligns, collator.check_length)
+            check_dataset(dataset, collator.image_root, needs_images, collator.check_length)
             check_number(dataset, settings)
             return dataset, None
         path = own.mixture if isinstance(own.mixture, str) else "mixture"
         mixture = open_mixture(recipe, settings.training.max_steps * settings.global_batch_size, path, collator)
-        if aligns:
+        if needs_images:
             check_images(mixture)
         return mixture.as_dataset(), mixture
 

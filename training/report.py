@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is left to read when a run ends: a plot of the loss and a page that says what was trained on what, and how."""
+"""What is left to read when a run ends: a plot of the loss, and a page that says what was trained, on what, and how."""
 
 import logging
 import os
@@ -24,14 +24,14 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "b
 
 
 class Report(TrainerCallback):
-    """Writes [`loss_plot`] and [`run_summary`] into the output folder. Hangs on the trainer for whoever has saved the model,
-    because a callback's own turn, the end of training, comes before that."""
+    """Writes [`loss_plot`] and [`run_summary`] into the output folder. The trainer only carries it, and whoever has saved the
+    model calls `write`: a callback's own turn, the end of training, comes before that."""
 
     def __init__(self, settings: Settings, plan: Plan):
         self.settings, self.plan = settings, plan
 
     def write(self, state: TrainerState) -> None:
-        """What cannot be written is a warning."""
+        """Writes both; a failure is only a warning."""
         writers = {
             PLOT: lambda path: loss_plot(state, path),
             SUMMARY: lambda path: Path(path).write_text(run_summary(self.settings, self.plan, state), encoding="utf-8"),

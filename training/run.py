@@ -11,6 +11,7 @@ import yaml
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import TrainerCallback
 
+from modeling_honeybee import HoneybeeForConditionalGeneration
 from modeling_honeybee.model_folder import NetworkError
 from training.checkpoints import check_output_dir, copy_model, is_finished, mark_run
 from training.dry_run import dry_run
@@ -66,13 +67,7 @@ def prepare(settings: Settings) -> tuple[HoneybeeTrainer, str | None]:
     plan, training = make_plan(settings), settings.training
     existing = check_output_dir(training.output_dir)  # the trainer makes the folder
     model = load_model(settings)
-    if plan.lora is None:
-        freeze_for_stage(model, settings.honeybee.stage)
-    else:
-        freeze_for_lora(model)
-        logger.info("Stage %s with LoRA of rank %s:", settings.honeybee.stage, plan.lora.r)
-        for line in parts_table(plan.parameters):
-            logger.info("  %s", line)
+    freeze(model, settings, plan)
     if settings.honeybee.batching == "packed":
         use_packed_attention(model.model.language_model)
     trainer = HoneybeeTrainer(
@@ -93,6 +88,18 @@ def prepare(settings: Settings) -> tuple[HoneybeeTrainer, str | None]:
     if plan.checkpoint is None and trainer.is_world_process_zero():
         mark_run(plan.identity, training)
     return trainer, plan.checkpoint
+
+
+def freeze(model: HoneybeeForConditionalGeneration, settings: Settings, plan: Plan) -> None:
+    """Freezes what the run does not train, and logs what it does."""
+    stage = settings.honeybee.stage
+    if plan.lora is None:
+        freeze_for_stage(model, stage)
+        return
+    freeze_for_lora(model)
+    logger.info("Stage %s with LoRA of rank %s:", stage, plan.lora.r)
+    for line in parts_table(plan.parameters):
+        logger.info("  %s", line)
 
 
 def callbacks(settings: Settings, plan: Plan) -> list[TrainerCallback]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # these and torch load for seconds, which a wrong setting of 
 logger = logging.getLogger(__name__)
 
 OURS = "the model's own processor prepares the samples"
-# Settings of `SFTConfig` that a Honeybee's run has no use for, and why. They are put back, with a warning.
+# Settings of `SFTConfig` that would change nothing in a Honeybee's run, and why. They are put back, with a warning.
 WITHOUT_EFFECT = {
     "assistant_only_loss": "only the assistant's words are learned anyway",
     "dataset_text_field": OURS,
@@ -30,8 +30,8 @@ WITHOUT_EFFECT = {
 
 @dataclass
 class Settings:
-    """What makes a run. Made, it is complete: settings that follow from others are filled in, such as the accumulation
-    steps from the global batch, and nothing changes them afterwards.
+    """What makes a run. Making it completes it: settings that follow from others are filled in, such as the accumulation
+    steps from the global batch. No check changes them afterwards.
 
     Args:
         honeybee: what is trained on what.
@@ -78,7 +78,8 @@ class Settings:
     def _put_back_what_has_no_effect(self) -> None:
         given = [name for name in WITHOUT_EFFECT if is_set(self.training, name)]
         if given:
-            logger.warning("without effect here: %s", "; ".join(f"{name} ({WITHOUT_EFFECT[name]})" for name in given))
+            why = "; ".join(f"{name} ({WITHOUT_EFFECT[name]})" for name in given)
+            logger.warning("These settings change nothing here and are left out: %s", why)
         for name in given:
             setattr(self.training, name, type(self.training).__dataclass_fields__[name].default)
 

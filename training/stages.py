@@ -32,6 +32,11 @@ def set_trained(model: HoneybeeForConditionalGeneration, stage: str) -> None:
         parameter.requires_grad_(name.startswith(TRAINED[stage]))
 
 
+def trains_language_model(stage: str) -> bool:
+    """Whether a stage learns from text as well; one that does not learns from images alone, through the projector."""
+    return "model.language_model." in TRAINED[stage]
+
+
 def freeze_for_stage(model: HoneybeeForConditionalGeneration, stage: str) -> None:
     """[`set_trained`], and logs how many parameters there are of each part."""
     set_trained(model, stage)
@@ -41,8 +46,8 @@ def freeze_for_stage(model: HoneybeeForConditionalGeneration, stage: str) -> Non
 
 
 def parameter_counts(model: HoneybeeForConditionalGeneration) -> dict[str, tuple[int, int]]:
-    """Part of the model -> its parameters, and those of them that are trained. A head that is tied to the embedding
-    counts there, and the frozen original that peft keeps beside a module trained in full does not."""
+    """How many parameters each part of the model has, and how many of them are trained. A head that is tied to the embedding
+    counts there. The frozen original that peft keeps beside a module trained in full does not count."""
     counts, seen = {}, {id(p) for name, p in model.named_parameters() if ".original_module." in name}
     for part, module in {**dict(model.model.named_children()), "lm_head": model.lm_head}.items():
         own = [p for p in module.parameters() if id(p) not in seen]
@@ -64,7 +69,7 @@ def parts_table(counts: dict[str, tuple[int, int]]) -> list[str]:
 
 
 def keep_trained_in_float32(model: nn.Module) -> None:
-    """Mixed precision computes in half precision, but a step of AdamW is too small for weights that are held in it."""
+    """Under mixed precision only what is computed is in half precision: a step of AdamW is too small for weights in it."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()

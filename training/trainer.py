@@ -32,9 +32,9 @@ def learned_only(inputs: dict) -> dict:
 
 
 def count_batch(inputs: dict[str, torch.Tensor], image_token_id: int) -> torch.Tensor:
-    """Of a batch, (4,) int64: samples, tokens without and with padding, and visual tokens.
+    """Counts a batch: samples, tokens without padding, tokens with it, and visual tokens, (4,) int64.
 
-    Samples are rows, or in a packed row what `position_ids` start anew.
+    A sample is a row, or in a packed row what begins at a `position_ids` of 0.
     """
     input_ids, mask, positions = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
     padded = torch.tensor(input_ids.numel(), device=input_ids.device)
@@ -120,7 +120,7 @@ class HoneybeeTrainer(SFTTrainer):
             super()._save(output_dir, state_dict)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """None: TRL's tells how to ask a text model. `hub_upload/push.py` writes ours."""
+        """Writes none: TRL's tells how to ask a text model. `hub_upload/push.py` writes ours."""
 
     def end(self) -> None:
         """Leaves the other processes, once all is saved, and lets go of what only training needs."""

@@ -69,7 +69,7 @@ def is_model(folder: str) -> bool:
 
 
 def train_stage(folder: str, stage: str, dataset: str, seed: int, **model) -> str:
-    """Trains a stage into `folder` unless it is finished there, or what is left of it; returns `folder`."""
+    """Trains a stage, or what is left of it, unless `folder` holds it already; returns `folder`."""
     if is_model(folder):
         return folder
     stopped = last_whole_checkpoint(folder) is not None
