@@ -34,7 +34,7 @@ def set_trained(model: HoneybeeForConditionalGeneration, stage: str) -> None:
 
 def trains_language_model(stage: str) -> bool:
     """Whether a stage learns from text as well; one that does not learns from images alone, through the projector."""
-    return "model.language_model." in TRAINED[stage]
+    return "model.language_model.".startswith(TRAINED[stage])
 
 
 def freeze_for_stage(model: HoneybeeForConditionalGeneration, stage: str) -> None:
