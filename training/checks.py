@@ -35,8 +35,9 @@ from training.engines import settle_deepspeed, whole_models
 from training.loading import DTYPES, bytes_of, load_config_and_processor, state_bytes
 from training.packed_attention import PACKABLE
 from training.recipe.config import load_recipe
-from training.recipe.mixture import Mixture, UnusableRecordError
+from training.recipe.mixture import Mixture
 from training.recipe.sources import open_mixture
+from training.samples import BadSampleError
 from training.saving import check_savable
 from training.stages import TRAINED, linear_names, lora_modules, parameter_counts, set_trained
 
@@ -130,7 +131,7 @@ def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: Mod
             # What does not fit into max_length is the mixture's to skip and count.
             samples = training_args.max_steps * global_batch_size(training_args)
             path = args.mixture if isinstance(args.mixture, str) else "mixture"
-            mixture = open_mixture(recipe, samples, path, collator)
+            mixture = open_mixture(recipe, samples, path, collator.check_length)
             if args.stage == "align":
                 _check_images(mixture)
             dataset = mixture.as_dataset()
@@ -149,7 +150,7 @@ def _check_images(mixture: Mixture) -> None:
     draws = range(min(LOOKED_AT, len(mixture)))
     images = []
     for draw in draws:
-        with suppress(UnusableRecordError):
+        with suppress(BadSampleError):
             images.append(mixture.glance(draw)["images"])
     if images and not any(images):
         raise ValueError(

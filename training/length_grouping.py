@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of samples of about one length, for training with padding."""
 
-import copy
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 from datasets import Dataset
@@ -12,7 +10,8 @@ from torch.utils.data import Sampler
 from training.checkpoints import global_batch_size
 from training.collator import HoneybeeDataCollator
 from training.conversations import undecoded
-from training.recipe.mixture import Mixture, Stream, UnusableRecordError
+from training.recipe.mixture import Mixture
+from training.samples import BadSampleError
 from training.trainer import HoneybeeTrainer
 
 WINDOW = 16  # global batches that are sorted together
@@ -105,18 +104,9 @@ def mixture_lengths(mixture: Mixture, collator: HoneybeeDataCollator, window: in
     record that takes its place is known only when it is read.
 
     Args:
-        window: samples that are sorted together. The mixture's streams are told to keep that many records, since the
-            sorted draws do not read them in order.
+        window: samples that are sorted together.
     """
-    ahead = copy.copy(mixture)  # reads a window before the mixture itself does, from streams of its own
-    ahead.sources = [
-        replace(source, records=Stream(source.records.records)) if isinstance(source.records, Stream) else source
-        for source in mixture.sources
-    ]
-    ahead._orders = {}
-    for source in mixture.sources:
-        if isinstance(source.records, Stream):
-            source.records.keep(window)
+    ahead = mixture.read_ahead(window)
 
     def lengths(draws: list[int]) -> list[int]:
         found = dict.fromkeys(draws, 1)
@@ -124,7 +114,7 @@ def mixture_lengths(mixture: Mixture, collator: HoneybeeDataCollator, window: in
         for draw in draws:
             try:
                 samples[draw] = ahead.glance(draw)
-            except UnusableRecordError:
+            except BadSampleError:
                 continue
         found.update(zip(samples, collator.lengths(list(samples.values()))))
         return list(found.values())

@@ -14,7 +14,7 @@ from trl import ModelConfig, SFTConfig
 from training.arguments import HoneybeeArguments
 from training.checkpoints import RECORDED
 from training.checks import Plan
-from training.preview import mixture_table
+from training.recipe.table import mixture_table
 from training.stages import parts_table
 
 logger = logging.getLogger(__name__)

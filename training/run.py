@@ -20,9 +20,9 @@ from training.interruption import StopOnSignal
 from training.length_grouping import WINDOW, GroupedTrainer, dataset_lengths, mixture_lengths
 from training.loading import load_model, merge_adapter
 from training.packed_attention import use_packed_attention
-from training.recipe.mixture import TooManyBadSamplesError
 from training.recipe.trainer import MixtureCallback, MixtureTrainer
 from training.report import Report
+from training.samples import TooManyBadSamplesError
 from training.saving import prove_saving, push
 from training.stages import freeze_for_stage, keep_trained_in_float32, parts_table, set_trained
 from training.trainer import HoneybeeTrainer

@@ -14,15 +14,16 @@ from tests.golden import FULL, TOKENIZER
 from tests.tiny import tiny_processor
 from training import preview
 from training.collator import HoneybeeDataCollator
+from training.recipe.catalogue import DATASETS
 from training.recipe.config import Options, Recipe
 from training.recipe.instructize import Instructions, instructize
-from training.recipe.readers import TASKS, read
+from training.recipe.records import read
 from training.recipe.turns import choose_turns, clusters, merge_turns
 
 pytestmark = pytest.mark.skipif(not FULL.is_dir(), reason="the reference data is not beside this checkout")
 
 DATA = FULL / "data"
-FILES = {name: name for name in TASKS} | {
+FILES = {name: name for name in DATASETS} | {
     "coyo": "coyo100m",
     "vqav2": "vqa",
     "refcoco_plus": "refcocop",
@@ -82,7 +83,7 @@ STATEMENTS = {("vsr", 1), ("vsr", 2), ("vsr", 3), ("vsr", 4)}  # "is" split insi
 BRACKETS = {("sqa", 3)}  # "vitamin (B)" taken for an option
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", DATASETS)
 def test_every_line(name, collator):
     dataset = read(name, str(DATA / "raw" / "data"))
     records = list(dataset)
@@ -128,7 +129,7 @@ def test_every_line(name, collator):
 
 
 @pytest.mark.parametrize(
-    "datasets, epochs", [(["sqa", "aokvqa"], 300), ([name for name in TASKS if name not in ("sqa", "aokvqa")], 20)]
+    "datasets, epochs", [(["sqa", "aokvqa"], 300), ([name for name in DATASETS if name not in ("sqa", "aokvqa")], 20)]
 )
 def test_preview_writes_the_official_texts(datasets, epochs, tmp_path):
     config, file = tmp_path / "recipe.yaml", tmp_path / "samples.jsonl"

@@ -19,15 +19,11 @@ from trl import SFTConfig
 
 from tests.tiny import picture, tiny_model, tiny_processor
 from training.collator import HoneybeeDataCollator
-from training.recipe.mixture import (
-    Mixture,
-    Source,
-    Stream,
-    TooManyBadSamplesError,
-    sample_random,
-    sampling_weights,
-)
+from training.recipe.balancing import sampling_weights
+from training.recipe.mixture import Mixture, Source, sample_random
+from training.recipe.stream import Stream
 from training.recipe.trainer import MixtureCallback, MixtureTrainer
+from training.samples import TooManyBadSamplesError
 
 SIZES = {"tiny": 7, "small": 900, "medium": 40_000, "large": 160_000, "huge": 3_000_000}
 TASKS = {"tiny": "a", "small": "a", "medium": "b", "large": "b", "huge": "b"}

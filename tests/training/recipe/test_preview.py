@@ -13,7 +13,8 @@ from tests.tiny import REPOSITORY, picture, run_script, tiny_processor
 from training import preview
 from training.collator import HoneybeeDataCollator
 from training.quickstart import recipe_data
-from training.recipe.mixture import Source, Stream
+from training.recipe.mixture import Source
+from training.recipe.stream import Stream
 
 
 def question(record, rng):

@@ -8,12 +8,14 @@ from datasets import Dataset, Image, IterableDataset, load_from_disk
 
 from tests.tiny import picture
 from training.conversations import load_conversations, normalize_conversation
+from training.recipe.catalogue import DATASETS, annotation_files, split_options
+from training.recipe.catalogue import as_question as question
 from training.recipe.config import parse_recipe
-from training.recipe.files import FILES, annotation_files
-from training.recipe.readers import FEATURES, GENERATORS, TASKS, read, split_options
-from training.recipe.readers import as_question as question
+from training.recipe.records import FEATURES, read
 from training.recipe.sources import open_mixture
 from training.recipe.turns import merge_turns
+
+FILES = {name: dataset.files for name, dataset in DATASETS.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +35,8 @@ def turns(record) -> list[dict]:
 
 
 def test_every_dataset_has_a_reader_a_task_and_files():
-    assert GENERATORS.keys() == TASKS.keys() == FILES.keys()
-    assert len(GENERATORS) == 14
+    assert all(dataset.read and dataset.task and dataset.files for dataset in DATASETS.values())
+    assert len(DATASETS) == 14
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_missing_files_are_all_named(tmp_path):
         read("vqav2", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"blip_laion/\*\.tar"):
         read("blip", str(tmp_path))
-    with pytest.raises(ValueError, match="'vqa' has no reader; there are blip"):
+    with pytest.raises(ValueError, match="'vqa' has no reader; there are coyo, blip"):
         annotation_files("vqa", str(tmp_path))
 
 
@@ -127,7 +129,7 @@ def test_rows_that_cannot_be_understood_stay_as_records_without_turns(name, tmp_
     dataset = read(name, str(tmp_path))
     assert isinstance(dataset, Dataset) and dataset.features == FEATURES
     assert [len(record["turns"]) for record in dataset] == [0, 0, 1]
-    assert {(record["dataset"], record["task"]) for record in dataset} == {(name, TASKS[name])}
+    assert {(record["dataset"], record["task"]) for record in dataset} == {(name, DATASETS[name].task)}
 
 
 def test_vg_rows_that_cannot_be_understood(tmp_path):

@@ -5,7 +5,8 @@ import pytest
 import yaml
 
 from tests.tiny import REPOSITORY
-from training.recipe.config import DATASETS, TASKS, Recipe, RecipeError, load_recipe, parse_recipe
+from training.recipe.catalogue import DATASETS, TASKS
+from training.recipe.config import Recipe, RecipeError, load_recipe, parse_recipe
 
 FOLDER = REPOSITORY / "training" / "configs" / "recipes"
 SETTINGS = yaml.safe_load((FOLDER / "recipe.yaml").read_text())["mixture"]
@@ -43,7 +44,9 @@ def test_the_rows_cover_every_axis_and_value():
     assert {r.identifiers for r in recipes} == {"none", "dataset-name", "task-name"}
     assert {r.granularity for r in recipes} == {"fine", "coarse"}
     assert {r.diversity for r in recipes} == {"single", "multi", "multi+flip"}
-    assert {frozenset(TASKS) - {DATASETS[n] for n in r.chosen()} for r in recipes} >= {frozenset([t]) for t in TASKS}
+    assert {frozenset(TASKS) - {DATASETS[n].task for n in r.chosen()} for r in recipes} >= {
+        frozenset([t]) for t in TASKS
+    }
     assert scores["balancing=per-task"] == 67.4 and scores["turns.deduplicate={}"] == 69.6 and scores[None] == 70.6
 
 
