@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe's settings: the shipped ones, the paper's rows as overrides of them, and what is said of wrong ones."""
 
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -11,6 +14,14 @@ from training.recipe.config import Recipe, RecipeError, load_recipe, parse_recip
 FOLDER = REPOSITORY / "training" / "configs" / "recipes"
 SETTINGS = yaml.safe_load((FOLDER / "recipe.yaml").read_text())["mixture"]
 ROWS = yaml.safe_load((FOLDER / "paper_rows.yaml").read_text())
+
+
+def test_settings_are_read_without_the_libraries_that_read_data():
+    command = "import sys, training.recipe.config; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    loaded = set(result.stdout.split())
+    assert "training.recipe.catalogue" in loaded
+    assert not loaded & {"torch", "transformers", "datasets", "pyarrow", "PIL", "processing", "training.recipe.mixture"}
 
 
 def changed(recipe):
