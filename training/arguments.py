@@ -3,12 +3,12 @@
 
 import json
 from dataclasses import dataclass, field
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from trl import TrlParser
 
 from training.stages import TRAINED
+from training.yaml_file import is_of_type, parts_of
 
 BATCHINGS = ("packed", "grouped", "padded")
 
@@ -88,29 +88,6 @@ class EngineArguments:
     deepspeed: dict | str | None = None
 
 
-def parts_of(hint) -> tuple:
-    """The types of a union, or the one type."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def fits(value, hint) -> bool:
-    """Whether a value is of this type; a whole number is a float, too."""
-    kind, inner = get_origin(hint) or hint, get_args(hint)
-    if kind in (Union, UnionType):
-        return any(fits(value, part) for part in inner)
-    if kind is Any:
-        return True
-    if value is None:
-        return kind is type(None)
-    if kind is Literal:
-        return value in inner
-    if isinstance(value, bool):
-        return kind is bool
-    if kind is list:
-        return isinstance(value, list) and all(fits(item, part) for part in inner for item in value)
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
 def in_words(hint) -> str:
     """A type in words: `mapping or str` of `dict | str | None`."""
     names = [str(part) if get_origin(part) else part.__name__ for part in parts_of(hint) if part is not type(None)]
@@ -128,9 +105,9 @@ class Parser(TrlParser):
             takes_list = any(get_origin(part) is list for part in parts_of(hint))
             text = isinstance(value, str) and not takes_list
             # The trainer takes true for "the last one", though its type says text.
-            if text or fits(value, hint) or name == "resume_from_checkpoint":
+            if text or is_of_type(value, hint) or name == "resume_from_checkpoint":
                 continue
-            if takes_list and fits([value], hint):
+            if takes_list and is_of_type([value], hint):
                 settings[name] = [value]
             else:
                 raise ValueError(

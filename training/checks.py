@@ -26,7 +26,8 @@ from training.arguments import BATCHINGS, HoneybeeArguments
 from training.loading import DTYPES
 from training.lora import check_lora_settings
 from training.packed_attention import PACKABLE
-from training.recipe.mixture import Mixture, UnusableRecordError
+from training.recipe.mixture import Mixture
+from training.samples import BadSampleError
 from training.saving import check_savable
 from training.settings import Settings, is_set
 from training.stages import TRAINED
@@ -380,7 +381,7 @@ def check_images(mixture: Mixture) -> None:
     draws = range(min(SEARCHED_FOR_AN_IMAGE, len(mixture)))
     images = []
     for draw in draws:
-        with suppress(UnusableRecordError):
+        with suppress(BadSampleError):
             images.append(mixture.glance(draw)["images"])
     if images and not any(images):
         raise ValueError(

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of samples of about one length, for training with padding."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 
 import numpy as np
 from datasets import Dataset
@@ -12,7 +10,8 @@ from torch.utils.data import Sampler
 
 from training.collator import HoneybeeDataCollator
 from training.conversations import undecoded
-from training.recipe.mixture import Mixture, Stream, UnusableRecordError
+from training.recipe.mixture import Mixture
+from training.samples import BadSampleError
 
 WINDOW = 16  # global batches that are sorted together
 
@@ -92,30 +91,15 @@ def mixture_lengths(mixture: Mixture, collator: HoneybeeDataCollator, window: in
     Args:
         window: samples that are sorted together.
     """
-    ahead = _read_ahead(mixture, window)
+    ahead = mixture.read_ahead(window)
 
     def lengths(draws: list[int]) -> list[int]:
         found = dict.fromkeys(draws, 1)
         samples = {}
         for draw in draws:
-            with suppress(UnusableRecordError):
+            with suppress(BadSampleError):
                 samples[draw] = ahead.glance(draw)
         found.update(zip(samples, collator.lengths(list(samples.values()))))
         return list(found.values())
 
     return lengths
-
-
-def _read_ahead(mixture: Mixture, window: int) -> Mixture:
-    """The mixture, to glance at draws before the mixture itself reads them, from streams of its own. The mixture's streams
-    are told to keep `window` records, since sorted draws do not read them in order."""
-    ahead = copy.copy(mixture)
-    ahead.sources = [
-        replace(source, records=Stream(source.records.records)) if isinstance(source.records, Stream) else source
-        for source in mixture.sources
-    ]
-    ahead._orders = {}
-    for source in mixture.sources:
-        if isinstance(source.records, Stream):
-            source.records.keep(window)
-    return ahead

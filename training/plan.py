@@ -111,7 +111,9 @@ def open_data(
             check_number(dataset, settings)
             return dataset, None
         path = own.mixture if isinstance(own.mixture, str) else "mixture"
-        mixture = open_mixture(recipe, settings.training.max_steps * settings.global_batch_size, path, collator)
+        mixture = open_mixture(
+            recipe, settings.training.max_steps * settings.global_batch_size, path, collator.check_length
+        )
         if needs_images:
             check_images(mixture)
         return mixture.as_dataset(), mixture

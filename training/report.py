@@ -13,7 +13,7 @@ from trl import SFTConfig
 
 from training.checkpoints import RECORDED
 from training.plan import Plan
-from training.preview import mixture_table
+from training.recipe.table import mixture_table
 from training.settings import Settings
 from training.stages import parts_table
 

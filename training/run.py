@@ -21,9 +21,9 @@ from training.loading import load_model
 from training.lora import freeze_for_lora, merge_adapter
 from training.packed_attention import use_packed_attention
 from training.plan import Plan, make_plan
-from training.recipe.mixture import TooManyBadSamplesError
 from training.recipe.trainer import MixtureCallback
 from training.report import Report
+from training.samples import TooManyBadSamplesError
 from training.saving import prove_saving, push
 from training.settings import Settings
 from training.stages import freeze_for_stage, keep_trained_in_float32, parts_table

@@ -12,11 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features
 
+from training.recipe.config import KEEPS, KEYS
+
 # Their turns are questions of their own. Dialogues and captions stay as they are.
 MERGEABLE_TASKS = ("vqa-open", "vqa-multiple-choice", "referring-expression")
-# Ways to de-duplicate: what agrees, and which one stays.
-KEYS = ("answer", "bbox")
-KEEPS = ("draw", "first")
 
 
 def clusters(keys: list) -> list[list[int]]:
@@ -55,7 +54,7 @@ def merge_turns(
     image, or without turns, are merged with no other. Dialogues and captions come back as they are.
 
     Args:
-        dataset: records of one dataset, as in `readers`.
+        dataset: records of one dataset, as in `catalogue`.
         max_turns: None for no limit; 1 keeps every question on its own, duplicates included.
         key: "answer" or "bbox": turns with the same one count once against `max_turns` and stand in one conversation,
             one behind the other, for `choose_turns` to keep one of them.
