@@ -59,7 +59,7 @@ REFUSED = {
     "trust_remote_code": "towers and LLMs with code of their own are not supported, because a saved Honeybee carries its own "
     "code alone; leave it out",
 }
-# Single values of settings that ask for it.
+# The same, where one value alone asks for it.
 REFUSED_VALUES = {
     ("save_strategy", "best"): NO_EVALUATION,
     ("train_sampling_strategy", "group_by_length"): GROUPING,  # of transformers 5
