@@ -60,7 +60,7 @@ REFUSED = {
     "trust_remote_code": "towers and LLMs with code of their own are not supported, because a saved Honeybee carries its own "
     "code alone; leave it out",
 }
-# Single values of settings that ask for it.
+# The same, where one value alone asks for it.
 REFUSED_VALUES = {
     ("save_strategy", "best"): NO_EVALUATION,
     ("train_sampling_strategy", "group_by_length"): GROUPING,  # of transformers 5
@@ -70,30 +70,20 @@ MORE_THAN_0 = "more than 0"
 # Setting -> what it must be, and whether it is, given all settings of its class.
 RANGES: dict[str, tuple[str, Callable]] = {
     "gradient_accumulation_steps": (MORE_THAN_0, lambda s: s.gradient_accumulation_steps > 0),
-    "image_size": (
-        "at least one patch; leave it out for the tower's own",
-        lambda s: s.image_size is None or s.image_size >= 1,
-    ),
+    "image_size": ("at least one patch; leave it out for the tower's own", lambda s: s.image_size is None or s.image_size >= 1),
     "label_smoothing_factor": ("from 0 to below 1", lambda s: 0 <= s.label_smoothing_factor < 1),
-    "learning_rate": (
-        "more than 0 and finite; stage 1 uses 3e-4, stage 2 2e-5",
-        lambda s: 0 < s.learning_rate < math.inf,
-    ),
+    "learning_rate": ("more than 0 and finite; stage 1 uses 3e-4, stage 2 2e-5", lambda s: 0 < s.learning_rate < math.inf),
     "logging_steps": (MORE_THAN_0, lambda s: s.logging_steps > 0),
     "lora_alpha": (f"{MORE_THAN_0}; use twice lora_r, for instance", lambda s: not s.use_peft or s.lora_alpha > 0),
     "max_grad_norm": ("at least 0 (0: no clipping)", lambda s: s.max_grad_norm >= 0),
     "max_length": ("at least 1, or none", lambda s: s.max_length is None or s.max_length >= 1),
     "max_steps": (f"{MORE_THAN_0}, or -1 for --num_train_epochs", lambda s: s.max_steps > 0 or s.max_steps == -1),
-    "num_train_epochs": (
-        "more than 0 and finite, or give --max_steps",
-        lambda s: s.max_steps > 0 or 0 < s.num_train_epochs < math.inf,
-    ),
+    "num_train_epochs": ("more than 0 and finite, or give --max_steps",
+                         lambda s: s.max_steps > 0 or 0 < s.num_train_epochs < math.inf),
     "per_device_train_batch_size": (MORE_THAN_0, lambda s: s.per_device_train_batch_size > 0),
-    "save_steps": (
-        f"{MORE_THAN_0}, or --save_strategy no",
-        lambda s: s.save_strategy != SaveStrategy.STEPS or s.save_steps > 0,
-    ),
-}
+    "save_steps": (f"{MORE_THAN_0}, or --save_strategy no",
+                   lambda s: s.save_strategy != SaveStrategy.STEPS or s.save_steps > 0),
+}  # fmt: skip
 
 
 def check_settings(settings: Settings) -> None:

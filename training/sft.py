@@ -11,9 +11,9 @@
         --model_name_or_path outputs/align --dataset data.jsonl --output_dir outputs/instruct    # stage 2
 
 `--mixture training/configs/recipes/recipe.yaml` in place of `--dataset` trains on a recipe of several datasets. Every
-field of `SFTConfig` is a flag and a YAML key, and so are TRL's model and LoRA settings (`--use_peft`); what changes nothing
-here is named, and what cannot be is refused. `--dry_run` checks and describes a run without starting it. SIGTERM and Ctrl-C save after the
-step and exit with code 0; `--resume` goes on.
+field of `SFTConfig` is a flag and a YAML key, and so are TRL's model and LoRA settings (`--use_peft`); what would change
+nothing is left out with a warning, and what cannot be is refused. `--dry_run` checks and describes a run without starting
+it. SIGTERM and Ctrl-C save after the step and exit with code 0; `--resume` goes on.
 """
 
 import logging
