@@ -134,8 +134,8 @@ def _read_vsr(name, root, paths):
 def split_options(text: str) -> list[str]:
     """ScienceQA's "(A) one (B) two" as ["one", "two"].
 
-    Markers count in the order of the letters, each the last one before the next, so that a "(B)" that an option speaks
-    of makes no option.
+    The markers follow the alphabet. Where a letter comes several times, the last one before the next letter counts, so
+    that a "(B)" within an option begins no option.
 
     Raises:
         ValueError: no marker "(A)" at the beginning.
@@ -239,10 +239,10 @@ def _read_llava150k(name, root, paths):
 def _read_sharegpt(name, root, paths):
     def convert(row):
         messages = row["conversations"]
-        # As the official reader: a conversation may go on from an answer, but its first message is the human's.
+        # As in the official reader: an answer may follow an answer, but the first message is the human's.
         if messages[0]["from"] != "human":
             messages = messages[1:]
-        # "<image>" is something that people write about here.
+        # Here "<image>" is a word that people write about.
         said = ((_ROLES[said["from"]], _text(said["value"]).replace("<image>", "image")) for said in messages)
         return None, _dialogue(said)
 

@@ -62,11 +62,11 @@ class Instructions:
 
 
 def load_templates(path: str = "") -> dict:
-    """The templates of a file, ours where none is given, checked; see the head of templates.yaml for what is in it.
+    """Reads and checks a file of templates; ours without a path. The head of templates.yaml says what is in it.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: everything that is missing or unknown in it, at once.
+        ValueError: all that is missing or unknown in it.
     """
     path = Path(path) if path else TEMPLATES
     if not path.is_file():
@@ -118,7 +118,7 @@ def instructize(record: dict, instructions: Instructions, rng: random.Random) ->
 
     Args:
         record: as in `catalogue`, its turns chosen; or a sample with `messages`, which stays as it is.
-        rng: all that is drawn is drawn from it.
+        rng: for all that is drawn.
 
     Returns:
         `messages`; `images`, a list with the record's image or nothing; `chat_template`, "default" or "caption";
@@ -188,7 +188,7 @@ def _questions(record: dict, instructions: Instructions, rng: random.Random) -> 
 
 
 def _values(turn: dict, instructions: Instructions, rng: random.Random) -> dict[str, str | None]:
-    """What the fields of a template stand for; options lettered and, where wanted, shuffled."""
+    """The values of a template's fields. Options get their letters, in an order that is drawn if the recipe shuffles."""
     options = turn["options"]
     if options is None:
         return turn
@@ -237,7 +237,7 @@ def _fill(template: str, values: dict[str, str | None]) -> str:
 def _dialogue(record: dict, instructions: Instructions, rng: random.Random) -> tuple[list[dict], list[str]]:
     turns, skipped = [], []
     for turn in record["turns"]:
-        # None is a turn that the user goes on from or ends with; an answer of nothing would teach to say nothing.
+        # None as the answer means that the user speaks again, or last. An empty answer would teach to say nothing.
         if turn["answer"] is not None and not turn["answer"].strip():
             skipped.append("empty answer")
         else:
@@ -273,8 +273,8 @@ def _dialogue(record: dict, instructions: Instructions, rng: random.Random) -> t
 def _place_image(question: str) -> list[dict]:
     """The items of a question with "<image>" in it, as the official code reads it.
 
-    One line break between image and text goes. Only where the image opens the question does the text behind it have a
-    role marker of its own; otherwise it continues the image's, its line break included.
+    One line break between image and text is dropped. If the image opens the question, the text behind it gets a role
+    marker of its own. Otherwise the text continues the image's, and keeps its line break.
     """
     before, *others = question.split("<image>")
     content = [_words(before.removesuffix("\n"))] if before.removesuffix("\n") else []

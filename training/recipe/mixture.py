@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several sources mixed by weight into one sequence of samples.
 
-The mixture is random access: sample `k` is a function of the seed and `k` alone. So it is a map-style dataset, and who
-reads what is left to the samplers of torch and accelerate: any number of workers gives the same order, ranks share the
-batches out, and a resumed run goes on where `trainer_state.json` stands without reading what it skips. A chain of
+Sample `k` depends on the seed and on `k` alone. So the mixture is a map-style dataset, and the samplers of torch and
+accelerate decide which process reads what. The order is the same with any number of workers, ranks share the batches, and
+a resumed run goes on at the step of `trainer_state.json` without reading what it skips. A chain of
 `datasets.interleave_datasets`, `shuffle` and `split_dataset_by_node` has none of this: its position runs ahead with the
 workers' prefetching, its shuffle buffer is lost on saving, and its order depends on the number of workers.
 """
@@ -194,7 +194,7 @@ class Mixture(torch.utils.data.Dataset):
         self.sources, self.weights, self.num_samples, self.seed = sources, weights, num_samples, seed
         self.max_bad_fraction, self.fits = max_bad_fraction, fits
         self._bounds = np.cumsum(weights)
-        # What rounding leaves of the sum goes to the last source that has a weight.
+        # The last source with a weight gets what rounding leaves of the sum.
         self._bounds[np.flatnonzero(weights)[-1] :] = np.inf
         self._counts_before = [np.zeros(len(sources), dtype=np.int64)]  # draws of each source before each block
         self._block = (-1, None, None)
@@ -267,7 +267,7 @@ class Mixture(torch.utils.data.Dataset):
         return sources, indices
 
     def as_dataset(self) -> datasets.Dataset:
-        """The mixture as what TRL's trainer accepts: a `datasets.Dataset` of draw numbers, made samples on access."""
+        """As a `datasets.Dataset`, which TRL's trainer asks for. It holds draw numbers; reading one makes the sample."""
         draws = datasets.Dataset.from_dict({"draw": np.arange(self.num_samples, dtype=np.uint32)})
         draws.set_transform(self._columns)
         return draws
@@ -279,14 +279,14 @@ class Mixture(torch.utils.data.Dataset):
     # Draws
 
     def _draw(self, draw: int) -> tuple[int, int]:
-        """The number of the source of a draw, and how often that source was drawn before."""
+        """What a draw reads: the number of its source, and how often that was drawn before."""
         if not 0 <= draw < self.num_samples:
             raise IndexError(f"draw {draw} is outside of 0..{self.num_samples - 1}")
         sources, visits = self._drawn(draw // _BLOCK)
         return int(sources[draw % _BLOCK]), int(visits[draw % _BLOCK])
 
     def _drawn(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each draw of a block its source and how often that source was drawn before, (65536,) each."""
+        """The same for each draw of a block, (65536,) each."""
         if self._block[0] == block:
             return self._block[1:]
         while len(self._counts_before) <= block:
@@ -345,8 +345,8 @@ class Mixture(torch.utils.data.Dataset):
                 )
 
     def skipped(self) -> dict[str, dict[str, int]]:
-        """How many records and turns were skipped, by dataset and reason, in this process and its workers. A record is
-        counted each time that it is read."""
+        """Dataset -> reason -> records and turns that this process and its workers skipped. A record counts each time
+        that it is read."""
         counts = self._counts.numpy().sum(axis=0)
         return {
             source.name: {reason: int(n) for reason, n in zip(REASONS, row[_REASONS:]) if n}
@@ -371,14 +371,14 @@ class Mixture(torch.utils.data.Dataset):
         return {"seed": self.seed, "sources": sources}
 
     def state_dict(self) -> dict:
-        """What was mixed and what was skipped; the position is the sampler's, in `trainer_state.json`."""
+        """What was mixed and what was skipped. The position is not in it: the trainer keeps it."""
         return {**self._identity(), "counts": self._counts.numpy().sum(axis=0).tolist()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up the counts.
+        """Goes on with the counts of a checkpoint.
 
         Raises:
-            ValueError: the state is of another mixture, whose samples would be others.
+            ValueError: the checkpoint is of another mixture, which gives other samples.
         """
         for key, now in self._identity().items():
             if state[key] != now:
