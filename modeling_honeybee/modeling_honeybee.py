@@ -445,6 +445,29 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             touched = self.projector(torch.zeros(shape, dtype=parameter.dtype, device=inputs_embeds.device))
         return inputs_embeds + 0 * touched.sum().to(inputs_embeds.dtype)
 
+    def _embed(self, input_ids, inputs_embeds, pixel_values, encoded) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the language model reads (B, T, D_lm), and the visual tokens in it, if there are any."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        vocab_size = self.config.text_config.vocab_size
+        if pixel_values is not None and self.config.image_token_id >= vocab_size:
+            raise ValueError(
+                f"image_token_id={self.config.image_token_id} is no token of this vocabulary of {vocab_size}; set it in "
+                "the config to the id of <image>, after resize_token_embeddings where that is a new token"
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None or encoded is not None:
+            visual_tokens, mask = self._place_images(input_ids, inputs_embeds, pixel_values, encoded)
+            mask, placed = mask.to(inputs_embeds.device), visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+            return inputs_embeds.masked_scatter(mask.unsqueeze(-1), placed), visual_tokens
+        # A single token is a decoding step, whose images are in the cache.
+        if input_ids is not None and input_ids.shape[1] > 1:
+            self.get_placeholder_mask(input_ids, inputs_embeds, num_images=0)
+        if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.projector.parameters()):
+            inputs_embeds = self._touch_projector(inputs_embeds)
+        return inputs_embeds, None
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -480,31 +503,8 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one argument; give one of them")
         cache = past_key_values if cache is None else cache
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        vocab_size = self.config.text_config.vocab_size
-        if pixel_values is not None and self.config.image_token_id >= vocab_size:
-            raise ValueError(
-                f"image_token_id={self.config.image_token_id} is no token of this vocabulary of {vocab_size}; set it in "
-                "the config to the id of <image>, after resize_token_embeddings where that is a new token"
-            )
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-
-        encoded = (mm_encoder_outputs or {}).get("image")
-        visual_tokens = None
-        if pixel_values is not None or encoded is not None:
-            visual_tokens, mask = self._place_images(input_ids, inputs_embeds, pixel_values, encoded)
-            inputs_embeds = inputs_embeds.masked_scatter(
-                mask.unsqueeze(-1).to(inputs_embeds.device),
-                visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype),
-            )
-        else:
-            # A single token is a decoding step, whose images are in the cache.
-            if input_ids is not None and input_ids.shape[1] > 1:
-                self.get_placeholder_mask(input_ids, inputs_embeds, num_images=0)
-            if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.projector.parameters()):
-                inputs_embeds = self._touch_projector(inputs_embeds)
+        images = (mm_encoder_outputs or {}).get("image")
+        inputs_embeds, visual_tokens = self._embed(input_ids, inputs_embeds, pixel_values, images)
 
         if cache is None and attention_mask is None and _is_packed(position_ids):
             # transformers looks for packed rows only where there is no cache, and makes one unless told not to.

@@ -36,54 +36,98 @@ MAX_SIDE = 262_144
 # placeholder or a role marker, so that what people type is text and nothing else.
 GUARD = "\ufdd2"
 
-_GUARDED_TEXT = (
-    "{%- macro plain(text) -%}{{ text"
-    " | replace('<image>', '<\\ufdd2image>')"
-    " | replace('\\nHuman: ', '\\nHuman\\ufdd2: ')"
-    " | replace('\\nAI: ', '\\nAI\\ufdd2: ') }}{%- endmacro -%}"
-    "{%- macro words(content) -%}{%- if content is string -%}{{ plain(content) }}{%- else -%}"
-    "{%- for item in content -%}{%- if item.type == 'text' -%}{{ plain(item.text) }}{%- else -%}"
-    "{{ raise_exception('only text can stand here, got an item of type ' ~ item.type) }}"
-    "{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
-)
+# Every tag of the templates trims the white space around it: their lines and indentation are not rendered, whatever the
+# Jinja environment does with white space.
+_GUARDED_TEXT = r"""
+{%- macro plain(text) -%}
+    {{ text
+        | replace('<image>', '<\ufdd2image>')
+        | replace('\nHuman: ', '\nHuman\ufdd2: ')
+        | replace('\nAI: ', '\nAI\ufdd2: ') }}
+{%- endmacro -%}
 
-# Every content item of a user turn has its own marker, but for a text that `continues` the image before it (official data
-# has some); the answer and its eos are what training supervises.
-CHAT_TEMPLATE = (
-    _GUARDED_TEXT + "{{- bos_token -}}"
-    "{%- if messages and messages[0].role == 'system' -%}{{ words(messages[0].content) }}"
-    f"{{%- else -%}}{SYSTEM_BASE}{{%- endif -%}}"
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'user' -%}"
-    "{%- if message.content is string -%}{{ '\\nHuman: ' ~ plain(message.content) }}{%- else -%}"
-    "{%- for item in message.content -%}"
-    "{%- if item.type == 'text' -%}"
-    "{%- if not (item.continues and loop.previtem is defined and loop.previtem.type in ('image', 'image_url')) -%}"
-    "{{ '\\nHuman: ' }}{%- endif -%}{{ plain(item.text) }}"
-    "{%- elif item.type in ('image', 'image_url') -%}{{ '\\nHuman: <image>' }}"
-    "{%- else -%}{{ raise_exception('content items are of type text or image, got ' ~ item.type) }}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}"
-    "{%- elif message.role == 'assistant' -%}"
-    "{{ '\\nAI: ' }}{%- generation -%}{{ words(message.content) ~ eos_token }}{%- endgeneration -%}"
-    "{%- elif not (message.role == 'system' and loop.first) -%}"
-    "{{ raise_exception('roles are user, assistant and, first, system; got ' ~ message.role) }}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '\\nAI: ' }}{%- endif -%}"
-)
+{%- macro words(content) -%}
+    {%- if content is string -%}
+        {{ plain(content) }}
+    {%- else -%}
+        {%- for item in content -%}
+            {%- if item.type == 'text' -%}
+                {{ plain(item.text) }}
+            {%- else -%}
+                {{ raise_exception('only text can stand here, got an item of type ' ~ item.type) }}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+"""
+
+# Every content item of a user turn has its own marker, except a text that `continues` the image before it (official data
+# has some). Training supervises the answer and its eos.
+_CHAT = r"""
+{{- bos_token -}}
+{%- if messages and messages[0].role == 'system' -%}
+    {{ words(messages[0].content) }}
+{%- else -%}
+    SYSTEM_BASE
+{%- endif -%}
+
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}
+        {%- if message.content is string -%}
+            {{ '\nHuman: ' ~ plain(message.content) }}
+        {%- else -%}
+            {%- for item in message.content -%}
+                {%- if item.type == 'text' -%}
+                    {%- if not (item.continues and loop.previtem is defined and loop.previtem.type in ('image', 'image_url')) -%}
+                        {{ '\nHuman: ' }}
+                    {%- endif -%}
+                    {{ plain(item.text) }}
+                {%- elif item.type in ('image', 'image_url') -%}
+                    {{ '\nHuman: <image>' }}
+                {%- else -%}
+                    {{ raise_exception('content items are of type text or image, got ' ~ item.type) }}
+                {%- endif -%}
+            {%- endfor -%}
+        {%- endif -%}
+    {%- elif message.role == 'assistant' -%}
+        {{ '\nAI: ' }}
+        {%- generation -%}
+            {{ words(message.content) ~ eos_token }}
+        {%- endgeneration -%}
+    {%- elif not (message.role == 'system' and loop.first) -%}
+        {{ raise_exception('roles are user, assistant and, first, system; got ' ~ message.role) }}
+    {%- endif -%}
+{%- endfor -%}
+
+{%- if add_generation_prompt -%}
+    {{ '\nAI: ' }}
+{%- endif -%}
+"""
+CHAT_TEMPLATE = _GUARDED_TEXT + _CHAT.replace("SYSTEM_BASE", SYSTEM_BASE)
 
 # Stage 1: bos, image, caption, eos, without a prompt.
 CAPTION_TEMPLATE = (
-    _GUARDED_TEXT + "{{- bos_token -}}"
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'user' -%}{%- for item in message.content -%}"
-    "{%- if item.type in ('image', 'image_url') -%}{{ '<image>' }}"
-    "{%- else -%}{{ raise_exception('a caption has an image and no prompt, got an item of type ' ~ item.type) }}"
-    "{%- endif -%}{%- endfor -%}"
-    "{%- elif message.role == 'assistant' -%}"
-    "{%- generation -%}{{ words(message.content) ~ eos_token }}{%- endgeneration -%}"
-    "{%- else -%}{{ raise_exception('roles in a caption are user and assistant, got ' ~ message.role) }}{%- endif -%}"
-    "{%- endfor -%}"
+    _GUARDED_TEXT
+    + r"""
+{{- bos_token -}}
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}
+        {%- for item in message.content -%}
+            {%- if item.type in ('image', 'image_url') -%}
+                {{ '<image>' }}
+            {%- else -%}
+                {{ raise_exception('a caption has an image and no prompt, got an item of type ' ~ item.type) }}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- elif message.role == 'assistant' -%}
+        {%- generation -%}
+            {{ words(message.content) ~ eos_token }}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{ raise_exception('roles in a caption are user and assistant, got ' ~ message.role) }}
+    {%- endif -%}
+{%- endfor -%}
+"""
 )
 
 _TRANSFORMERS_4 = not hasattr(ProcessorMixin, "replace_image_token")
