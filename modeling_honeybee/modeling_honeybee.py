@@ -72,7 +72,7 @@ def _tower_blocks(vision_tower: nn.Module, number: int) -> nn.ModuleList:
 
 
 class _Collected(threading.local):
-    """Hidden states by number, of the running thread's call alone; torch.compile cannot follow a ContextVar."""
+    """Hidden states by number, for the call of the running thread alone. torch.compile cannot follow a ContextVar."""
 
     states: dict[int, torch.Tensor] | None = None
 
@@ -81,7 +81,7 @@ _collected = _Collected()
 
 
 def _keep_state(layer: int, module: nn.Module, args: tuple, output=None) -> None:
-    """A hook: behind a block it gets the block's output, before the first one its input."""
+    """A hook. Behind a block it keeps the block's output, in front of the first block its input."""
     if _collected.states is not None:
         state = args if layer == 0 else output
         _collected.states[layer] = state[0] if isinstance(state, tuple) else state
@@ -91,8 +91,7 @@ def _keep_state(layer: int, module: nn.Module, args: tuple, output=None) -> None
 def _collect_states():
     """Collects the hidden states that the hooks of a tower see.
 
-    `output_hidden_states` would keep all of them, and the inner tower that transformers 4 needs us to hold does not
-    know it for every kind of tower.
+    `output_hidden_states` would keep all of them, and not every inner tower that we hold on transformers 4 knows it.
     """
     _collected.states = {}
     try:
@@ -134,13 +133,14 @@ def _is_packed(position_ids: torch.LongTensor | None) -> bool:
     return bool((position_ids.diff() != 1).any())
 
 
-# What quantized loading leaves as it is, unless its config names modules itself: little of a model's memory, and all of
-# what it sees. With and without the prefix, for both model classes.
+# Modules that quantized loading leaves as they are, unless its config names modules itself: they take little memory, and
+# all that the model sees goes through them. Named with and without the prefix, for both model classes.
 UNQUANTIZED = ("lm_head", "projector", "model.projector", "vision_tower", "model.vision_tower")
 
 
 def _keep_unquantized(quantization_config):
-    """A quantization config (or its dict) with [`UNQUANTIZED`] in the place where its kind has such a list, and none."""
+    """A quantization config, given as one or as its dict, that leaves [`UNQUANTIZED`] out. Where it names modules itself,
+    or its kind has no list for them, it stays as it is."""
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
@@ -249,7 +249,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
     def hold(self, vision_tower: PreTrainedModel, language_model: PreTrainedModel) -> None:
         """Takes a whole tower and a language model without head as its own.
 
-        They read the objects in `self.config` from now on. Blocks above the feature layer are never read, and dropped.
+        From now on they read the objects in `self.config`. Blocks above the feature layer are dropped: nothing reads them.
         """
         # transformers 4 wraps the CLIP tower in a module that 5 has dropped; holding the inner one gives the weights
         # the same names on both.
@@ -267,8 +267,8 @@ class HoneybeeModel(HoneybeePreTrainedModel):
                 blocks[0].register_forward_pre_hook(hook)
 
     def _blocks_of(self, *parts: PreTrainedModel) -> list[str]:
-        """Classes that `device_map="auto"` keeps whole and FSDP shards one by one, those alone that there are: FSDP
-        refuses others."""
+        """Classes of blocks that `device_map="auto"` keeps whole and FSDP shards one by one. Only classes that the model
+        has: FSDP refuses others."""
         names = {name for part in (self, *parts) for name in part._no_split_modules or ()}
         return sorted(names & {type(module).__name__ for module in self.modules()})
 
@@ -342,7 +342,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
 
         Args:
             pixel_values: (I, 3, S, S).
-            vision_feature_layer, vision_feature_select_strategy: the config's; no others.
+            vision_feature_layer, vision_feature_select_strategy: those of the config, and no others.
             return_dict: whether to return an output or a tuple. Default: on transformers 4 neither, on 5 an output.
             kwargs: of the vision tower, such as `output_hidden_states`.
 
@@ -407,7 +407,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         return mask
 
     def _place_images(self, input_ids, inputs_embeds, pixel_values, encoded) -> tuple[torch.Tensor, torch.BoolTensor]:
-        """Visual tokens, of images or encoded before, and the places (B, T) that they go to."""
+        """The visual tokens, encoded here or before, and a mask (B, T) of their places."""
         if encoded is None:
             visual_tokens = self.get_visual_tokens(pixel_values)
             return visual_tokens, self.get_placeholder_mask(input_ids, inputs_embeds, len(pixel_values))
@@ -427,8 +427,8 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         return visual_tokens, mask
 
     def _touch_projector(self, inputs_embeds: torch.FloatTensor) -> torch.FloatTensor:
-        """Keeps the projector in the graph of a batch without images: alone it would leave nothing to train, and ranks
-        that wait for its gradients (DDP) or gather its shards (FSDP, ZeRO-3) would hang."""
+        """Keeps the projector in the graph of a batch without images. Otherwise such a batch has nothing to train in stage
+        1, and ranks that wait for the projector's gradients (DDP) or gather its shards (FSDP, ZeRO-3) hang."""
         vision_config, levels = self.config.vision_config, len(self.config.vision_feature_layers)
         parameter = next(self.projector.parameters())
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -553,8 +553,8 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         super().__setattr__(name, value)
 
     def greedy_generation_config(self) -> GenerationConfig:
-        """Of the model's generation settings the special tokens and `suppress_tokens` alone, with which it answers greedily;
-        whatever else its checkpoint has, such as penalties or a minimum length, would give other tokens."""
+        """The model's special tokens and `suppress_tokens`, without its other generation settings. With these alone it
+        answers greedily; what else a checkpoint has, such as penalties or a minimum length, would give other tokens."""
         return greedy_generation_config(self.generation_config.to_diff_dict(), self.config.image_token_id)
 
     # Read by tools that look for the parts on the outermost module (peft, vLLM, quantization).

@@ -29,7 +29,8 @@ SYSTEM_BASE = "The following is a conversation between a curious human and AI as
 ROLE_MARKERS = ("\nHuman: ", "\nAI: ")
 IMAGE_TOKEN = "<image>"
 
-# Of a picture, in pixels. Resized along its rows, one of a single column takes hundreds of times its own memory.
+# The longest side of a picture, in pixels. Resizing a picture of a single column along its rows takes hundreds of times
+# its own memory.
 MAX_SIDE = 262_144
 
 # A noncharacter that the tokenizer drops. The templates put it inside anything in a message that looks like a
@@ -266,21 +267,21 @@ def open_image(image, root: str = ""):
 
 
 def resize_image(image, size: tuple[int, int], resample):
-    """A PIL image at (width, height), with the values of Pillow up to 12, which the official pixels are.
+    """A PIL image resized to (width, height), with the values of Pillow up to 12, which the official pixels have.
 
-    Those resize along the rows first. Pillow 13 begins with the columns of a tall picture and rounds other values; one axis
-    at a time leaves no choice.
+    These versions resize along the rows first. Pillow 13 begins with the columns of a tall picture and rounds other values;
+    resizing one axis at a time leaves it no choice.
     """
     return image.resize((size[0], image.height), resample).resize(size, resample)
 
 
 def resize_images(images: list, image_processor, **asked) -> list:
-    """PIL images at the size that an image processor resizes to, which leaves nothing to do for its own resize.
+    """PIL images resized to the size of an image processor, so that its own resize has nothing left to do.
 
-    Those of an image processor that resizes otherwise than to a width and a height stay as they are.
+    Where its size is not a width and a height, the images stay as they are.
 
     Args:
-        asked: settings of the call, which go before those of the image processor.
+        asked: settings of the call; they win over those of the image processor.
     """
     asked = {**asked, **(asked.get("images_kwargs") or {})}
 

@@ -74,7 +74,9 @@ def world(tmp_path_factory):
     (folder / "notes.txt").write_text("mine")
     scores = root / "scores" / "pope"
     scores.mkdir(parents=True)
-    (scores / "scores.json").write_text(json.dumps({"questions": 12, "summary": {"accuracy": 0.875, "f1": 0.9}}))
+    (scores / "scores.json").write_text(
+        json.dumps({"display_name": "POPE", "questions": 12, "summary": {"accuracy": 0.875, "f1": 0.9}})
+    )
     picture().save(root / "photo.jpg")
     torch.save({"inputs": tiny_inputs(model), "image": str(root / "photo.jpg")}, root / "inputs.pt")
     return {"root": root, "folder": folder, "model": model}
