@@ -13,12 +13,12 @@ from transformers import TrainerState
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig
 
+from modeling_honeybee.model_folder import RUN_FILE, STATE_FILE
 from training.lora import LORA_SETTINGS
 from training.recipe.config import Recipe
 from training.settings import Settings
 
-RUN_FILE = "honeybee_run.json"
-# Fields of `SFTConfig` that it records: for the model card, for the summary, and to resume with the same settings.
+# Fields of `SFTConfig` that `RUN_FILE` records: for the model card, for the summary, and to resume with the same settings.
 RECORDED = [
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size",
@@ -31,7 +31,6 @@ CHANGEABLE = (
     "gradient_checkpointing",
 )  # fmt: skip
 TRIAL = "_save_trial"  # what a start saves to see that it can, and removes
-STATE_FILE = "trainer_state.json"  # the trainer writes it last, into a checkpoint and into the output folder
 NOT_THE_RUN = ("mixture_settings", "resume", "merge", "dry_run")
 
 

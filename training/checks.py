@@ -20,7 +20,7 @@ from trl import ModelConfig, SFTConfig
 
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
 from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS
-from modeling_honeybee.model_folder import NetworkError, read_json
+from modeling_honeybee.model_folder import NetworkError, read_model_config
 from processing import HoneybeeProcessor, check_processor
 from training.arguments import BATCHINGS, HoneybeeArguments
 from training.loading import DTYPES
@@ -182,19 +182,7 @@ def _check_model_folder(path: str) -> None:
         if os.path.isabs(path) or path.startswith("."):
             raise ValueError(f"{path!r} does not exist; give the output folder of a finished stage, or a Hub name")
         return
-    if os.path.isfile(os.path.join(path, "adapter_config.json")):
-        raise ValueError(
-            f"{path!r} is a LoRA adapter and not a whole model; give the whole model that --merge writes beside it "
-            '(README, "Train your own")'
-        )
-    if not os.path.isfile(os.path.join(path, "config.json")):
-        raise ValueError(f"{path!r} is not a model: it has no config.json; give the output folder of a finished stage")
-    model_type = read_json(Path(path, "config.json")).get("model_type")
-    if model_type != HoneybeeConfig.model_type:
-        raise ValueError(
-            f"{path!r} is not a Honeybee model but has model_type={model_type!r}; to start from its parts give "
-            "--vision_model and --text_model"
-        )
+    read_model_config(Path(path), repr(path), "to start from its parts give --vision_model and --text_model")
 
 
 def _check_learning_rate(training: SFTConfig) -> None:

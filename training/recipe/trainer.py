@@ -7,7 +7,7 @@ import os
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from training.checkpoints import STATE_FILE
+from modeling_honeybee.model_folder import STATE_FILE
 from training.recipe.mixture import Mixture
 
 logger = logging.getLogger(__name__)
