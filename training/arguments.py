@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of a training run that TRL does not have, and how all of them are read."""
+"""The settings of a training run that TRL does not have, and a parser that is strict about YAML files."""
 
 import json
-import sys
 from dataclasses import dataclass, field
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from trl import TrlParser
 
 from training.stages import TRAINED
-from training.yaml_file import read_yaml
-
-if TYPE_CHECKING:
-    from trl import ModelConfig, SFTConfig
+from training.yaml_file import is_of_type, parts_of
 
 BATCHINGS = ("packed", "grouped", "padded")
 
@@ -93,29 +88,6 @@ class EngineArguments:
     deepspeed: dict | str | None = None
 
 
-def parts_of(hint) -> tuple:
-    """The types of a union, or the one type."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def fits(value, hint) -> bool:
-    """Whether a value is of this type; a whole number is a float, too."""
-    kind, inner = get_origin(hint) or hint, get_args(hint)
-    if kind in (Union, UnionType):
-        return any(fits(value, part) for part in inner)
-    if kind is Any:
-        return True
-    if value is None:
-        return kind is type(None)
-    if kind is Literal:
-        return value in inner
-    if isinstance(value, bool):
-        return kind is bool
-    if kind is list:
-        return isinstance(value, list) and all(fits(item, part) for part in inner for item in value)
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
 def in_words(hint) -> str:
     """A type in words: `mapping or str` of `dict | str | None`."""
     names = [str(part) if get_origin(part) else part.__name__ for part in parts_of(hint) if part is not type(None)]
@@ -133,9 +105,9 @@ class Parser(TrlParser):
             takes_list = any(get_origin(part) is list for part in parts_of(hint))
             text = isinstance(value, str) and not takes_list
             # The trainer takes true for "the last one", though its type says text.
-            if text or fits(value, hint) or name == "resume_from_checkpoint":
+            if text or is_of_type(value, hint) or name == "resume_from_checkpoint":
                 continue
-            if takes_list and fits([value], hint):
+            if takes_list and is_of_type([value], hint):
                 settings[name] = [value]
             else:
                 raise ValueError(
@@ -143,50 +115,3 @@ class Parser(TrlParser):
                     "are text in quotes only)"
                 )
         return super().set_defaults_with_config(**settings)
-
-
-def parse_arguments(arguments: list[str] | None = None) -> "tuple[HoneybeeArguments, SFTConfig, ModelConfig]":
-    """Flags and the YAML file that `--config` names; a flag wins.
-
-    Args:
-        arguments: instead of the command line's.
-
-    Raises:
-        ValueError: an unknown setting, or one that cannot be.
-        OSError, yaml.YAMLError: a YAML file that is not there, or is none.
-        SystemExit: what argparse refuses.
-    """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[-1:] == ["--config"]:
-        raise ValueError("--config needs the path of a YAML file behind it")
-    if "--config" in arguments:
-        path = arguments[arguments.index("--config") + 1]
-        _, twice = read_yaml(path)
-        if twice:
-            raise ValueError(f"{path}: {'; '.join(twice)}")
-    # Without its own --help, which would list these settings alone.
-    parser = Parser((HoneybeeArguments, EngineArguments), add_help=False)
-    own, engine, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-
-    if {"-h", "--help"} & set(arguments):
-        # transformers 5 loads it with its settings, for seconds; they are listed without it, and the process ends.
-        sys.modules.setdefault("peft", None)
-    # Only here: these load for seconds.
-    import torch
-    from trl import ModelConfig, SFTConfig
-
-    if engine.deepspeed is not None:
-        from training.engines import check_deepspeed
-
-        check_deepspeed(engine.deepspeed)
-    if own.dry_run and not torch.cuda.is_available():
-        arguments += ["--use_cpu", "True"]  # bf16 is refused where there is neither a GPU nor this
-    parser = Parser((HoneybeeArguments, SFTConfig, ModelConfig))
-    args, training_args, model_args = parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
-    if training_args.device.type == "cpu":
-        # Of several processes accelerate numbers the CPU, and transformers 4 loads the optimizer onto that name ("cpu:0"),
-        # which torch.load does not know.
-        training_args._setup_devices = torch.device("cpu")
-    if args.resume and not training_args.resume_from_checkpoint:
-        training_args.resume_from_checkpoint = "true"
-    return args, training_args, model_args

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which run an output folder holds, from where it goes on, and what its checkpoints will take."""
+"""Which run an output folder holds, where that run goes on, and how much space its checkpoints will take."""
 
 import glob
 import json
@@ -11,51 +11,41 @@ from dataclasses import asdict
 
 from transformers import TrainerState
 from transformers.trainer_utils import SaveStrategy
-from trl import ModelConfig, SFTConfig
+from trl import SFTConfig
 
-from training.arguments import HoneybeeArguments
+from modeling_honeybee.model_folder import RUN_FILE, STATE_FILE
+from training.lora import LORA_SETTINGS
 from training.recipe.config import Recipe
+from training.settings import Settings
 
-RUN_FILE = "honeybee_run.json"
-# What of `SFTConfig` is recorded in it, for the model card, for the summary, and to resume with the same settings.
+# Fields of `SFTConfig` that `RUN_FILE` records: for the model card, for the summary, and to resume with the same settings.
 RECORDED = [
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size",
     "gradient_accumulation_steps", "world_size", "max_length", "bf16", "fp16", "gradient_checkpointing", "seed",
     "data_seed", "label_smoothing_factor", "neftune_noise_alpha",
 ]  # fmt: skip
-# What of these may change when a run goes on: its length, and how the same batch is spread.
+# Those that may change when a run goes on: its length, and how the same batch is spread.
 CHANGEABLE = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
     "gradient_checkpointing",
 )  # fmt: skip
-LORA = (
-    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora",
-    "load_in_4bit", "load_in_8bit",
-)  # fmt: skip
 TRIAL = "_save_trial"  # what a start saves to see that it can, and removes
-STATE_FILE = "trainer_state.json"  # the trainer writes it last, into a checkpoint and into the output folder
 NOT_THE_RUN = ("mixture_settings", "resume", "merge", "dry_run")
 
 
-def global_batch_size(training_args: SFTConfig) -> int:
-    """Samples in one step of all processes."""
-    return training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
-
-
-def describe_run(
-    args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig, recipe: Recipe | None
-) -> dict:
+def identity_of(settings: Settings, recipe: Recipe | None) -> dict:
     """What makes a run this run and not another; kept in its output folder."""
+    own, model = settings.honeybee, settings.model
     return {
-        **{name: value for name, value in asdict(args).items() if name not in NOT_THE_RUN},
+        **{name: value for name, value in asdict(own).items() if name not in NOT_THE_RUN},
         "mixture": asdict(recipe) if recipe else None,
-        "model_name_or_path": model_args.model_name_or_path,
-        "model_revision": model_args.model_revision,
-        "dtype": model_args.dtype,
-        "use_peft": model_args.use_peft,
-        **({name: getattr(model_args, name) for name in LORA} if model_args.use_peft else {}),
-        "global_batch_size": global_batch_size(training_args),
+        "model_name_or_path": model.model_name_or_path,
+        "model_revision": model.model_revision,
+        "dtype": model.dtype,
+        "use_peft": model.use_peft,
+        **({name: getattr(model, name) for name in LORA_SETTINGS} if model.use_peft else {}),
+        "global_batch_size": settings.global_batch_size,
     }
 
 
@@ -68,10 +58,10 @@ def recorded(training_args: SFTConfig) -> dict:
 
 
 def is_whole(checkpoint: str, processes: int = 1) -> bool:
-    """Whether the trainer came to the end of saving, in all processes.
+    """Whether the trainer finished saving this checkpoint, in all processes.
 
     Args:
-        processes: of the run that goes on; the others may have been stopped before they wrote theirs.
+        processes: how many the run goes on with. Some may have been stopped before they wrote their part.
     """
     try:
         TrainerState.load_from_json(os.path.join(checkpoint, STATE_FILE))
@@ -91,20 +81,20 @@ def checkpoints(folder: str) -> dict[int, str]:
 
 
 def last_whole_checkpoint(folder: str, processes: int = 1) -> str | None:
-    """The newest checkpoint that a run can go on from; one that was being written when the run was killed is not."""
+    """The newest checkpoint that a run can go on from. One that was half written when the run was killed is passed over."""
     steps = checkpoints(folder)
     return next((steps[step] for step in sorted(steps, reverse=True) if is_whole(steps[step], processes)), None)
 
 
 def is_finished(folder: str, training_args: SFTConfig) -> bool:
-    """Whether the run's last step is in a checkpoint, of which the trainer would still make one more, or in an output
-    folder. Of a run that is counted in epochs the trainer knows the end by itself."""
+    """Whether a checkpoint or an output folder holds the run's last step. (Resumed there, the trainer would still take one
+    more.) False for a run that is counted in epochs, whose end the trainer finds by itself."""
     path = os.path.join(folder, STATE_FILE)
     return os.path.isfile(path) and 0 < training_args.max_steps <= TrainerState.load_from_json(path).global_step
 
 
 def copy_model(checkpoint: str, folder: str) -> None:
-    """Copies a checkpoint's model or adapter, with its processor, and not what only resuming needs; nothing where the
+    """Copies a checkpoint's model or adapter and its processor, without what only resuming needs. Does nothing where the
     checkpoint is the folder itself."""
     if os.path.abspath(checkpoint) == os.path.abspath(folder):
         return
@@ -114,18 +104,18 @@ def copy_model(checkpoint: str, folder: str) -> None:
     shutil.copy(os.path.join(checkpoint, STATE_FILE), folder)
 
 
-def find_checkpoint(run: dict, training_args: SFTConfig, merge: bool = False) -> str | None:
-    """The checkpoint to resume from, or None for a new run.
+def find_checkpoint(identity: dict, settings: Settings) -> str | None:
+    """The checkpoint to resume from, or None for a new run. With `--merge` a finished run goes on, too, from its output
+    folder.
 
     Args:
-        run: see [`describe_run`].
-        merge: something is left to do of a finished run, whose folder is the checkpoint.
+        identity: see [`identity_of`].
 
     Raises:
         ValueError: the output folder holds another run, a finished one, or nothing to resume.
     """
-    folder, resume = training_args.output_dir, training_args.resume_from_checkpoint
-    mark = os.path.join(folder, RUN_FILE)
+    training, merge = settings.training, settings.honeybee.merge
+    folder, resume, processes = training.output_dir, training.resume_from_checkpoint, training.world_size
     if not resume:
         # A start that failed later leaves its mark, and a tracker's folder; one that was killed, its trial.
         if os.path.isdir(folder) and set(os.listdir(folder)) - {RUN_FILE, TRIAL, "runs"}:
@@ -134,42 +124,48 @@ def find_checkpoint(run: dict, training_args: SFTConfig, merge: bool = False) ->
                 "--resume (--resume_from_checkpoint true), or give another folder"
             )
         return None
-    if merge and is_finished(folder, training_args):
+    if merge and is_finished(folder, training):
         checkpoint = folder
     elif str(resume).lower() in ("true", "last"):
-        checkpoint = last_whole_checkpoint(folder, training_args.world_size)
+        checkpoint = last_whole_checkpoint(folder, processes)
     else:
-        checkpoint = resume if is_whole(resume, training_args.world_size) else None
+        checkpoint = resume if is_whole(resume, processes) else None
     if checkpoint is None:
         raise ValueError(
             f"--resume_from_checkpoint {resume}: no whole checkpoint found (output_dir {folder!r}, "
-            f"processes: {training_args.world_size}); leave it out to start, and set --save_strategy steps --save_steps N to have some"
+            f"processes: {processes}); leave it out to start, and set --save_strategy steps --save_steps N to have some"
         )
-    if os.path.isfile(mark):
-        with open(mark, encoding="utf-8") as file:
-            before = json.load(file)
-        now = {**run, **recorded(training_args)}
-        before |= before.get("training", {})
-        changed = sorted(key for key in now if key not in CHANGEABLE and before.get(key, now[key]) != now[key])
-        if changed:
-            raise ValueError(
-                f"output_dir {folder!r} holds another run: "
-                + ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
-                + "; resume with the same settings or use another folder"
-            )
-    if is_finished(checkpoint, training_args) and is_finished(folder, training_args) and not merge:
+    if changed := changes_since(identity, training):
         raise ValueError(
-            f"--resume: {checkpoint} is after the last step (max_steps={training_args.max_steps}), and {folder!r} holds "
+            f"output_dir {folder!r} holds another run: {', '.join(changed)}; resume with the same settings or use another "
+            "folder"
+        )
+    if is_finished(checkpoint, training) and is_finished(folder, training) and not merge:
+        raise ValueError(
+            f"--resume: {checkpoint} is after the last step (max_steps={training.max_steps}), and {folder!r} holds "
             "the finished model; raise --max_steps to train on"
         )
     return checkpoint
 
 
-def mark_run(run: dict, training_args: SFTConfig) -> None:
+def changes_since(identity: dict, training_args: SFTConfig) -> list[str]:
+    """Settings that should be those of the run in the output folder, and are others. None where no run is marked there."""
+    mark = os.path.join(training_args.output_dir, RUN_FILE)
+    if not os.path.isfile(mark):
+        return []
+    with open(mark, encoding="utf-8") as file:
+        before = json.load(file)
+    before |= before.get("training", {})
+    now = {**identity, **recorded(training_args)}
+    changed = sorted(key for key in now if key not in CHANGEABLE and before.get(key, now[key]) != now[key])
+    return [f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed]
+
+
+def mark_run(identity: dict, training_args: SFTConfig) -> None:
     """Says in the output folder which run it holds."""
     os.makedirs(training_args.output_dir, exist_ok=True)
     with open(os.path.join(training_args.output_dir, RUN_FILE), "w", encoding="utf-8") as file:
-        json.dump({**run, "training": recorded(training_args)}, file, indent=2)
+        json.dump({**identity, "training": recorded(training_args)}, file, indent=2)
 
 
 def check_output_dir(folder: str) -> str:
@@ -197,7 +193,7 @@ def check_output_dir(folder: str) -> str:
 
 
 def check_disk(training_args: SFTConfig, model_bytes: int, optimizer_bytes: int, extra_bytes: int = 0) -> int:
-    """Bytes that the run will write: its checkpoints, as many as are kept at once, and the final model.
+    """Bytes that the run will write: the most checkpoints that are kept at once, and the final model.
 
     Args:
         model_bytes, optimizer_bytes: of one checkpoint.
@@ -231,5 +227,5 @@ def check_disk(training_args: SFTConfig, model_bytes: int, optimizer_bytes: int,
 
 
 def gigabytes(number: float) -> str:
-    """Bytes in words of GB, or MB below one."""
+    """Bytes as a text: in GB, or in MB where that would be little."""
     return f"{number / 1e9:,.1f} GB" if number >= 1e8 else f"{number / 1e6:,.2f} MB"

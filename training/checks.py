@@ -1,268 +1,154 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that can be wrong with a run, found before a weight is read: settings, output folder, model, data, space."""
+"""What is refused before a weight is read: settings that cannot be, and models and data that do not fit them."""
 
 import glob
-import logging
 import math
 import os
-import re
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import torch
+from datasets import Dataset
 from huggingface_hub import HfApi
-from peft import get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-from transformers.utils import is_bitsandbytes_available
-from trl import ModelConfig, SFTConfig, get_peft_config
+from transformers.trainer_utils import SaveStrategy
+from trl import ModelConfig, SFTConfig
 
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
 from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS
-from modeling_honeybee.model_folder import NetworkError, read_json
+from modeling_honeybee.model_folder import NetworkError, read_model_config
 from processing import HoneybeeProcessor, check_processor
 from training.arguments import BATCHINGS, HoneybeeArguments
-from training.checkpoints import LORA, check_disk, check_output_dir, describe_run, find_checkpoint, global_batch_size
-from training.collator import HoneybeeDataCollator
-from training.conversations import check_dataset, image_root, load_conversations
-from training.engines import settle_deepspeed, whole_models
-from training.loading import DTYPES, bytes_of, load_config_and_processor, state_bytes
+from training.loading import DTYPES
+from training.lora import check_lora_settings
 from training.packed_attention import PACKABLE
-from training.recipe.config import load_recipe
-from training.recipe.mixture import Mixture, UnusableRecordError
-from training.recipe.sources import open_mixture
+from training.recipe.mixture import Mixture
+from training.samples import BadSampleError
 from training.saving import check_savable
-from training.stages import TRAINED, linear_names, lora_modules, parameter_counts, set_trained
+from training.settings import Settings, is_set
+from training.stages import TRAINED
 
-logger = logging.getLogger(__name__)
+SEARCHED_FOR_AN_IMAGE = 256  # samples of a mixture
 
-LOOKED_AT = 256  # samples of a mixture, for one with an image
-# With these TRL prepares text. Here the collator prepares samples, with the model's own processor.
-PREPARED_BY_TRL = (
-    "eos_token", "pad_token", "chat_template_path", "dataset_text_field", "truncation_mode", "shuffle_dataset",
-    "pad_to_multiple_of", "completion_only_loss", "assistant_only_loss", "model_init_kwargs",
-)  # fmt: skip
-
-
-@dataclass
-class Plan:
-    """What a run is going to do.
-
-    Args:
-        run: see [`describe_run`].
-        checkpoint: to resume from, or None.
-        dataset: what the trainer reads: conversations, or the draws of `mixture`.
-        collator: makes batches of it, with the model's processor.
-        config: of the model.
-        parameters: part of the model -> (all, trained) parameters, LoRA's among them.
-        disk_bytes: what it will write.
-    """
-
-    run: dict
-    checkpoint: str | None
-    dataset: datasets.Dataset
-    mixture: Mixture | None
-    collator: HoneybeeDataCollator
-    config: HoneybeeConfig
-    parameters: dict[str, tuple[int, int]]
-    disk_bytes: int
-
-
-@whole_models()
-def check_run(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> Plan:
-    """Checks everything, the quick things first. Completes the settings that follow from others: accumulation from the
-    global batch, and where LoRA goes.
-
-    Raises:
-        ValueError, OSError: with the value, the limit and the remedy.
-    """
-    check_arguments(args, training_args, model_args)
-    settle_batch_size(args, training_args)
-    settle_deepspeed(training_args)
-    check_output_dir(training_args.output_dir)
-    recipe = load_recipe(args.mixture, args.mixture_settings) if args.mixture is not None else None
-    run = describe_run(args, training_args, model_args, recipe)
-    checkpoint = find_checkpoint(run, training_args, args.merge)
-
-    config, processor = load_config_and_processor(args, model_args)
-    check_processor(config, processor)
-    check_savable(config, processor)
-    if model_args.model_name_or_path:
-        check_generation_config(model_args)
-    check_length(training_args, processor)
-    _check_packable(args, config)
-    with torch.device("meta"):
-        skeleton = HoneybeeForConditionalGeneration(config)
-    if model_args.use_peft:
-        complete_lora(args.stage, model_args, skeleton)
-    if model_args.model_name_or_path:
-        check_weights(model_args.model_name_or_path, skeleton)
-    parameters = count_parameters(skeleton, args.stage, model_args)
-    sizes = state_bytes(parameters, config, training_args, model_args)
-    merged = sum(total for total, _ in parameters.values()) * bytes_of(model_args.dtype, config)
-    disk_bytes = check_disk(
-        training_args,
-        model_bytes=sizes["trained"] if model_args.use_peft else sizes["weights"],
-        optimizer_bytes=sizes["optimizer"],
-        extra_bytes=merged if args.merge else 0,
-    )
-
-    collator = HoneybeeDataCollator(processor, max_length=training_args.max_length, pack=args.batching == "packed")
-    # The first process fills the caches, the others read them.
-    with training_args.main_process_first(desc="opening the data"):
-        if recipe is None:
-            dataset, mixture = load_conversations(args.dataset, args.dataset_split), None
-            collator.image_root = image_root(args.dataset)
-            check_dataset(dataset, collator.image_root, args.stage == "align", collator.check_length)
-            at_once = training_args.train_batch_size * training_args.world_size
-            if training_args.dataloader_drop_last and len(dataset) < at_once:
-                raise ValueError(
-                    f"dataloader_drop_last leaves nothing of {len(dataset)} samples in batches of {at_once}; leave it out "
-                    "or lower --per_device_train_batch_size"
-                )
-        else:
-            # What does not fit into max_length is the mixture's to skip and count.
-            samples = training_args.max_steps * global_batch_size(training_args)
-            path = args.mixture if isinstance(args.mixture, str) else "mixture"
-            mixture = open_mixture(recipe, samples, path, collator)
-            if args.stage == "align":
-                _check_images(mixture)
-            dataset = mixture.as_dataset()
-    return Plan(run, checkpoint, dataset, mixture, collator, config, parameters, disk_bytes)
+OF_TRL = (
+    "it is for data and models that TRL prepares; here the model's own processor prepares the samples, and it would change "
+    "nothing; leave it out"
+)
+PACKING = (
+    "TRL's packing and padding_free are not available for samples with images; leave them out and use --batching packed"
+)
+NO_EVALUATION = "nothing is evaluated while training; leave it out, and score checkpoints with evaluation/run.py"
+GROUPING = "the trainer's group_by_length does not know how long a sample is; use --batching grouped"
+# Settings that ask for what a run does not do, and why. What would change nothing is in `settings.WITHOUT_EFFECT`.
+REFUSED = {
+    "chat_template_path": OF_TRL,
+    "completion_only_loss": OF_TRL,
+    "eos_token": OF_TRL,
+    "eval_strategy": NO_EVALUATION,
+    "group_by_length": GROUPING,  # of transformers 4
+    "load_best_model_at_end": NO_EVALUATION,
+    "lora_target_parameters": "LoRA goes into the LLM's linear layers; name them with --lora_target_modules",
+    "lora_task_type": "a Honeybee is a CAUSAL_LM; leave it out",
+    "model_init_kwargs": OF_TRL,
+    "packing": PACKING,
+    "padding_free": PACKING,
+    "truncation_mode": OF_TRL,
+    "trust_remote_code": "towers and LLMs with code of their own are not supported, because a saved Honeybee carries its own "
+    "code alone; leave it out",
+}
+# The same, where one value alone asks for it.
+REFUSED_VALUES = {
+    ("save_strategy", "best"): NO_EVALUATION,
+    ("train_sampling_strategy", "group_by_length"): GROUPING,  # of transformers 5
+}
+CHOICES = {"batching": BATCHINGS, "dtype": [name for name in DTYPES if name], "stage": list(TRAINED)}
+MORE_THAN_0 = "more than 0"
+# Setting -> what it must be, and whether it is, given all settings of its class.
+RANGES: dict[str, tuple[str, Callable]] = {
+    "gradient_accumulation_steps": (MORE_THAN_0, lambda s: s.gradient_accumulation_steps > 0),
+    "image_size": ("at least one patch; leave it out for the tower's own", lambda s: s.image_size is None or s.image_size >= 1),
+    "label_smoothing_factor": ("from 0 to below 1", lambda s: 0 <= s.label_smoothing_factor < 1),
+    "learning_rate": ("more than 0 and finite; stage 1 uses 3e-4, stage 2 2e-5", lambda s: 0 < s.learning_rate < math.inf),
+    "logging_steps": (MORE_THAN_0, lambda s: s.logging_steps > 0),
+    "lora_alpha": (f"{MORE_THAN_0}; use twice lora_r, for instance", lambda s: not s.use_peft or s.lora_alpha > 0),
+    "max_grad_norm": ("at least 0 (0: no clipping)", lambda s: s.max_grad_norm >= 0),
+    "max_length": ("at least 1, or none", lambda s: s.max_length is None or s.max_length >= 1),
+    "max_steps": (f"{MORE_THAN_0}, or -1 for --num_train_epochs", lambda s: s.max_steps > 0 or s.max_steps == -1),
+    "num_train_epochs": ("more than 0 and finite, or give --max_steps",
+                         lambda s: s.max_steps > 0 or 0 < s.num_train_epochs < math.inf),
+    "per_device_train_batch_size": (MORE_THAN_0, lambda s: s.per_device_train_batch_size > 0),
+    "save_steps": (f"{MORE_THAN_0}, or --save_strategy no",
+                   lambda s: s.save_strategy != SaveStrategy.STEPS or s.save_steps > 0),
+}  # fmt: skip
 
 
-def _check_packable(args: HoneybeeArguments, config: HoneybeeConfig) -> None:
-    if args.batching == "packed" and config.text_config.model_type not in PACKABLE:
-        raise ValueError(
-            f"batching=packed is known to keep conversations apart in {', '.join(PACKABLE)}, and this LLM is of type "
-            f"{config.text_config.model_type!r}; use --batching grouped"
-        )
-
-
-def _check_images(mixture: Mixture) -> None:
-    draws = range(min(LOOKED_AT, len(mixture)))
-    images = []
-    for draw in draws:
-        with suppress(UnusableRecordError):
-            images.append(mixture.glance(draw)["images"])
-    if images and not any(images):
-        raise ValueError(
-            f"none of the mixture's first {len(draws)} samples has an image, and alignment trains the projector alone, "
-            "which reads nothing else; add a captioning dataset, or use --stage instruct"
-        )
-
-
-def check_arguments(args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+def check_settings(settings: Settings) -> None:
     """Everything that can be wrong before a file is read.
 
     Raises:
         ValueError, FileNotFoundError: with the value and the remedy.
     """
-    if args.stage not in TRAINED:
-        raise ValueError(f"stage={args.stage!r} is unknown; use one of {', '.join(TRAINED)}")
-    _check_data_arguments(args, training_args)
-    _check_model_arguments(args, model_args)
-    _check_trainer_arguments(training_args)
-    if training_args.trust_remote_code:
-        raise ValueError(
-            "trust_remote_code: towers and LLMs with code of their own are not supported, because a saved Honeybee "
-            "carries its own code alone; leave it out"
-        )
-    if model_args.use_peft:
-        _check_lora_arguments(args, model_args)
-    elif args.merge:
-        raise ValueError("--merge writes a LoRA adapter and its base as one model, and there is none; add --use_peft")
-    elif given := [name for name in LORA if _is_set(model_args, name) and not name.startswith("load_in")]:
-        raise ValueError(f"{', '.join(given)}: a setting of LoRA, which is not used; add --use_peft or leave it out")
-    if model_args.load_in_4bit or model_args.load_in_8bit:
-        if not model_args.use_peft:
-            raise ValueError("load_in_4bit and load_in_8bit: a quantized model cannot be trained; add --use_peft")
-        if not model_args.model_name_or_path:
-            raise ValueError(
-                "load_in_4bit and load_in_8bit quantize a trained model; give --model_name_or_path the output of stage 1"
-            )
-        if not is_bitsandbytes_available():
-            raise ValueError("load_in_4bit and load_in_8bit need bitsandbytes: pip install bitsandbytes")
+    for part in (settings.honeybee, settings.training, settings.model):
+        _check_values(part)
+    _check_data(settings)
+    _check_model(settings.honeybee, settings.model)
+    check_lora_settings(settings)
+    _check_learning_rate(settings.training)
+    _check_optimizer(settings.training)
+    _check_processes(settings.training)
+    _check_trackers(settings.training)
+    _check_hub(settings.training)
 
 
-def _is_set(settings, name: str) -> bool:
-    return getattr(settings, name) not in (None, type(settings).__dataclass_fields__[name].default)
+def _check_values(part: HoneybeeArguments | SFTConfig | ModelConfig) -> None:
+    """Each setting by itself: see the tables above."""
+    values = vars(part)
+    for name, choices in CHOICES.items():
+        if name in values and values[name] not in (*choices, None):
+            raise ValueError(f"{name}={values[name]!r} is unknown; use one of {', '.join(choices)}")
+    refused = {name: why for name, why in REFUSED.items() if name in values and is_set(part, name)}
+    refused |= {name: why for (name, value), why in REFUSED_VALUES.items() if values.get(name) == value}
+    for name, why in refused.items():
+        raise ValueError(f"{name}={getattr(values[name], 'value', None) or repr(values[name])}: {why}")
+    for name, (bounds, holds) in RANGES.items():
+        if name in values and not holds(part):
+            raise ValueError(f"{name}={values[name]} must be {bounds}")
 
 
-def _check_lora_arguments(args: HoneybeeArguments, model_args: ModelConfig) -> None:
-    lora_modules(args.stage)
-    if model_args.lora_alpha <= 0:
-        raise ValueError(f"lora_alpha={model_args.lora_alpha} would scale LoRA away; use twice lora_r, for instance")
-    if _is_set(model_args, "lora_target_parameters"):
-        raise ValueError(
-            f"lora_target_parameters={model_args.lora_target_parameters}: LoRA goes into the LLM's linear layers; name them "
-            "with --lora_target_modules"
-        )
-    if _is_set(model_args, "lora_task_type"):
-        raise ValueError(f"lora_task_type={model_args.lora_task_type!r}: a Honeybee is a CAUSAL_LM; leave it out")
-
-
-def _check_data_arguments(args: HoneybeeArguments, training_args: SFTConfig) -> None:
-    if args.dataset is None and args.mixture is None:
+def _check_data(settings: Settings) -> None:
+    own, training = settings.honeybee, settings.training
+    if own.dataset is None and own.mixture is None:
         raise ValueError(
             "no data: give --dataset a Hub name or a path, or --mixture a recipe (or no arguments at all for the quickstart)"
         )
-    if args.mixture is None and args.mixture_settings:
-        raise ValueError(
-            f"--set {' '.join(args.mixture_settings)} changes a mixture, and there is none; give --mixture"
-        )
-    if args.mixture is not None:
-        if args.dataset is not None:
-            raise ValueError(f"--dataset {args.dataset} and --mixture: give one; a mixture takes datasets under `own`")
-        if args.dataset_split != "train":
+    if own.mixture is None:
+        if own.mixture_settings:
             raise ValueError(
-                f"--dataset_split {args.dataset_split} is for --dataset; a mixture's own datasets have a `split` each"
+                f"--set {' '.join(own.mixture_settings)} changes a mixture, and there is none; give --mixture"
             )
-        if training_args.max_steps <= 0:
-            raise ValueError(
-                f"max_steps={training_args.max_steps}: a mixture has no end; give --max_steps the length of the run"
-            )
-        if training_args.ignore_data_skip:
-            raise ValueError("ignore_data_skip would read the mixture from its start after resuming; leave it out")
-    if training_args.packing or training_args.padding_free:
+        return
+    if own.dataset is not None:
+        raise ValueError(f"--dataset {own.dataset} and --mixture: give one; a mixture takes datasets under `own`")
+    if own.dataset_split != "train":
         raise ValueError(
-            "TRL's packing and padding_free are not available for samples with images; leave them out and use "
-            "--batching packed"
+            f"--dataset_split {own.dataset_split} is for --dataset; a mixture's own datasets have a `split` each"
         )
-    for name in PREPARED_BY_TRL:
-        if _is_set(training_args, name):
-            raise ValueError(
-                f"{name}={getattr(training_args, name)!r} is for data and models that TRL prepares; here the model's own "
-                "processor prepares the samples, and it would change nothing; leave it out"
-            )
-    # The trainer's own grouping, of transformers 4 and of 5.
-    sampling = getattr(training_args, "train_sampling_strategy", None) == "group_by_length"
-    if sampling or getattr(training_args, "group_by_length", False):
-        raise ValueError("group_by_length does not know how long a sample is; use --batching grouped")
-    if args.batching not in BATCHINGS:
-        raise ValueError(f"batching={args.batching!r} is unknown; use one of {', '.join(BATCHINGS)}")
-    if training_args.eval_strategy != IntervalStrategy.NO:
+    if training.max_steps <= 0:
         raise ValueError(
-            f"eval_strategy={training_args.eval_strategy.value}: nothing is evaluated while training; leave it out, and "
-            "score checkpoints with evaluation/run.py"
+            f"max_steps={training.max_steps}: a mixture has no end; give --max_steps the length of the run"
         )
+    if training.ignore_data_skip:
+        raise ValueError("ignore_data_skip would read the mixture from its start after resuming; leave it out")
 
 
-def _check_model_arguments(args: HoneybeeArguments, model_args: ModelConfig) -> None:
-    if model_args.dtype not in DTYPES:
-        raise ValueError(f"dtype={model_args.dtype!r} is unknown; use one of {', '.join(filter(None, DTYPES))}")
-    parts = (args.vision_model, args.text_model)
-    if args.image_size is not None and args.image_size < 1:
-        raise ValueError(f"image_size={args.image_size} must be at least one patch; leave it out for the tower's own")
-    path = model_args.model_name_or_path
+def _check_model(own: HoneybeeArguments, model: ModelConfig) -> None:
+    path = model.model_name_or_path
     if path:
-        new = (*parts, args.image_size, args.vision_feature_layer, args.projector or None)
+        new = (own.vision_model, own.text_model, own.image_size, own.vision_feature_layer, own.projector or None)
         if any(value is not None for value in new):
             raise ValueError(
                 f"--model_name_or_path {path} already has a tower, an LLM and a projector; leave out --vision_model, "
@@ -270,17 +156,17 @@ def _check_model_arguments(args: HoneybeeArguments, model_args: ModelConfig) -> 
             )
         _check_model_folder(path)
         return
-    if not all(parts):
+    if not (own.vision_model and own.text_model):
         raise ValueError(
             "no model: give --model_name_or_path a Honeybee checkpoint, or both --vision_model and --text_model "
             "to join them with a new projector"
         )
-    if _is_set(model_args, "model_revision"):
+    if is_set(model, "model_revision"):
         raise ValueError(
-            f"model_revision={model_args.model_revision!r} is for --model_name_or_path; download the parts that you want "
+            f"model_revision={model.model_revision!r} is for --model_name_or_path; download the parts that you want "
             "and give their folders"
         )
-    settings = args.projector or {}
+    settings = own.projector or {}
     example = 'such as --projector \'{"projector_type": "c-abs", "num_query_tokens": 144}\''
     if "projector_type" not in settings:
         raise ValueError(f"--projector {settings}: a new model needs the setting projector_type; give it, {example}")
@@ -292,33 +178,19 @@ def _check_model_arguments(args: HoneybeeArguments, model_args: ModelConfig) -> 
 
 
 def _check_model_folder(path: str) -> None:
-    if (os.path.isabs(path) or path.startswith(".")) and not os.path.isdir(path):
-        raise ValueError(f"{path!r} does not exist; give the output folder of a finished stage, or a Hub name")
     if not os.path.isdir(path):
+        if os.path.isabs(path) or path.startswith("."):
+            raise ValueError(f"{path!r} does not exist; give the output folder of a finished stage, or a Hub name")
         return
-    if os.path.isfile(os.path.join(path, "adapter_config.json")):
-        raise ValueError(
-            f"{path!r} is a LoRA adapter and not a whole model; give the whole model that --merge writes beside it "
-            '(README, "Train your own")'
-        )
-    if not os.path.isfile(os.path.join(path, "config.json")):
-        raise ValueError(f"{path!r} is not a model: it has no config.json; give the output folder of a finished stage")
-    model_type = read_json(Path(path, "config.json")).get("model_type")
-    if model_type != "honeybee":
-        raise ValueError(
-            f"{path!r} is not a Honeybee model but has model_type={model_type!r}; to start from its parts give "
-            "--vision_model and --text_model"
-        )
+    read_model_config(Path(path), repr(path), "to start from its parts give --vision_model and --text_model")
 
 
-def _check_trainer_arguments(training_args: SFTConfig) -> None:
+def _check_learning_rate(training: SFTConfig) -> None:
     for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs"):
-        if not isinstance(getattr(training_args, name), (dict, type(None))):
-            raise ValueError(f"{name}={getattr(training_args, name)!r} is not a mapping of settings to values")
-    schedule = training_args.lr_scheduler_kwargs or {}
-    rate, floor, share = training_args.learning_rate, schedule.get("min_lr", 0), schedule.get("min_lr_rate") or 0
-    if not 0 < rate < math.inf:
-        raise ValueError(f"learning_rate={rate} must be more than 0 and finite; stage 1 uses 3e-4, stage 2 2e-5")
+        if not isinstance(getattr(training, name), (dict, type(None))):
+            raise ValueError(f"{name}={getattr(training, name)!r} is not a mapping of settings to values")
+    schedule, rate = training.lr_scheduler_kwargs or {}, training.learning_rate
+    floor, share = schedule.get("min_lr", 0), schedule.get("min_lr_rate") or 0
     if not isinstance(floor, (int, float)) or not floor >= 0:
         raise ValueError(
             f"lr_scheduler_kwargs: the floor min_lr={floor!r} must be a number of at least 0 (in YAML 1.0e-6, with a point)"
@@ -330,106 +202,69 @@ def _check_trainer_arguments(training_args: SFTConfig) -> None:
             f"lr_scheduler_kwargs: the floor min_lr={floor} is above learning_rate={rate}; lower it, for instance to "
             f"{rate / 30:.1e}"
         )
-    _check_optimizer(training_args)
-    _check_data_loader(training_args)
-    _check_trackers(training_args)
-    if training_args.max_steps == 0 or training_args.max_steps < -1:
-        raise ValueError(f"max_steps={training_args.max_steps} must be more than 0, or -1 for --num_train_epochs")
-    if training_args.max_steps < 0 and not 0 < training_args.num_train_epochs < math.inf:
-        raise ValueError(
-            f"num_train_epochs={training_args.num_train_epochs} must be more than 0 and finite, or give --max_steps"
-        )
-    if not 0 <= training_args.label_smoothing_factor < 1:
-        raise ValueError(f"label_smoothing_factor={training_args.label_smoothing_factor} must be from 0 to below 1")
-    if not training_args.max_grad_norm >= 0:
-        raise ValueError(f"max_grad_norm={training_args.max_grad_norm} must be at least 0 (0: no clipping)")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
-        if getattr(training_args, name) <= 0:
-            raise ValueError(f"{name}={getattr(training_args, name)} must be more than 0")
-    if training_args.max_length is not None and training_args.max_length < 1:
-        raise ValueError(f"max_length={training_args.max_length} must be at least 1, or none")
-    if training_args.use_liger_kernel:
-        raise ValueError(
-            "use_liger_kernel: Liger knows no model of type honeybee, it would change nothing; leave it out"
-        )
-    steps, warmup = training_args.max_steps, training_args.get_warmup_steps(max(training_args.max_steps, 0))
+    steps, warmup = training.max_steps, training.get_warmup_steps(max(training.max_steps, 0))
     if 0 < steps <= warmup:
         raise ValueError(
             f"the warm-up of {warmup} steps does not end within max_steps={steps}; lower --warmup_steps, for instance "
             f"to {steps // 25}"
         )
-    if training_args.n_gpu > 1:
-        raise ValueError(
-            f"{training_args.n_gpu} GPUs are visible to one process; start one process for each with `accelerate "
-            "launch` (training/configs/README.md), or show it one with CUDA_VISIBLE_DEVICES=0"
-        )
-    if training_args.save_strategy == SaveStrategy.STEPS and training_args.save_steps <= 0:
-        raise ValueError(f"save_steps={training_args.save_steps} must be more than 0, or --save_strategy no")
-    if training_args.save_strategy == SaveStrategy.BEST or training_args.load_best_model_at_end:
-        raise ValueError(
-            "save_strategy=best and load_best_model_at_end: nothing is evaluated while training; leave them out, and "
-            "score checkpoints with evaluation/run.py"
-        )
-    _check_hub(training_args)
 
 
-def _check_optimizer(training_args: SFTConfig) -> None:
-    optimizer, schedule = training_args.optim.value, training_args.lr_scheduler_type.value
+def _check_optimizer(training: SFTConfig) -> None:
+    optimizer, schedule = training.optim.value, training.lr_scheduler_type.value
     try:
         if not optimizer.removeprefix("paged_").startswith("adamw"):
             with suppress(ValueError):  # some want to see the model
-                Trainer.get_optimizer_cls_and_kwargs(training_args)
+                Trainer.get_optimizer_cls_and_kwargs(training)
             return
-        kind, settings = Trainer.get_optimizer_cls_and_kwargs(training_args)
-        settings = {**settings, "weight_decay": training_args.weight_decay}
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(training)
+        settings = {**settings, "weight_decay": training.weight_decay}
         get_scheduler(
             schedule,
             kind([torch.zeros(1, requires_grad=True)], **settings),
             num_warmup_steps=0,
-            num_training_steps=max(training_args.max_steps, 1),
-            scheduler_specific_kwargs=training_args.lr_scheduler_kwargs,
+            num_training_steps=max(training.max_steps, 1),
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
         )
     except (ImportError, TypeError, ValueError) as error:
         raise ValueError(
             f"optim={optimizer} with betas, epsilon and weight_decay, or lr_scheduler_type={schedule} with "
-            f"lr_scheduler_kwargs={training_args.lr_scheduler_kwargs} cannot be: {error}; correct what it names"
+            f"lr_scheduler_kwargs={training.lr_scheduler_kwargs} cannot be: {error}; correct what it names"
         ) from error
 
 
-def _check_data_loader(training_args: SFTConfig) -> None:
-    try:
-        DataLoader(
-            [0],
-            num_workers=training_args.dataloader_num_workers,
-            prefetch_factor=training_args.dataloader_prefetch_factor,
-            persistent_workers=training_args.dataloader_persistent_workers,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"dataloader_num_workers={training_args.dataloader_num_workers} with dataloader_prefetch_factor="
-            f"{training_args.dataloader_prefetch_factor} and dataloader_persistent_workers="
-            f"{training_args.dataloader_persistent_workers} cannot be: {error}; correct what it names"
-        ) from error
-    if training_args.accelerator_config.dispatch_batches:
+def _check_processes(training: SFTConfig) -> None:
+    DataLoader(  # torch says what is wrong with these
+        [0],
+        num_workers=training.dataloader_num_workers,
+        prefetch_factor=training.dataloader_prefetch_factor,
+        persistent_workers=training.dataloader_persistent_workers,
+    )
+    if training.accelerator_config.dispatch_batches:
         raise ValueError(
             "accelerator_config: dispatch_batches cuts batches by rows, and samples have different numbers of images; leave "
             "it out"
         )
+    if training.n_gpu > 1:
+        raise ValueError(
+            f"{training.n_gpu} GPUs are visible to one process; start one process for each with `accelerate launch` "
+            "(training/configs/README.md), or show it one with CUDA_VISIBLE_DEVICES=0"
+        )
 
 
-def _check_trackers(training_args: SFTConfig) -> None:
+def _check_trackers(training: SFTConfig) -> None:
     try:
-        for callback in get_reporting_integration_callbacks(training_args.report_to):
+        for callback in get_reporting_integration_callbacks(training.report_to):
             callback()
     except (ImportError, RuntimeError, ValueError) as error:
-        raise ValueError(f"report_to={training_args.report_to}: {error} Or give --report_to none") from error
+        raise ValueError(f"report_to={training.report_to}: {error} Or give --report_to none") from error
 
 
-def _check_hub(training_args: SFTConfig) -> None:
-    if not training_args.push_to_hub:
+def _check_hub(training: SFTConfig) -> None:
+    if not training.push_to_hub:
         return
     try:
-        HfApi(token=training_args.hub_token).whoami()
+        HfApi(token=training.hub_token).whoami()
     except (NetworkError, OSError) as error:
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
@@ -438,37 +273,26 @@ def _check_hub(training_args: SFTConfig) -> None:
         ) from error
 
 
-def settle_batch_size(args: HoneybeeArguments, training_args: SFTConfig) -> None:
-    """Sets the accumulation steps that make `global_batch_size` of what the processes take at a time.
+def check_model_files(settings: Settings, config: HoneybeeConfig, processor: HoneybeeProcessor) -> None:
+    """Whether config and processor belong together, can be saved, and suit the run; weights are looked at elsewhere.
 
     Raises:
-        ValueError: it does not divide, or accumulation was given and makes another number.
+        ValueError: with the value and the remedy.
     """
-    wanted = args.global_batch_size
-    if wanted is None:
-        return
-    at_once = training_args.train_batch_size * training_args.world_size
-    given = training_args.gradient_accumulation_steps
-    shape = f"per_device_train_batch_size={training_args.train_batch_size} in {training_args.world_size} processes"
-    if wanted < 1 or wanted % at_once:
+    check_processor(config, processor)
+    check_savable(config, processor)
+    if settings.model.model_name_or_path:
+        check_generation_config(settings.model)
+    max_length, model_type = settings.training.max_length, config.text_config.model_type
+    if max_length is not None and processor.num_image_tokens >= max_length:
         raise ValueError(
-            f"global_batch_size={wanted} is not a multiple of {at_once} ({shape}); change --per_device_train_batch_size "
-            "to a divisor, or the number of processes"
+            f"max_length={max_length} leaves no room for text: an image is {processor.num_image_tokens} visual tokens; "
+            "raise it"
         )
-    if given > 1 and given * at_once != wanted:
+    if settings.honeybee.batching == "packed" and model_type not in PACKABLE:
         raise ValueError(
-            f"global_batch_size={wanted}, but {shape} and gradient_accumulation_steps={given} make {given * at_once}; "
-            "leave gradient_accumulation_steps out, it follows"
-        )
-    training_args.gradient_accumulation_steps = wanted // at_once
-
-
-def check_length(training_args: SFTConfig, processor: HoneybeeProcessor) -> None:
-    """Raises a ValueError where `max_length` has no room for text behind one image."""
-    if training_args.max_length is not None and processor.num_image_tokens >= training_args.max_length:
-        raise ValueError(
-            f"max_length={training_args.max_length} leaves no room for text: an image is {processor.num_image_tokens} "
-            "visual tokens; raise it"
+            f"batching=packed is known to keep conversations apart in {', '.join(PACKABLE)}, and this LLM is of type "
+            f"{model_type!r}; use --batching grouped"
         )
 
 
@@ -520,61 +344,25 @@ def check_weights(path: str, skeleton: HoneybeeForConditionalGeneration) -> None
         )
 
 
-def count_parameters(
-    skeleton: HoneybeeForConditionalGeneration, stage: str, model_args: ModelConfig
-) -> dict[str, tuple[int, int]]:
-    """[`parameter_counts`] of the model as it will be trained; LoRA is put into `skeleton` for it."""
-    # LoRA takes the place of training the LLM; peft makes its own parameters trainable.
-    set_trained(skeleton, "align" if model_args.use_peft else stage)
-    if model_args.use_peft:
-        names = ", ".join(linear_names(skeleton.model.language_model))
-        try:
-            with torch.device("meta"):
-                get_peft_model(skeleton, get_peft_config(model_args))
-        except (ValueError, re.error) as error:
-            raise ValueError(
-                f"LoRA with lora_r={model_args.lora_r}, lora_dropout={model_args.lora_dropout} and "
-                f"lora_target_modules={model_args.lora_target_modules!r} cannot be put into this model ({error}); its LLM's "
-                f"linear layers are named {names}"
-            ) from error
-    counts = parameter_counts(skeleton)
-    if isinstance(skeleton.get_output_embeddings(), BaseTunerLayer):
+def check_number(dataset: Dataset, settings: Settings) -> None:
+    """Raises a ValueError where `dataloader_drop_last` leaves no batch."""
+    at_once = settings.samples_at_once
+    if settings.training.dataloader_drop_last and len(dataset) < at_once:
         raise ValueError(
-            f"lora_target_modules={model_args.lora_target_modules!r} reach the head, and TRL's loss reads its weight without "
-            "the adapter; leave lm_head out there, and train it in full with --lora_modules_to_save lm_head"
+            f"dataloader_drop_last leaves nothing of {len(dataset)} samples in batches of {at_once}; leave it out "
+            "or lower --per_device_train_batch_size"
         )
-    if counts["vision_tower"][1]:
+
+
+def check_images(mixture: Mixture) -> None:
+    """Raises a ValueError where alignment would see no image."""
+    draws = range(min(SEARCHED_FOR_AN_IMAGE, len(mixture)))
+    images = []
+    for draw in draws:
+        with suppress(BadSampleError):
+            images.append(mixture.glance(draw)["images"])
+    if images and not any(images):
         raise ValueError(
-            f"lora_target_modules={model_args.lora_target_modules!r} reach into the vision tower, which no stage trains; "
-            "give names alone (q_proj v_proj), of which the LLM's are taken, or all-linear"
+            f"none of the mixture's first {len(draws)} samples has an image, and alignment trains the projector alone, "
+            "which reads nothing else; add a captioning dataset, or use --stage instruct"
         )
-    return counts
-
-
-def complete_lora(stage: str, model_args: ModelConfig, skeleton: HoneybeeForConditionalGeneration) -> None:
-    """Sets where LoRA goes, and that the projector is trained beside it: see [`lora_modules`].
-
-    Raises:
-        ValueError: a name that no layer has.
-    """
-    targets, language_model = model_args.lora_target_modules, skeleton.model.language_model
-    if targets == "all-linear":
-        targets = linear_names(language_model)
-    for target in targets if isinstance(targets, list) else ():
-        if not any(f".{name}".endswith(f".{target}") for name, _ in language_model.named_modules()):
-            raise ValueError(
-                f"lora_target_modules: the LLM has no {target!r}; its linear layers are named "
-                f"{', '.join(linear_names(language_model))}"
-            )
-    modules = lora_modules(stage, targets) if targets else lora_modules(stage)
-    model_args.lora_target_modules = modules["target_modules"]
-    given = model_args.lora_modules_to_save or []
-    parts = [name for part in ("model.language_model", "lm_head", "model.projector")
-             for name, _ in skeleton.get_submodule(part).named_modules(prefix=part)]  # fmt: skip
-    for name in given:
-        if not any(f".{part}".endswith(f".{name}") for part in parts):
-            raise ValueError(
-                f"lora_modules_to_save: LLM and head have no {name!r}; lm_head and embed_tokens are such names, and the "
-                "projector is trained without being named"
-            )
-    model_args.lora_modules_to_save = modules["modules_to_save"] + [name for name in given if name != "projector"]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What FSDP2 and DeepSpeed need, so that a run in them is the run of one process: models that are built whole, a head that
-is gathered before it is read, and folders as one process writes them."""
+"""What makes a run under FSDP2 or DeepSpeed the same as in one process: models are built whole, the head is gathered before
+it is read, and folders are as one process writes them."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def read_deepspeed_settings(given: dict | str) -> dict:
 
 
 def check_deepspeed(given: dict | str | None) -> None:
-    """What is wrong with `--deepspeed`, said before the trainer's arguments start its processes.
+    """Refuses a `--deepspeed` that cannot work, before the trainer's arguments start its processes.
 
     Raises:
         ValueError: DeepSpeed is not installed, no launcher has started this process, or see [`read_deepspeed_settings`].
@@ -64,8 +64,8 @@ def check_deepspeed(given: dict | str | None) -> None:
 
 
 def settle_deepspeed(training_args: SFTConfig) -> None:
-    """Fills what `--deepspeed` leaves to `auto` or leaves out once more: the trainer's arguments did so before the
-    accumulation steps were known. The settings of `accelerate launch` are filled by the trainer, later.
+    """Fills a second time what `--deepspeed` leaves to `auto` or leaves out: the trainer's arguments filled it before the
+    accumulation steps were known. (The trainer fills the settings of `accelerate launch`, later.)
 
     Raises:
         ValueError: a setting that is another one in the run's own arguments.
@@ -92,7 +92,7 @@ def settle_deepspeed(training_args: SFTConfig) -> None:
 
 
 def check_saves_whole_models(state) -> None:
-    """Refuses settings of the engine with which the folders hold shards and no model.
+    """Refuses an engine that would save shards and no model.
 
     Args:
         state: of the trainer's accelerator.
@@ -116,8 +116,8 @@ def check_saves_whole_models(state) -> None:
 def whole_models():
     """Models that are built inside are whole, in every process.
 
-    Once the trainer's arguments exist, transformers cuts up each model that is built for ZeRO-3, also one on `meta`, one to
-    join from parts, and one to merge an adapter into. The trainer cuts up the one that it trains by itself.
+    Once the trainer's arguments exist, transformers splits every model that is built under ZeRO-3: one on `meta`, one to join
+    from parts, one to merge an adapter into. The one that is trained is split by the trainer itself.
     """
     settings = deepspeed._hf_deepspeed_config_weak_ref  # there is no public way to ask for it
     deepspeed.unset_hf_deepspeed_config()
@@ -145,8 +145,8 @@ def gather_head_before_use(model: PreTrainedModel | PeftModel) -> None:
 
 
 def untie_originals(model: nn.Module) -> None:
-    """Gives the frozen original that peft keeps beside a module trained in full weights of its own: FSDP2 refuses a weight
-    that is shared by an embedding in one unit and a head in another."""
+    """peft keeps a frozen original beside a module that is trained in full. Here it gets weights of its own: FSDP2 refuses a
+    weight that an embedding in one unit shares with a head in another."""
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for wrapper in model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper):
@@ -158,7 +158,7 @@ def untie_originals(model: nn.Module) -> None:
 
 @contextmanager
 def saved_as_one_process(model: nn.Module, state_dict: dict | None):
-    """What is saved inside has the code and the tensors of a model that is in one process.
+    """Inside, a model is saved with the code and the tensors that it has in one process.
 
     FSDP2 changes the model's class, and transformers copies the file of that class as the code of the checkpoint. And a
     tied head is gathered as a tensor of its own, which would be written beside the embedding.

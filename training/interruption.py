@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and SIGINT (Ctrl-C) end a run with a checkpoint instead of in the middle of a step, which takes data-loader
-workers that live on."""
+"""SIGTERM and SIGINT (Ctrl-C) end a run with a checkpoint, and not in the middle of a step. For that the data loader's
+workers have to outlive the signal."""
 
 import atexit
 import logging
@@ -64,7 +64,7 @@ class StopOnSignal(TrainerCallback):
         return control
 
     def ignore(self) -> None:
-        """Lets a process that leaves do so: Python's own ending gives signals back to the system, which would kill it."""
+        """Makes a process that leaves deaf to signals: Python's ending gives them back to the system, which would kill it."""
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
 
@@ -84,7 +84,7 @@ def start_worker(init, worker_id: int) -> None:
 
 
 def end_workers() -> None:
-    """Kills those that the loader has left, with the one signal that they cannot ignore."""
+    """Kills the workers that the loader has left behind, with the one signal that they cannot ignore."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a worker for an accident
     for child in multiprocessing.active_children():

@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of samples of about one length, for training with padding."""
 
-import copy
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import suppress
 
 import numpy as np
 from datasets import Dataset
 from torch.utils.data import Sampler
 
-from training.checkpoints import global_batch_size
 from training.collator import HoneybeeDataCollator
 from training.conversations import undecoded
-from training.recipe.mixture import Mixture, Stream, UnusableRecordError
-from training.trainer import HoneybeeTrainer
+from training.recipe.mixture import Mixture
+from training.samples import BadSampleError
 
 WINDOW = 16  # global batches that are sorted together
 
@@ -34,8 +32,8 @@ class LengthGroupedSampler(Sampler[int]):
         shuffle: draw an order of all samples for each epoch before they are cut into windows; False where samples are
             in random order already.
         window: number of global batches.
-        epoch: tells the epoch whenever one begins. (`set_epoch` does not reach a sampler behind the batches that a resumed
-            run skips, where there are several processes.)
+        epoch: tells the epoch whenever one begins; the trainer sets it. (`set_epoch` does not reach a sampler behind the
+            batches that a resumed run skips, where there are several processes.)
     """
 
     def __init__(
@@ -70,28 +68,14 @@ class LengthGroupedSampler(Sampler[int]):
             yield from np.concatenate([batches.ravel(), samples[whole:]]).tolist()
 
 
-class GroupedTrainer(HoneybeeTrainer):
-    """A HoneybeeTrainer that reads its samples in the order of a [`LengthGroupedSampler`].
-
-    Args:
-        lengths, shuffle: the sampler's; the other arguments are HoneybeeTrainer's.
-    """
-
-    def __init__(self, *args, lengths: Lengths, shuffle: bool = True, **kwargs):
-        self.lengths, self.shuffle = lengths, shuffle
-        super().__init__(*args, **kwargs)
-
-    def _get_train_sampler(self, train_dataset=None) -> LengthGroupedSampler:
-        dataset, args = self.train_dataset if train_dataset is None else train_dataset, self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return LengthGroupedSampler(
-            self.lengths,
-            len(dataset),
-            global_batch_size(args),
-            seed,
-            self.shuffle,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
+def grouped_sampler(
+    dataset: Dataset, mixture: Mixture | None, collator: HoneybeeDataCollator, batch_size: int, seed: int
+) -> LengthGroupedSampler:
+    """The sampler for a dataset of conversations, or for the draws of a mixture, which is shuffled already."""
+    if mixture is None:
+        return LengthGroupedSampler(dataset_lengths(dataset, collator), len(dataset), batch_size, seed)
+    lengths = mixture_lengths(mixture, collator, WINDOW * batch_size)
+    return LengthGroupedSampler(lengths, len(mixture), batch_size, seed, shuffle=False)
 
 
 def dataset_lengths(dataset: Dataset, collator: HoneybeeDataCollator) -> Lengths:
@@ -101,31 +85,20 @@ def dataset_lengths(dataset: Dataset, collator: HoneybeeDataCollator) -> Lengths
 
 
 def mixture_lengths(mixture: Mixture, collator: HoneybeeDataCollator, window: int) -> Lengths:
-    """Lengths of a mixture's draws; images are not read. A draw whose record is of no use counts as one token: the
-    record that takes its place is known only when it is read.
+    """Lengths of a mixture's draws; images are not read. A draw whose record cannot be used counts as one token: which
+    record takes its place is known only when it is read.
 
     Args:
-        window: samples that are sorted together. The mixture's streams are told to keep that many records, since the
-            sorted draws do not read them in order.
+        window: samples that are sorted together.
     """
-    ahead = copy.copy(mixture)  # reads a window before the mixture itself does, from streams of its own
-    ahead.sources = [
-        replace(source, records=Stream(source.records.records)) if isinstance(source.records, Stream) else source
-        for source in mixture.sources
-    ]
-    ahead._orders = {}
-    for source in mixture.sources:
-        if isinstance(source.records, Stream):
-            source.records.keep(window)
+    ahead = mixture.read_ahead(window)
 
     def lengths(draws: list[int]) -> list[int]:
         found = dict.fromkeys(draws, 1)
         samples = {}
         for draw in draws:
-            try:
+            with suppress(BadSampleError):
                 samples[draw] = ahead.glance(draw)
-            except UnusableRecordError:
-                continue
         found.update(zip(samples, collator.lengths(list(samples.values()))))
         return list(found.values())
 

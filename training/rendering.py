@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversations as text, cut where what is learned starts and ends."""
 
+import functools
+
+from jinja2 import Environment
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from processing.processing_honeybee import CAPTION_TEMPLATE, CHAT_TEMPLATE, GUARD, ROLE_MARKERS, SYSTEM_BASE
@@ -16,15 +19,26 @@ def render(messages: list[dict], template: str, bos_token: str, eos_token: str) 
         template: a Jinja chat template. For the shipped two this is written out in Python, which takes a tenth of the time;
             a test holds both to the same text.
     """
-    if template == CHAT_TEMPLATE:
+    if _is_but_for_its_lines(template, CHAT_TEMPLATE):
         pieces = _chat(messages, bos_token, eos_token)
-    elif template == CAPTION_TEMPLATE:
+    elif _is_but_for_its_lines(template, CAPTION_TEMPLATE):
         images = sum(item["type"] == "image" for message in messages for item in message["content"])
         pieces = [(bos_token + "<image>" * images, False)]
         pieces += [(_words(message) + eos_token, True) for message in messages if message["role"] == "assistant"]
     else:
         pieces = _jinja(messages, template, bos_token, eos_token)
     return [(piece, is_learned) for piece, is_learned in pieces if piece]
+
+
+@functools.cache
+def _is_but_for_its_lines(template: str, shipped: str) -> bool:
+    """Whether a template is a shipped one, whose line breaks and indentation are not rendered: many a saved processor has
+    it on a single line."""
+
+    def tokens(text: str) -> list[tuple[str, str]]:
+        return [(kind, value.strip()) for _, kind, value in Environment().lex(text) if kind != "whitespace"]
+
+    return template == shipped or tokens(template) == tokens(shipped)
 
 
 def _plain(text: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is left to read when a run ends: a plot of the loss and a page that says what was trained on what, and how."""
+"""What is left to read when a run ends: a plot of the loss, and a page that says what was trained, on what, and how."""
 
 import logging
 import os
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from transformers import TrainerCallback, TrainerState
-from trl import ModelConfig, SFTConfig
+from trl import SFTConfig
 
-from training.arguments import HoneybeeArguments
 from training.checkpoints import RECORDED
-from training.checks import Plan
-from training.preview import mixture_table
+from training.plan import Plan
+from training.recipe.table import mixture_table
+from training.settings import Settings
 from training.stages import parts_table
 
 logger = logging.getLogger(__name__)
@@ -24,23 +24,21 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "b
 
 
 class Report(TrainerCallback):
-    """Writes [`loss_plot`] and [`run_summary`] into the output folder. Hangs on the trainer for whoever has saved the model,
-    because a callback's own turn, the end of training, comes before that."""
+    """Writes [`loss_plot`] and [`run_summary`] into the output folder. The trainer only carries it, and whoever has saved the
+    model calls `write`: a callback's own turn, the end of training, comes before that."""
 
-    def __init__(self, plan: Plan, args: HoneybeeArguments, model_args: ModelConfig):
-        self.plan, self.args, self.model_args = plan, args, model_args
+    def __init__(self, settings: Settings, plan: Plan):
+        self.settings, self.plan = settings, plan
 
-    def write(self, training_args: SFTConfig, state: TrainerState) -> None:
-        """What cannot be written is a warning."""
+    def write(self, state: TrainerState) -> None:
+        """Writes both; a failure is only a warning."""
         writers = {
             PLOT: lambda path: loss_plot(state, path),
-            SUMMARY: lambda path: Path(path).write_text(
-                run_summary(self.plan, self.args, training_args, self.model_args, state), encoding="utf-8"
-            ),
+            SUMMARY: lambda path: Path(path).write_text(run_summary(self.settings, self.plan, state), encoding="utf-8"),
         }
         for name, write in writers.items():
             try:
-                write(os.path.join(training_args.output_dir, name))
+                write(os.path.join(self.settings.training.output_dir, name))
             except Exception as error:  # plotting and its fonts, the disk, the table: none is worth a run
                 logger.warning("%s could not be written (%s: %s)", name, type(error).__name__, error)
 
@@ -75,26 +73,24 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
 
 
-def run_summary(
-    plan: Plan, args: HoneybeeArguments, training_args: SFTConfig, model_args: ModelConfig, state: TrainerState
-) -> str:
+def run_summary(settings: Settings, plan: Plan, state: TrainerState) -> str:
     """One page of Markdown."""
-    rows = _logged(state)
+    own, rows = settings.honeybee, _logged(state)
     finished = state.global_step >= state.max_steps
-    start = model_args.model_name_or_path or f"{args.vision_model} + {args.text_model} + {args.projector}"
+    start = settings.model.model_name_or_path or f"{own.vision_model} + {own.text_model} + {own.projector}"
     state_words = f"finished after {state.global_step} steps" if finished else (
         f"stopped after {state.global_step} of {state.max_steps} steps; the same command with `--resume` goes on"
     )  # fmt: skip
-    samples = state.global_step * plan.run["global_batch_size"]
+    samples = state.global_step * settings.global_batch_size
     sections = {
         "Model": f"From {start}.\n\n```\n" + "\n".join(parts_table(plan.parameters)) + "\n```",
-        "Data": _data(plan, samples),
+        "Data": _data(settings, plan, samples),
         "Loss": _losses(rows),
         "Throughput": _throughput(rows),
-        "Settings": _table([["setting", "value"], *([name, _setting(training_args, name)] for name in RECORDED)]),
+        "Settings": _table([["setting", "value"], *([name, _setting(settings.training, name)] for name in RECORDED)]),
         "Versions": ", ".join([f"Python {platform.python_version()}", *_versions()]) + f"; {_device()}",
     }
-    page = [f"# Stage {args.stage}: {state_words}"]
+    page = [f"# Stage {own.stage}: {state_words}"]
     page += [f"## {title}\n\n{text}" for title, text in sections.items()]
     return "\n\n".join(page) + "\n"
 
@@ -104,9 +100,9 @@ def _setting(training_args: SFTConfig, name: str) -> str:
     return str(getattr(value, "value", value))
 
 
-def _data(plan: Plan, samples: int) -> str:
+def _data(settings: Settings, plan: Plan, samples: int) -> str:
     if plan.mixture is None:
-        return f"`{plan.run['dataset']}`: {samples:,} draws of {len(plan.dataset):,} samples."
+        return f"`{settings.honeybee.dataset}`: {samples:,} draws of {len(plan.dataset):,} samples."
     table = mixture_table(plan.mixture.sources, plan.mixture.weights, samples)
     return f"{_table(table)}\n\nSkipped by the first process: {plan.mixture.report()}."
 

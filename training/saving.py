@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""That a run can save is shown before its first step, and what follows the saved model cannot harm it."""
+"""Shows before the first step that a run can save, and uploads the saved model so that a failure cannot harm it."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ from training.checkpoints import TRIAL
 
 
 def _save_each(parts: dict[str, Callable[[str], object]], folder: str) -> None:
-    """Calls what saves each part, by the part's name.
+    """Calls each part's function for saving, under the part's name.
 
     Raises:
         OSError: the folder cannot be written.
@@ -39,22 +39,23 @@ def _save_each(parts: dict[str, Callable[[str], object]], folder: str) -> None:
 
 
 def check_savable(config: HoneybeeConfig, processor: HoneybeeProcessor) -> None:
-    """Saves what there is before the weights are read, in a temporary folder.
+    """Tries to save config and processor in a temporary folder, before the weights are read.
 
     Raises:
         ValueError: see [`prove_saving`].
     """
     parts = {"the model's config": config.save_pretrained, "the processor": processor.save_pretrained}
-    with suppress(OSError), tempfile.TemporaryDirectory() as folder:  # the output folder's own is seen there
+    with suppress(OSError), tempfile.TemporaryDirectory() as folder:  # the output folder is tried by prove_saving
         _save_each(parts, folder)
 
 
 def prove_saving(trainer: Trainer, existing: str) -> None:
-    """Saves into the output folder all that the run will save there, with one number in place of each tensor, and removes it.
+    """Tries to save in the output folder all that the run will save there, with one number in place of each tensor, and
+    removes it again.
 
     Args:
-        existing: the nearest folder of the output folder's path that was there before the start; after a failure no more
-            is there than was.
+        existing: the nearest folder on the output folder's path that was there before the start. A failure leaves no new
+            folder below it.
 
     Raises:
         ValueError: in all processes; what cannot be saved, why, and the remedy.

@@ -30,7 +30,7 @@ from tests.tiny import (
     tiny_model,
     tiny_processor,
 )
-from training.stages import lora_modules
+from training.lora import lora_modules
 
 PUSH = REPOSITORY / "hub_upload" / "push.py"
 HERE = REPOSITORY / "tests" / "hub_upload"
@@ -74,7 +74,9 @@ def world(tmp_path_factory):
     (folder / "notes.txt").write_text("mine")
     scores = root / "scores" / "pope"
     scores.mkdir(parents=True)
-    (scores / "scores.json").write_text(json.dumps({"questions": 12, "summary": {"accuracy": 0.875, "f1": 0.9}}))
+    (scores / "scores.json").write_text(
+        json.dumps({"display_name": "POPE", "questions": 12, "summary": {"accuracy": 0.875, "f1": 0.9}})
+    )
     picture().save(root / "photo.jpg")
     torch.save({"inputs": tiny_inputs(model), "image": str(root / "photo.jpg")}, root / "inputs.pt")
     return {"root": root, "folder": folder, "model": model}
@@ -122,7 +124,7 @@ def test_an_interrupted_upload_shows_nothing_and_continues(pushed):
 def test_what_is_published(hub, world, pushed):
     files = hub.files("bee/tiny")
     code = {name for name in files if name.endswith(".py")}
-    assert code == set(CODE) and len(code) == 6
+    assert code == set(CODE) and len(code) == 8
     for name, path in CODE.items():
         assert files[name].content == path.read_bytes()
     for path in world["folder"].glob("*.safetensors"):

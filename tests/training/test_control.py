@@ -24,7 +24,7 @@ from tests.training.test_sft_mixture import RUN_SFT, TWO, TWO_ON_CPU, write_mixt
 from tests.training.test_wrong_inputs import PROJECTOR
 from training import sft
 from training.checkpoints import is_whole
-from training.throughput import count_batch
+from training.trainer import count_batch
 
 SFT = REPOSITORY / "training" / "sft.py"
 SHORT = [

@@ -20,7 +20,7 @@ from processing import processor_from_vision_text_pretrained
 from tests.tiny import REPOSITORY, run_script, sample, save_clip, save_llama, save_qwen2, write_dataset
 from tests.training.test_sft_mixture import write_mixture
 from tests.training.test_wrong_inputs import PROJECTOR
-from training.arguments import parse_arguments
+from training.settings import parse_arguments
 
 LAUNCHERS = REPOSITORY / "training" / "configs" / "accelerate"
 # Name -> (file for `accelerate launch`, what accelerate makes of it); json: `--deepspeed FILE.json` under torchrun.

@@ -15,7 +15,8 @@ from tests.tiny import REPOSITORY, picture, run_script, save_clip, save_llama, t
 from training.collator import HoneybeeDataCollator
 from training.conversations import load_conversations
 from training.length_grouping import LengthGroupedSampler, dataset_lengths, mixture_lengths
-from training.recipe.mixture import Mixture, Source, Stream
+from training.recipe.mixture import Mixture, Source
+from training.recipe.stream import Stream
 
 LENGTHS = np.random.default_rng(0).lognormal(5, 0.7, 1000).astype(int)
 

@@ -8,7 +8,9 @@ from trl import ModelConfig, SFTConfig
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from tests.tiny import save_clip, save_llama, tiny_model
-from training.loading import bytes_of, state_bytes
+from training.arguments import HoneybeeArguments
+from training.plan import bytes_of, state_bytes
+from training.settings import Settings
 from training.stages import keep_trained_in_float32, parameter_counts, set_trained
 
 
@@ -21,7 +23,8 @@ def test_bytes_of_weights_and_optimizer(stage, dtype, mixed, tmp_path):
     if mixed:
         keep_trained_in_float32(model)
     training_args = SFTConfig(tmp_path, bf16=mixed, use_cpu=True, optim="adamw_torch")
-    sizes = state_bytes(parameter_counts(model), model.config, training_args, ModelConfig(dtype=dtype))
+    settings = Settings(HoneybeeArguments(stage), training_args, ModelConfig(dtype=dtype))
+    sizes = state_bytes(parameter_counts(model), model.config, settings)
     model.save_pretrained(tmp_path)
     names = (tmp_path / "model.safetensors").stat().st_size - sizes["weights"]
     assert 0 < names < 20_000, "what is left is the file's list of tensors"

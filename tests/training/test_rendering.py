@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shipped templates and their short cut in Python give the same text, cut at the same places."""
 
+import re
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -49,6 +52,20 @@ def test_caption(text, images):
     ]
     expected = joined(_jinja(messages, CAPTION_TEMPLATE, "<s>", "</s>"))
     assert joined(render(messages, CAPTION_TEMPLATE, "<s>", "</s>")) == expected
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CAPTION_TEMPLATE])
+def test_a_shipped_template_on_one_line_takes_the_short_cut(template, monkeypatch):
+    monkeypatch.setattr("training.rendering._jinja", None)
+    messages = [
+        {"role": "user", "content": [{"type": "image"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a dog"}]},
+    ]
+    on_one_line = re.sub(r"\n *", "", template)
+    assert on_one_line != template
+    assert render(messages, on_one_line, "<s>", "</s>") == render(messages, template, "<s>", "</s>")
+    with pytest.raises(TypeError):
+        render(messages, template.replace("'image_url'", "'picture'"), "<s>", "</s>")
 
 
 def test_a_template_of_ones_own_is_rendered():

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a command loads before it answers: `--help` and a wrong argument wait for no library that they do not need."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 
 import pytest
 from trl import ModelConfig, SFTConfig
@@ -104,6 +106,21 @@ def test_help_of_what_answers_loads_no_model_code(script):
     code, text, libraries = answer(script, "--help")
     assert code == 0 and "--model" in text
     assert not libraries & {"datasets", "matplotlib", "modeling_honeybee", "peft", "processing", "torch"}
+
+
+def test_training_has_no_import_circle():
+    """Imports inside functions count: they hide a circle, and do not break it."""
+    files = {
+        ".".join(p.relative_to(REPOSITORY).with_suffix("").parts): p for p in (REPOSITORY / "training").rglob("*.py")
+    }
+    imports = {name: set() for name in files}
+    for name, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                found = {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+                imports[name] |= found & files.keys()
+    assert "training.run" in imports["training.sft"] and "training.run" in imports["training.quickstart.run"]
+    TopologicalSorter(imports).prepare()  # raises a CycleError that lists the circle
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP there")

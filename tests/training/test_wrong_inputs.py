@@ -17,7 +17,7 @@ from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import processor_from_vision_text_pretrained
 from tests.tiny import REPOSITORY, run_script, sample, save_clip, save_llama, tiny_model, tiny_processor, write_dataset
 from training import sft
-from training.arguments import parse_arguments
+from training.settings import parse_arguments
 
 SFT = REPOSITORY / "training" / "sft.py"
 SHORT = ["--max_steps", 4, "--bf16", "False", "--report_to", "none", "--save_strategy", "no", "--use_cpu"]
@@ -128,8 +128,8 @@ def new(**projector):
         (["--dataset", "{many_images}", "--max_length", "70"], ["sample 1", "max_length=70 would cut an image", "raise max_length to 266"]),
         (["--dataset", "{text_only}", "--max_length", "30"], ["sample 0", "question fills max_length=30", "raise max_length"]),
         (["--packing"], ["packing", "leave them out"]),
-        (["--pad_token", "<pad>"], ["pad_token='<pad>'", "leave it out"]),
-        (["--assistant_only_loss"], ["assistant_only_loss=True", "leave it out"]),
+        (["--eos_token", "<eos>"], ["eos_token='<eos>'", "leave it out"]),
+        (["--completion_only_loss", "False"], ["completion_only_loss=False", "leave it out"]),
         (GROUPED_BY_THE_TRAINER, ["group_by_length", "--batching grouped"]),
         (["--eval_strategy", "steps"], ["eval", "evaluation/run.py"]),
         # Model
@@ -186,7 +186,7 @@ def new(**projector):
         (["--learning_rate=-1e-4"], ["learning_rate=-0.0001", "more than 0"]),
         (["--learning_rate", "inf"], ["learning_rate=inf", "finite"]),
         (["--max_grad_norm", "nan"], ["max_grad_norm=nan", "at least 0"]),
-        (["--dataloader_num_workers=-1"], ["dataloader_num_workers=-1", "non-negative"]),
+        (["--dataloader_num_workers=-1"], ["num_workers", "non-negative"]),
         (["--report_to", "carrier-pigeon"], ["report_to=", "carrier-pigeon", "--report_to none"]),
         (["--report_to", "swanlab"], ["report_to=", "pip install swanlab", "--report_to none"]),
         (["--save_strategy", "best", "--metric_for_best_model", "loss"], ["save_strategy=best", "evaluation/run.py"]),
@@ -204,9 +204,8 @@ def new(**projector):
         (["--max_steps", "-1", "--num_train_epochs", "inf"], ["num_train_epochs=inf", "finite"]),
         (["--push_to_hub", "--hub_token", "nobody"], ["push_to_hub", "hf auth login", "hub_upload/push.py"]),
         (["--optim", "lomo"], ["optim=lomo", "pip install"]),
-        (["--use_liger_kernel"], ["use_liger_kernel", "leave it out"]),
         (["--accelerator_config", '{"dispatch_batches": true}'], ["dispatch_batches", "leave it out"]),
-        (["--dataloader_persistent_workers"], ["dataloader_persistent_workers=True", "num_workers"]),
+        (["--dataloader_persistent_workers"], ["persistent_workers", "num_workers > 0"]),
         (["--dataloader_drop_last", "--per_device_train_batch_size", "64"], ["drop_last", "batches of 64"]),
         (["--adam_beta1", "2"], ["Invalid beta parameter", "2.0"]),
         (["--weight_decay=-1"], ["Invalid weight_decay value: -1"]),
@@ -290,6 +289,16 @@ def test_wrong_yaml(settings, words, things, tmp_path, monkeypatch, capsys):
     assert exit.value.args[0] != 0 and all(word in message for word in words), message
 
 
+def test_what_changes_nothing_is_named_and_put_back(caplog):
+    words = ["--pad_token", "<pad>", "--assistant_only_loss", "--use_liger_kernel", "--learning_rate", "1e-4"]
+    training_args = parse_arguments([*words, "--output_dir", "out", "--use_cpu"]).training
+    (warning,) = [record.message for record in caplog.records if record.name == "training.settings"]
+    assert all(word in warning for word in ("pad_token", "assistant_only_loss", "use_liger_kernel", "honeybee"))
+    assert "learning_rate" not in warning and training_args.learning_rate == 1e-4
+    assert training_args.pad_token is None
+    assert not training_args.assistant_only_loss and not training_args.use_liger_kernel
+
+
 def test_a_setting_that_the_yaml_file_has_twice(tmp_path, monkeypatch):
     path = tmp_path / "run.yaml"
     path.write_text("stage: instruct\nlearning_rate: 2.0e-5\nmax_steps: 4\nlearning_rate: 3.0e-4\n")
@@ -348,7 +357,8 @@ def test_yaml_values_are_read_as_meant(tmp_path):
         "lora_target_modules: q_proj\nmixture_settings: seed=1\nlr_scheduler_kwargs: {min_lr: 1e-6}\nreport_to: [none]\n"
         "save_strategy: 'no'\nneftune_noise_alpha: null\nbf16: no\n"
     )
-    args, training_args, model_args = parse_arguments(["--config", str(path), "--output_dir", "out", "--use_cpu"])
+    settings = parse_arguments(["--config", str(path), "--output_dir", "out", "--use_cpu"])
+    args, training_args, model_args = settings.honeybee, settings.training, settings.model
     assert (args.vision_feature_layer, args.mixture_settings) == ([-2], ["seed=1"])
     assert (training_args.learning_rate, training_args.num_train_epochs, training_args.bf16) == (2e-5, 1, False)
     assert str(training_args.resume_from_checkpoint).lower() == "true" and training_args.save_strategy == "no"

@@ -15,11 +15,6 @@ from training.stages import freeze_for_stage
 from training.trainer import HoneybeeTrainer
 
 
-class InOrder(HoneybeeTrainer):
-    def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(self.train_dataset)
-
-
 class Collator(HoneybeeDataCollator):
     """Keeps which samples had an image."""
 
@@ -55,7 +50,10 @@ def main(stage: str, projector_type: str, checkpointing: str, batch_size: str, w
     assert args.world_size == int(world_size), f"{args.world_size} processes instead of {world_size}"
     collator = Collator(processor, pack=True)
     collator.seen = []
-    trainer = InOrder(model=model, args=args, train_dataset=dataset, processing_class=processor, data_collator=collator)
+    trainer = HoneybeeTrainer(
+        model=model, args=args, train_dataset=dataset, processing_class=processor, data_collator=collator,
+        sampler=SequentialSampler(dataset),
+    )  # fmt: skip
     trainer.train()
     if args.world_size == 2:
         assert collator.seen[:4] == [[1 - args.process_index]] * 4, collator.seen

@@ -1,26 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our trainer on a [`Mixture`]."""
+"""What a trainer keeps of a [`Mixture`]."""
 
 import logging
 import os
 
-from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from training.checkpoints import STATE_FILE
+from modeling_honeybee.model_folder import STATE_FILE
 from training.recipe.mixture import Mixture
-from training.trainer import HoneybeeTrainer
 
 logger = logging.getLogger(__name__)
-
-
-class MixtureTrainer(HoneybeeTrainer):
-    """A HoneybeeTrainer whose `train_dataset` is `Mixture.as_dataset()`: read in order, as it is shuffled already."""
-
-    def _get_train_sampler(self, train_dataset=None) -> SequentialSampler:
-        # transformers 5 has train_sampling_strategy="sequential" for this, 4 has nothing.
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 
 class MixtureCallback(TrainerCallback, ExportableState):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Annotation files become records: what a sample says, before any wording.
+"""The datasets of the recipe: for each its task, files, reader and weight. A new one is a reader and a row of `DATASETS`.
 
-A record is
+A reader makes records of annotation files: what a sample says, before any wording. A record is
 
     {"dataset": "gqa", "task": "vqa-open", "image": path or None, "turns": [turn, ...]}
 
@@ -13,11 +13,10 @@ and a turn has the fields of `TURN`, None where its task has no use for them:
     phrase, bbox       referring-expression: "[x1,y1,x2,y2]" in parts of the image's width and height; VSR
                        keeps its caption as phrase
 
-A row that cannot be understood is a record without turns, so that whoever reads it can count it. Sources: the files
-that each dataset's authors publish, at the places of `files.FILES` below the data root.
+A row that cannot be understood is a record without turns, so that whoever reads it can count it. A captioning dataset is
+a stream, and its image is {"path", "bytes"}. The words around a question are in templates.yaml.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -25,36 +24,20 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice, zip_longest
-from pathlib import Path
+from dataclasses import dataclass
+from glob import escape, glob, has_magic
+from itertools import chain, zip_longest
 
-import pyarrow as pa
-import pyarrow.compute as pc
-from datasets import Dataset, Features, Image, IterableDataset, List, Value
-
-from training.recipe.config import DATASETS as TASKS
-from training.recipe.files import annotation_files
 from training.recipe.json_stream import stream_json
 
 logger = logging.getLogger(__name__)
 
-_STRING = Value("string")
-TURN = {
-    "question": _STRING,
-    "answer": _STRING,
-    "options": List(_STRING),
-    "context": _STRING,
-    "phrase": _STRING,
-    "bbox": _STRING,
-}
-FEATURES = Features({"dataset": _STRING, "task": _STRING, "image": _STRING, "turns": List(TURN)})
-STREAMED_FEATURES = Features({**FEATURES, "image": Image(decode=False)})
-
+TURN = ("question", "answer", "options", "context", "phrase", "bbox")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # What converting a row raises when the row does not have the fields, types and numbers that its format promises.
 _MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError)
 
-Converter = Callable[[object], tuple[str | None, list[dict]]]
+Converter = Callable[[object], tuple[str | None, list[dict]]]  # a row as (image, turns)
 
 
 def _text(value) -> str:
@@ -80,52 +63,10 @@ def _records(name: str, rows: Iterable, convert: Converter) -> Iterator[dict]:
             image, turns = convert(row)
         except _MALFORMED:
             image, turns = None, []
-        yield {"dataset": name, "task": TASKS[name], "image": image, "turns": turns}
+        yield {"dataset": name, "task": DATASETS[name].task, "image": image, "turns": turns}
 
 
-_CODE = tuple(
-    hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()
-    for name in ("readers.py", "json_stream.py", "turns.py")
-)
-
-# `datasets` takes most of a minute to encode a million rows of nested values one by one, and little for columns.
-_BLOCK_ROWS = 1000
-_BLOCK = Features(
-    {"images": List(_STRING), "lengths": List(Value("int32")), **{name: List(kind) for name, kind in TURN.items()}}
-)
-
-
-def _generate_blocks(name: str, root: str, paths: tuple[str, ...], stamp: tuple) -> Iterator[dict]:
-    records = GENERATORS[name](name, root, paths)
-    started = False
-    # One block at least: `datasets` refuses a dataset without any row, and its message names no file.
-    while (block := list(islice(records, _BLOCK_ROWS))) or not started:
-        started = True
-        turns = [turn for record in block for turn in record["turns"]]
-        yield {
-            "images": [record["image"] for record in block],
-            "lengths": [len(record["turns"]) for record in block],
-            **{name: [turn[name] for turn in turns] for name in TURN},
-        }
-
-
-def _as_records(table: pa.Table, name: str) -> pa.Table:
-    columns = {column: pc.list_flatten(table[column]).combine_chunks() for column in table.column_names}
-    turns = pa.StructArray.from_arrays([columns[field] for field in TURN], names=list(TURN))
-    ends = pc.cumulative_sum(columns["lengths"])
-    offsets = pa.concat_arrays([pa.array([0], type=ends.type), ends])
-    count = len(columns["images"])
-    return pa.table(
-        {
-            "dataset": pa.repeat(name, count),
-            "task": pa.repeat(TASKS[name], count),
-            "image": columns["images"],
-            "turns": pa.ListArray.from_arrays(offsets, turns),
-        }
-    )
-
-
-def _generate_vqav2(name, root, paths):
+def _read_vqav2(name, root, paths):
     questions, annotations = paths
     folder = os.path.join(root, "VQAv2/images")
     # Both files name the split that the image names carry, and list the same questions in the same order.
@@ -142,7 +83,7 @@ def _generate_vqav2(name, root, paths):
     yield from _records(name, rows, convert)
 
 
-def _generate_gqa(name, root, paths):
+def _read_gqa(name, root, paths):
     def convert(entry):
         _, row = entry
         image = os.path.join(root, "GQA/images", f"{row['imageId']}.jpg")
@@ -151,7 +92,7 @@ def _generate_gqa(name, root, paths):
     yield from _records(name, stream_json(paths[0]), convert)
 
 
-def _generate_ocrvqa(name, root, paths):
+def _read_ocrvqa(name, root, paths):
     def convert(entry):
         key, row = entry
         image = os.path.join(root, "OCRVQA/images", key + os.path.splitext(row["imageURL"])[1])
@@ -177,7 +118,7 @@ def as_question(caption: str) -> str:
     return question if question.endswith("?") else question + "?"
 
 
-def _generate_vsr(name, root, paths):
+def _read_vsr(name, root, paths):
     def convert(line):
         row = json.loads(line)
         split, file_name = row["image_link"].split("/")[-2:]
@@ -193,8 +134,8 @@ def _generate_vsr(name, root, paths):
 def split_options(text: str) -> list[str]:
     """ScienceQA's "(A) one (B) two" as ["one", "two"].
 
-    Markers count in the order of the letters, each the last one before the next, so that a "(B)" that an option speaks
-    of makes no option.
+    The markers follow the alphabet. Where a letter comes several times, the last one before the next letter counts, so
+    that a "(B)" within an option begins no option.
 
     Raises:
         ValueError: no marker "(A)" at the beginning.
@@ -216,7 +157,7 @@ def split_options(text: str) -> list[str]:
 _SCIENCEQA = re.compile(r"(?P<question>.*?)\nContext: (?P<context>.*)\nOptions: (?P<options>.*)", re.DOTALL)
 
 
-def _generate_sqa(name, root, paths):
+def _read_sqa(name, root, paths):
     def convert(row):
         asked, told = (_text(message["value"]) for message in row["conversations"][:2])
         parts = _SCIENCEQA.fullmatch(asked.removesuffix("\n<image>"))
@@ -229,7 +170,7 @@ def _generate_sqa(name, root, paths):
     yield from _records(name, stream_json(paths[0]), convert)
 
 
-def _generate_aokvqa(name, root, paths):
+def _read_aokvqa(name, root, paths):
     def convert(row):
         options = [_text(choice) for choice in row["choices"]]
         correct = row["correct_choice_idx"]
@@ -241,7 +182,7 @@ def _generate_aokvqa(name, root, paths):
     yield from _records(name, stream_json(paths[0]), convert)
 
 
-def _generate_refcoco(name, root, paths):
+def _read_refcoco(name, root, paths):
     def convert(pair):
         image, annotation = pair
         if image["id"] != annotation["image_id"]:
@@ -254,7 +195,7 @@ def _generate_refcoco(name, root, paths):
     yield from _records(name, rows, convert)
 
 
-def _generate_vg(name, root, paths):
+def _read_vg(name, root, paths):
     sizes = {row.get("image_id"): (row.get("width"), row.get("height")) for row in stream_json(paths[0])}
 
     def convert(region):
@@ -287,7 +228,7 @@ def _dialogue(messages: Iterable[tuple[str, str]]) -> list[dict]:
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt"}
 
 
-def _generate_llava150k(name, root, paths):
+def _read_llava150k(name, root, paths):
     def convert(row):
         image = os.path.join(root, "opensets_coco/images/train2017", row["image"])
         return image, _dialogue((_ROLES[said["from"]], _text(said["value"])) for said in row["conversations"])
@@ -295,20 +236,20 @@ def _generate_llava150k(name, root, paths):
     yield from _records(name, chain.from_iterable(map(stream_json, paths)), convert)
 
 
-def _generate_sharegpt(name, root, paths):
+def _read_sharegpt(name, root, paths):
     def convert(row):
         messages = row["conversations"]
-        # As the official reader: a conversation may go on from an answer, but its first message is the human's.
+        # As in the official reader: an answer may follow an answer, but the first message is the human's.
         if messages[0]["from"] != "human":
             messages = messages[1:]
-        # "<image>" is something that people write about here.
+        # Here "<image>" is a word that people write about.
         said = ((_ROLES[said["from"]], _text(said["value"]).replace("<image>", "image")) for said in messages)
         return None, _dialogue(said)
 
     yield from _records(name, stream_json(paths[0]), convert)
 
 
-def _generate_pairs(name: str, root: str, paths: list[str]) -> Iterator[dict]:
+def _read_pairs(name: str, root: str, paths: list[str]) -> Iterator[dict]:
     """The samples of webdataset tars: neighbouring members whose names agree up to the first dot.
 
     `datasets` reads them too, but an undecodable member that nobody needs (img2dataset adds a .json) ends its stream.
@@ -322,7 +263,7 @@ def _generate_pairs(name: str, root: str, paths: list[str]) -> Iterator[dict]:
             caption = None
         return {
             "dataset": name,
-            "task": TASKS[name],
+            "task": DATASETS[name].task,
             "image": None if image is None else {"path": path, "bytes": image},
             "turns": [] if caption is None else [_turn(answer=caption)],
         }
@@ -352,50 +293,102 @@ def _generate_pairs(name: str, root: str, paths: list[str]) -> Iterator[dict]:
             yield pair(files)
 
 
-# By name, each called with (name, root, paths).
-GENERATORS = {
-    "coyo": _generate_pairs,  # captions of web images
-    "blip": _generate_pairs,  # BlipCapFilt: captions of CC3M, CC12M, SBU and LAION images
-    "vqav2": _generate_vqav2,  # training split, a record for each question
-    "gqa": _generate_gqa,  # balanced training questions, a record for each
-    "ocrvqa": _generate_ocrvqa,  # split 1, a record for each book cover
-    "vsr": _generate_vsr,  # Visual Spatial Reasoning, random split: statements as yes-no questions
-    "sqa": _generate_sqa,  # ScienceQA in LLaVA's conversion, questions with and without an image
-    "aokvqa": _generate_aokvqa,  # multiple choice
-    "refcoco": _generate_refcoco,  # these three as prepared by MDETR
-    "refcoco_plus": _generate_refcoco,
-    "refcocog": _generate_refcoco,
-    "vg": _generate_vg,  # Visual Genome, a record for each region
-    "llava150k": _generate_llava150k,  # "<image>" in a question is where the image stands
-    "sharegpt": _generate_sharegpt,  # the 40,000 conversations of LLaVA 1.5
+@dataclass(frozen=True)
+class Entry:
+    """A dataset of the catalogue.
+
+    Args:
+        task: what `per-task` balances, and by what a question is worded.
+        files: that its authors publish, below the data root, in the order in which `read` wants them; a pattern for shards.
+        read: (name, root, paths of the files) -> records.
+        weight: in the official fine-tuning mixture (short schedule); None for a dataset that is not in it.
+    """
+
+    task: str
+    files: tuple[str, ...]
+    read: Callable[[str, str, list[str]], Iterator[dict]]
+    weight: float | None = None
+
+
+# The tables list the datasets in this order, and one_dataset_per_task takes the first of each task. The weights sum to
+# 1.003 and are normalised when they are used.
+DATASETS = {
+    # Captions of web images.
+    "coyo": Entry("captioning", ("coyo/coyo100m/*.tar",), _read_pairs, 0.077),
+    # BlipCapFilt: captions of CC3M, CC12M, SBU and LAION images.
+    "blip": Entry("captioning", ("BLIP/blip_cc_sbu/*.tar", "BLIP/blip_laion/*.tar"), _read_pairs),
+    # Training split, a record for each question.
+    "vqav2": Entry(
+        "vqa-open",
+        ("VQAv2/v2_OpenEnded_mscoco_train2014_questions.json", "VQAv2/v2_mscoco_train2014_annotations.json"),
+        _read_vqav2,
+        0.103,
+    ),
+    # Balanced training questions, a record for each.
+    "gqa": Entry("vqa-open", ("GQA/annotations/train_balanced_questions_minimal.json",), _read_gqa, 0.103),
+    # Split 1, a record for each book cover.
+    "ocrvqa": Entry("vqa-open", ("OCRVQA/dataset.json",), _read_ocrvqa, 0.051),
+    # Visual Spatial Reasoning, random split: statements as yes-no questions.
+    "vsr": Entry("vqa-open", ("VSR/random/train.jsonl",), _read_vsr, 0.026),
+    # ScienceQA in LLaVA's conversion, questions with and without an image.
+    "sqa": Entry("vqa-multiple-choice", ("ScienceQA/llava_train_QCM-LEPA.json",), _read_sqa, 0.051),
+    "aokvqa": Entry("vqa-multiple-choice", ("A-OKVQA/aokvqa_v1p0_train.json",), _read_aokvqa, 0.103),
+    # These three as MDETR prepared them.
+    "refcoco": Entry(
+        "referring-expression", ("refcoco/annotations/finetune_refcoco_train.json",), _read_refcoco, 0.103
+    ),
+    "refcoco_plus": Entry(
+        "referring-expression", ("refcoco/annotations/finetune_refcoco+_train.json",), _read_refcoco, 0.103
+    ),
+    "refcocog": Entry(
+        "referring-expression", ("refcoco/annotations/finetune_refcocog_train.json",), _read_refcoco, 0.103
+    ),
+    # Visual Genome, a record for each region.
+    "vg": Entry(
+        "referring-expression",
+        ("VisualGenome/metadata/image_data.json", "VisualGenome/metadata/region_descriptions.json"),
+        _read_vg,
+        0.051,
+    ),
+    # "<image>" in a question is where the image stands.
+    "llava150k": Entry(
+        "visual-instruction",
+        (
+            "llava_instruct_150k/complex_reasoning_77k.json",
+            "llava_instruct_150k/conversation_58k.json",
+            "llava_instruct_150k/detail_23k.json",
+        ),
+        _read_llava150k,
+        0.103,
+    ),
+    # The 40,000 conversations of LLaVA 1.5.
+    "sharegpt": Entry("text-instruction", ("Vicuna/llava_v1_5_sharegpt40k.json",), _read_sharegpt, 0.026),
 }
+TASKS = tuple(dict.fromkeys(dataset.task for dataset in DATASETS.values()))
 
 
-def read(name: str, root: str) -> Dataset | IterableDataset:
-    """The records of a dataset below the data root: a stream of captions, anything else cached on disk."""
-    paths = annotation_files(name, root)
-    if TASKS[name] == "captioning":
-        arguments = {"name": name, "root": root, "paths": paths}
-        return IterableDataset.from_generator(GENERATORS[name], features=STREAMED_FEATURES, gen_kwargs=arguments)
-    # The cache knows the arguments alone: with these an edited file is read again, and all files by an edited reader.
-    stamp = tuple((os.path.getsize(path), os.path.getmtime(path)) for path in paths) + _CODE
-    blocks = Dataset.from_generator(
-        _generate_blocks,
-        features=_BLOCK,
-        gen_kwargs={"name": name, "root": root, "paths": tuple(paths), "stamp": stamp},
-        writer_batch_size=8,  # blocks that are held in memory; 1000 by default
-    )
-    return (
-        blocks.with_format("arrow")
-        .map(
-            _as_records,
-            batched=True,
-            batch_size=8,
-            writer_batch_size=8 * _BLOCK_ROWS,
-            remove_columns=blocks.column_names,
-            features=FEATURES,
-            fn_kwargs={"name": name},
-            desc=f"Reading {name}",
+def annotation_files(name: str, root: str) -> list[str]:
+    """Paths of the files that a dataset is read from, shards expanded, in reading order.
+
+    Raises:
+        ValueError: no such dataset.
+        FileNotFoundError: every path that is missing, at once.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"dataset {name!r} has no reader; there are {', '.join(DATASETS)}")
+    paths, missing = [], []
+    for pattern in DATASETS[name].files:
+        path = os.path.join(root, pattern)
+        if has_magic(pattern):
+            found = sorted(glob(os.path.join(escape(root), pattern)))
+        else:
+            found = [path] if os.path.isfile(path) else []
+        paths += found
+        if not found:
+            missing.append(path)
+    if missing:
+        raise FileNotFoundError(
+            f"dataset {name!r} lacks {', '.join(missing)}; put the files there, correct the data root {root!r}, or leave "
+            "the dataset out"
         )
-        .with_format(None)
-    )
+    return paths
