@@ -171,7 +171,7 @@ def _check_code(folder: Path, files: dict[str, Path], entries: set[str]) -> list
                     f"{files[name]} imports {module}; code in a model repository may import torch, transformers and "
                     "the other code files in the folder. Save the model again with this version of Honeybee"
                 )
-    return [name for name in sorted(needed) if name not in CODE or files[name].read_bytes() != CODE[name].read_bytes()]
+    return [name for name in sorted(needed) if files[name].read_bytes() != CODE[name].read_bytes()]
 
 
 def _check_weights(folder: Path, files: dict[str, Path], name: str) -> None:

@@ -314,6 +314,19 @@ def test_an_adapter_is_pushed_and_loads_by_name(hub, world, pushed):
     assert (expected - world["model"](**tiny_inputs(world["model"])).logits).abs().max() > 1e-2
 
 
+def test_code_of_another_version_need_not_have_this_ones_files(world):
+    folder = world["root"] / "of_other_files"
+    shutil.copytree(world["folder"], folder)
+    (folder / "joining_honeybee.py").unlink()
+    with pytest.raises(ExportError, match="lacks code that its readers need: joining_honeybee.py"):
+        check_folder(folder)
+    path = folder / "modeling_honeybee.py"
+    path.write_text(path.read_text().replace("from .joining_honeybee import", "from .probe_honeybee import"))
+    assert check_folder(folder).notes == [
+        "code of another version of Honeybee, published as it is: modeling_honeybee.py"
+    ]
+
+
 def test_refusals_say_what_to_do_and_publish_nothing(hub, world, pushed):
     root = world["root"]
 
