@@ -125,10 +125,11 @@ def test_the_tree_is_the_tree():
     tree = re.search(r"^## Where things are\n.*?```\n(.*?)```", README.read_text(), re.DOTALL | re.MULTILINE).group(1)
     above, missing = [], []
     for line in tree.splitlines():
-        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
-        above = [*above[:depth], name.rstrip("/")]
-        path = REPOSITORY.joinpath(*above)
-        if not (path.is_dir() if name.endswith("/") else path.is_file()):
-            missing.append(str(path.relative_to(REPOSITORY)))
+        depth, names = (len(line) - len(line.lstrip())) // 2, re.split(r"\s{2,}", line.strip())[0].split(", ")
+        above = [*above[:depth], names[-1].rstrip("/")]
+        for name in names:
+            path = REPOSITORY.joinpath(*above[:depth], name)
+            if not (path.is_dir() if name.endswith("/") else path.is_file()):
+                missing.append(str(path.relative_to(REPOSITORY)))
     assert not missing
     assert set(FOLDERS.split("|")) - {"constraints"} == set(re.findall(r"^(\w+)/", tree, re.MULTILINE))
