@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same benchmark through lmms-eval and through run.py. Needs lmms-eval, which no extra has (README, Evaluate)."""
+"""The same benchmark through lmms-eval and through run.py. Needs lmms-eval, which no extra has (docs/evaluation.md)."""
 
 import json
 import sys
