@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from modeling_honeybee.model_folder import NetworkError
+from modeling_honeybee.processes import leave_processes
 from training.checkpoints import check_output_dir, copy_model, is_finished, mark_run
 from training.dry_run import dry_run
 from training.interruption import StopOnSignal
@@ -55,7 +56,7 @@ def launch(settings: Settings) -> None:
         sys.exit(f"error: {str(error).rpartition(f'{TooManyBadSamplesError.__name__}: ')[2]}")
     if trainer.is_world_process_zero():
         finish(trainer, settings)
-    trainer.leave()
+    leave_processes(trainer.accelerator.num_processes)
 
 
 def prepare(settings: Settings) -> tuple[HoneybeeTrainer, str | None]:
@@ -168,7 +169,7 @@ def run(trainer: HoneybeeTrainer, checkpoint: str | None, how_to_go_on: str = "t
         f"{how_to_go_on}.",
     )
     stop.ignore()
-    trainer.leave()
+    leave_processes(trainer.accelerator.num_processes)
     sys.exit(0)
 
 

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRL's SFTTrainer, its head applied where a label is learned, and its speed in the log."""
 
-import atexit
-import os
-import sys
 import time
 
 import torch
@@ -127,15 +124,3 @@ class HoneybeeTrainer(SFTTrainer):
         self.model_wrapped = self.model
         self.accelerator.free_memory()
         self.accelerator.end_training()
-
-    def leave(self) -> None:
-        """Ends this process with code 0 where it is one of several. What `atexit` knows runs, as always.
-
-        In the interpreter's own ending a thread of the process group may still free what belongs to Python, which aborts the
-        process, and torch and DeepSpeed hold the group so that destroying it does not end its threads.
-        """
-        if self.accelerator.num_processes > 1:
-            atexit._run_exitfuncs()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)

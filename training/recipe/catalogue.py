@@ -131,33 +131,12 @@ def _read_vsr(name, root, paths):
         yield from _records(name, (line for line in file if line.strip()), convert)
 
 
-def split_options(text: str) -> list[str]:
-    """ScienceQA's "(A) one (B) two" as ["one", "two"].
-
-    The markers follow the alphabet. Where a letter comes several times, the last one before the next letter counts, so
-    that a "(B)" within an option begins no option.
-
-    Raises:
-        ValueError: no marker "(A)" at the beginning.
-    """
-    marks = [(match.start(), match.group(1)) for match in re.finditer(r"\(([A-Z])\)(?=\s*\S)", text)]
-    if not marks or text[: marks[0][0]].strip() or marks[0][1] != "A":
-        raise ValueError(f"options {text[:200]!r} do not begin with '(A)'")
-    known = 0
-    for _, letter in marks:
-        known += known < len(LETTERS) and letter == LETTERS[known]
-    starts, end = [], len(marks)
-    for letter in reversed(LETTERS[1:known]):
-        end = max(index for index in range(end) if marks[index][1] == letter)
-        starts.insert(0, marks[end][0])
-    starts.insert(0, marks[0][0])
-    return [text[start + 3 : stop].strip() for start, stop in zip(starts, [*starts[1:], len(text)])]
-
-
 _SCIENCEQA = re.compile(r"(?P<question>.*?)\nContext: (?P<context>.*)\nOptions: (?P<options>.*)", re.DOTALL)
 
 
 def _read_sqa(name, root, paths):
+    from processing.lettered_options import split_options  # its package loads torch, which the settings do without
+
     def convert(row):
         asked, told = (_text(message["value"]) for message in row["conversations"][:2])
         parts = _SCIENCEQA.fullmatch(asked.removesuffix("\n<image>"))

@@ -20,8 +20,8 @@ STREAMED_FEATURES = Features({**FEATURES, "image": Image(decode=False)})
 
 # All that decides what a cached record says.
 _CODE = tuple(
-    hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()
-    for name in ("catalogue.py", "json_stream.py", "records.py", "turns.py")
+    hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest()
+    for name in ("catalogue.py", "json_stream.py", "records.py", "turns.py", "../../processing/lettered_options.py")
 )
 
 # `datasets` takes most of a minute to encode a million rows of nested values one by one, and little for columns.

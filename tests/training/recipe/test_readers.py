@@ -7,9 +7,10 @@ import pytest
 import yaml
 from datasets import Dataset, Image, IterableDataset, load_from_disk
 
+from processing.lettered_options import split_options
 from tests.tiny import picture
 from training.conversations import load_conversations, normalize_conversation
-from training.recipe.catalogue import DATASETS, TURN, Entry, annotation_files, split_options
+from training.recipe.catalogue import DATASETS, TURN, Entry, annotation_files
 from training.recipe.catalogue import as_question as question
 from training.recipe.config import parse_recipe
 from training.recipe.instructize import TEMPLATES
