@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from processing import HoneybeeProcessor, open_image
+from processing.pixels import Pixels
+from processing.rendering import render
 from training.conversations import normalize_conversation
-from training.pixels import Pixels
-from training.rendering import render
 from training.samples import BadSampleError
 
 

@@ -23,7 +23,7 @@ import warnings
 
 import yaml
 
-from training.settings import parse_arguments
+from training.run.settings import parse_arguments
 
 
 def quickstart() -> None:
@@ -47,7 +47,7 @@ def main():
         return
     try:
         settings = parse_arguments()
-        from training.run import launch  # loads for seconds; --help and a wrong setting are answered before
+        from training.run.launch import launch  # loads for seconds; --help and a wrong setting are answered before
     except (ValueError, OSError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

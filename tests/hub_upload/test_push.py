@@ -30,7 +30,7 @@ from tests.tiny import (
     tiny_model,
     tiny_processor,
 )
-from training.lora import lora_modules
+from training.run.lora import lora_modules
 
 PUSH = REPOSITORY / "hub_upload" / "push.py"
 HERE = REPOSITORY / "tests" / "hub_upload"

@@ -30,9 +30,9 @@ from tests.tiny import (
     write_dataset,
 )
 from tests.training.test_sft_mixture import write_mixture
-from training.checks import check_settings
-from training.dry_run import dry_run
-from training.settings import Settings, parse_arguments
+from training.run.checks import check_settings
+from training.run.dry_run import dry_run
+from training.run.settings import Settings, parse_arguments
 
 CONFIGS = REPOSITORY / "training" / "configs"
 TRAINING = sorted(CONFIGS.glob("*.yaml"))

@@ -5,7 +5,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from tests.tiny import tiny_model
-from training.lora import linear_names, lora_modules
+from training.run.lora import linear_names, lora_modules
 from training.stages import freeze_for_stage, parameter_counts, set_trained
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart from stand-ins to a table of accuracies. All training here goes through `training/run.py`."""
+"""The quickstart from stand-ins to a table of accuracies. All training here goes through `training/run/launch.py`."""
 
 import json
 import multiprocessing
@@ -17,12 +17,12 @@ from trl import ModelConfig, SFTConfig
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor
-from training.arguments import HoneybeeArguments
-from training.checkpoints import last_whole_checkpoint
 from training.quickstart.digit_scenes import QUESTION_WEIGHTS, SceneMaker
 from training.quickstart.stand_ins import make_stand_ins
-from training.run import prepare, run
-from training.settings import Settings
+from training.run.arguments import HoneybeeArguments
+from training.run.checkpoints import last_whole_checkpoint
+from training.run.launch import prepare, run
+from training.run.settings import Settings
 
 PROJECTOR = {"projector_type": "c-abs", "num_query_tokens": 16, "hidden_size": 64, "depth": 2}
 BATCH_SIZE = 32

@@ -6,7 +6,7 @@
   stand sixteen embeddings, one a cell, each the sum of the embeddings of a digit's and a cell's name. It has never seen
   an image; what a projector must learn is to say in its embedding space what the tower sees.
 
-The loops here make the stand-ins only. The training of the Honeybee runs through `training/run.py`.
+The loops here make the stand-ins only. The training of the Honeybee runs through `training/run/launch.py`.
 """
 
 import os

@@ -8,9 +8,9 @@ from itertools import islice, product
 
 from processing import HoneybeeProcessor
 from processing.processing_honeybee import CAPTION_TEMPLATE, CHAT_TEMPLATE, GUARD
+from processing.rendering import render
 from training.recipe.mixture import Source, make_sample, sample_random
 from training.recipe.stream import Stream
-from training.rendering import render
 from training.samples import BadSampleError
 
 NO_PROMPT = "[NO_PROMPT] <image> "

@@ -20,12 +20,12 @@ from trl import SFTConfig
 from tests.tiny import picture, tiny_model, tiny_processor
 from training.collator import HoneybeeDataCollator
 from training.recipe.balancing import BALANCINGS, sampling_weights
+from training.recipe.callback import MixtureCallback
 from training.recipe.config import parse_recipe
 from training.recipe.mixture import Mixture, Source, sample_random
 from training.recipe.stream import Stream
-from training.recipe.trainer import MixtureCallback
 from training.samples import TooManyBadSamplesError
-from training.trainer import HoneybeeTrainer
+from training.trainer.trainer import HoneybeeTrainer
 
 SIZES = {"tiny": 7, "small": 900, "medium": 40_000, "large": 160_000, "huge": 3_000_000}
 TASKS = {"tiny": "a", "small": "a", "medium": "b", "large": "b", "huge": "b"}

@@ -138,7 +138,7 @@ def test_mean_tokens_are_the_collators(sources, tmp_path, capsys):
 
 
 def test_a_start_of_training_loads_nothing_of_the_preview():
-    command = "import sys, training.run; print(*sys.modules)"
+    command = "import sys, training.run.launch; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     loaded = set(result.stdout.split())
     assert "training.recipe.table" in loaded
