@@ -48,12 +48,11 @@ def read_model_config(
         error_class: the folder holds no whole model, or one of another kind.
     """
     path = folder / "config.json"
+    if (folder / "adapter_config.json").is_file():
+        raise error_class(
+            f"{name} is a LoRA adapter and not a whole model; an adapter is merged first (--merge: README, Train your own)"
+        )
     if not path.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise error_class(
-                f"{name} is a LoRA adapter and not a whole model; an adapter is merged first (--merge: README, Train your "
-                "own)"
-            )
         raise error_class(f"{name} has no config.json; give a folder that save_pretrained or training/sft.py wrote")
     config = read_json(path, error_class)
     kind = config.get("model_type")
