@@ -19,11 +19,11 @@ import torch
 from benchmarks import lengths as stand_ins
 from benchmarks.measure import build, machine, markdown
 from training.collator import HoneybeeDataCollator
-from training.length_grouping import LengthGroupedSampler, mixture_lengths
-from training.packed_attention import NAME as PACKED
-from training.packed_attention import use_packed_attention
 from training.recipe.mixture import Mixture
 from training.stages import freeze_for_stage
+from training.trainer.length_grouping import LengthGroupedSampler, mixture_lengths
+from training.trainer.packed_attention import NAME as PACKED
+from training.trainer.packed_attention import use_packed_attention
 
 MAX_LENGTH, DRAWN, BATCH, GLOBAL_BATCH = 1024, 2048, 16, 128
 

@@ -18,9 +18,11 @@ from transformers import PreTrainedTokenizerFast
 
 from processing import HoneybeeProcessor, prepare_tokenizer
 from processing.prepare_tokenizer import square_image_processor
-from training.recipe.config import DATASETS, Recipe, load_recipe
+from training.recipe.balancing import sampling_weights
+from training.recipe.catalogue import DATASETS
+from training.recipe.config import Recipe, load_recipe
 from training.recipe.instructize import TEMPLATES, Instructions
-from training.recipe.mixture import Mixture, Source, sampling_weights
+from training.recipe.mixture import Mixture, Source
 from training.recipe.sources import open_mixture, render_record
 
 # Means: turns of an image, words of a question and of an answer. Rounded, from the datasets' papers and files: VQAv2 5.4
@@ -94,12 +96,12 @@ class _Writer:
         made = []
         for _ in range(number):
             made.append({**turn, "question": self.text(question), "answer": self.text(answer)})
-            if DATASETS[self.name] == "vqa-multiple-choice":
+            if DATASETS[self.name].task == "vqa-multiple-choice":
                 of_sqa = self.name == "sqa"
                 made[-1]["options"] = [self.text(4 if of_sqa else 1.3) for _ in range(3 if of_sqa else 4)]
                 made[-1]["context"] = self.text(41) if of_sqa and self.random.random() < 0.4 else ""
                 made[-1]["answer"] = "A"
-            if DATASETS[self.name] == "referring-expression":
+            if DATASETS[self.name].task == "referring-expression":
                 corners = ",".join(f"{corner:.3f}" for corner in self.random.random(4))
                 made[-1].update(phrase=self.text(question), bbox=f"[{corners}]", question=None, answer=None)
             if self.name == "gqa" and self.random.random() < 0.55:  # what de-duplication by answer thins out
@@ -107,7 +109,7 @@ class _Writer:
             if self.name == "vsr":
                 made[-1].update(question=f"Is the {self.text(question)}?", answer="yes")
         image = "image.jpg" if has_image else None
-        return {"dataset": self.name, "task": DATASETS[self.name], "image": image, "turns": made}
+        return {"dataset": self.name, "task": DATASETS[self.name].task, "image": image, "turns": made}
 
 
 def mixture(num_samples: int, recipe: str | None = None) -> Mixture:
@@ -122,5 +124,5 @@ def mixture(num_samples: int, recipe: str | None = None) -> Mixture:
 
         deduplicate = settings.turns.deduplicate.get(name)
         render = partial(render_record, instructions=instructions, deduplicate=deduplicate, keep="draw")
-        sources.append(Source(name, DATASETS[name], [writer.record() for _ in range(RECORDS)], render))
+        sources.append(Source(name, DATASETS[name].task, [writer.record() for _ in range(RECORDS)], render))
     return Mixture(sources, sampling_weights(sources, settings.balancing, settings.weights), num_samples)

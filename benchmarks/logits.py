@@ -20,7 +20,7 @@ from benchmarks.batching import BATCH, PROJECTOR, VISION, Samples
 from benchmarks.measure import PeakMemory, build, in_a_process, in_turn, machine, markdown
 from training.collator import HoneybeeDataCollator
 from training.stages import freeze_for_stage
-from training.trainer import learned_only
+from training.trainer.trainer import learned_only
 
 VOCABULARY = 32000
 TEXT = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}

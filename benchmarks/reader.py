@@ -116,7 +116,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder), args.samples, tuple(args.pixels), args.questions)
         recipe = parse_recipe({"data_root": folder, "datasets": ["vqav2"], "balancing": "per-dataset"})
-        mixture = open_mixture(recipe, args.samples, collator=collator)
+        mixture = open_mixture(recipe, args.samples, fits=collator.check_length)
         dataset = mixture.as_dataset()
         rows = []
         for draw in range(args.samples):

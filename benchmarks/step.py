@@ -20,8 +20,8 @@ from benchmarks import lengths as stand_ins
 from benchmarks.batching import MAX_LENGTH, Samples
 from benchmarks.measure import build, machine, markdown
 from training.collator import HoneybeeDataCollator
-from training.packed_attention import use_packed_attention
 from training.stages import freeze_for_stage
+from training.trainer.packed_attention import use_packed_attention
 
 SHAPES = {
     "7b": {

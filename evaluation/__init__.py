@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's benchmarks: readers, generation, the official scorers, judged tasks and a report. Start with run.py."""
+"""The paper's benchmarks, one file each in `tasks/`; what asks a model and writes scores and a report. Start with run.py."""

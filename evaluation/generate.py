@@ -65,25 +65,27 @@ def load(folder: Path, dtype: str, device: torch.device, device_map: str | None)
     return model.eval(), processor
 
 
-def share(questions: list[Question], prompts: dict[str, str], batch_size: int, rank: int, world: int):
-    """The batches of one process: sorted by length, longest first, dealt out in turn."""
+def batches_of_rank(
+    questions: list[Question], prompts: dict[str, str], batch_size: int, rank: int, processes: int
+) -> list[list[Question]]:
+    """The batches of one process. All questions are sorted, longest first, and the processes take batches in turn."""
     ordered = sorted(questions, key=lambda q: (-len(prompts[q.id]), q.image is None))
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    return batches[rank::world]
+    return batches[rank::processes]
 
 
 @torch.inference_mode()
 def answer(
     model, processor, batches: list[list[Question]], max_new_tokens: int, template: str = "task"
 ) -> Iterator[list[tuple[Question, str]]]:
-    """For each batch its questions with the model's answers, greedy whatever generation settings its checkpoint has: the
-    model is left with those of `greedy_generation_config`.
+    """For each batch its questions with the model's answers. They are greedy, whatever generation settings the checkpoint
+    has: the model is left with those of `greedy_generation_config`.
 
     Raises:
-        ValueError: an image that cannot be read, by question.
+        ValueError: an image cannot be read; names the questions of its batch.
     """
     device = next(model.parameters()).device
-    # Sampling, penalties, beams, minimum lengths: what `generate` is not given it takes from here.
+    # `generate` takes from here what it is not given: sampling, penalties, beams, minimum lengths.
     model.generation_config = model.greedy_generation_config()
     ends, pad = model.generation_config.eos_token_id, processor.tokenizer.pad_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), processor.tokenizer.eos_token_id} - {None}

@@ -8,8 +8,7 @@ The endpoint is given in the environment:
     HONEYBEE_JUDGE_KEY     key, where the endpoint wants one; it is sent, and never written anywhere
     HONEYBEE_JUDGE_PRICE   optional, dollars for a million tokens in and out, as in 2.50/10
 
-Prompts and settings are those of the benchmarks' own scripts: LLaVA's `eval_gpt_review_bench.py`, MM-Vet's evaluator,
-MMBench's answer extraction.
+What is asked about an answer, and how the reply is read, is in the task's own file, as the benchmark's own script has it.
 """
 
 import hashlib
@@ -27,14 +26,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evaluation.predictions import append_lines, read_lines
-from evaluation.scorers import parse_mmbench
+from evaluation.json_files import append_lines, read_lines
 
 ENVIRONMENT = {name: f"HONEYBEE_JUDGE_{name.upper()}" for name in ("url", "model", "key", "price")}
 
 
-class JudgeRefusedError(Exception):
-    """The endpoint will not answer this or any other request: wrong key, wrong model, wrong path."""
+class NotJudgedError(Exception):
+    """The endpoint gave no judgement; the text is the reason."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -129,7 +127,7 @@ class Judge:
         return text.replace(self._key, "[key]") if self._key else text
 
     def _send(self, body: dict) -> dict:
-        """The reply as an object. OSError and ValueError: another attempt may help; else JudgeRefusedError."""
+        """The reply as an object. OSError and ValueError: another attempt may help."""
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -152,7 +150,12 @@ class Judge:
         return reply
 
     def _ask(self, request: Request):
-        """A judgement. Raises JudgeRefusedError or, after the last attempt, RuntimeError with the last reason."""
+        """A judgement.
+
+        Raises:
+            NotJudgedError: the endpoint refused, or the last attempt failed.
+            ValueError: a cached reply that cannot be read.
+        """
         body = {
             "model": self.model,
             "messages": request.messages,
@@ -169,7 +172,7 @@ class Judge:
         reason = ""
         for attempt in range(self.attempts):
             if self._refused:
-                raise JudgeRefusedError(self._refused)
+                raise NotJudgedError(self._refused)
             wait = min(self.longest_wait, self.first_wait * 2**attempt) * random.uniform(0.5, 1.0)
             try:
                 reply = self._send(body)
@@ -184,7 +187,7 @@ class Judge:
                     # 400, 413 and 422 are about this item, the others about all of them
                     if error.code not in (400, 413, 422):
                         self._refused = reason
-                    raise JudgeRefusedError(reason) from None
+                    raise NotJudgedError(reason) from None
                 asked = error.headers.get("Retry-After", "")
                 if re.fullmatch(r"\d+(\.\d+)?", asked):
                     wait = min(self.longest_wait, float(asked))
@@ -197,7 +200,7 @@ class Judge:
                 return judgement
             if attempt + 1 < self.attempts:
                 time.sleep(wait)
-        raise RuntimeError(f"{self.attempts} attempts, the last: {reason}")
+        raise NotJudgedError(f"{self.attempts} attempts, the last: {reason}")
 
     def __call__(self, requests: list[Request]) -> Verdicts:
         """Every request ends in `judged` or in `failed`."""
@@ -206,7 +209,7 @@ class Judge:
         def one(request):
             try:
                 return request.id, self._ask(request), None
-            except (JudgeRefusedError, RuntimeError, ValueError) as error:
+            except (NotJudgedError, ValueError) as error:
                 return request.id, None, str(error)
 
         before = dict(self.counts)
@@ -222,111 +225,3 @@ class Judge:
             tokens = verdicts.cost["prompt_tokens"], verdicts.cost["completion_tokens"]
             verdicts.cost["dollars"] = round(sum(p * n for p, n in zip(self.price, tokens)) / 1e6, 6)
         return verdicts
-
-
-# What is asked ---------------------------------------------------------------------------------------------------------
-
-LLAVA_SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
-LLAVA_RULE = (
-    "We would like to request your feedback on the performance of two AI assistants in response to the user question "
-    "displayed above. The user asks the question on observing an image. For your reference, the visual content in the image "
-    "is represented with a few sentences describing the image. \nPlease rate the helpfulness, relevance, accuracy, level of "
-    "details of their responses. Each assistant receives an overall score on a scale of 1 to 10, where a higher score "
-    "indicates better overall performance.\nPlease first output a single line containing only two values indicating the "
-    "scores for Assistant 1 and 2, respectively. The two scores are separated by a space.\nIn the subsequent line, please "
-    "provide a comprehensive explanation of your evaluation, avoiding any potential bias and ensuring that the order in "
-    "which the responses were presented does not affect your judgment."
-)
-
-
-def read_pair(reply: str) -> tuple[float, float]:
-    """The two scores on the first line."""
-    words = reply.strip().split("\n")[0].replace(",", " ").split()
-    if len(words) != 2:
-        raise ValueError(f"the first line of the reply is not two scores: {reply[:80]!r}")
-    first, second = map(float, words)
-    if not (0 <= first <= 10 and 0 <= second <= 10):
-        raise ValueError(f"scores outside 0 to 10: {reply[:80]!r}")
-    return first, second
-
-
-def llava_w_request(record: dict) -> Request:
-    parts = (
-        f"[Context]\n{record['context']}\n\n[Question]\n{record['question']}\n\n"
-        f"[Assistant 1]\n{record['reference']}\n\n[End of Assistant 1]\n\n"
-        f"[Assistant 2]\n{record['pred']}\n\n[End of Assistant 2]\n\n[System]\n{LLAVA_RULE}\n\n"
-    )
-    messages = [{"role": "system", "content": LLAVA_SYSTEM}, {"role": "user", "content": parts}]
-    return Request(str(record["id"]), messages, read_pair, temperature=0.2, max_tokens=1024)
-
-
-_MEME = (
-    "Can you explain this meme? | This meme is poking fun at the fact that the names of the countries Iceland and Greenland "
-    "are misleading. Despite its name, Iceland is known for its beautiful green landscapes, while Greenland is mostly covered "
-    "in ice and snow. The meme is saying that the person has trust issues because the names of these countries do not "
-    "accurately represent their landscapes. | "
-)
-MM_VET_PROMPT = (
-    "Compare the ground truth and prediction from AI models, to give a correctness score for the prediction. <AND> in the "
-    "ground truth means it is totally right only when all elements in the ground truth are present in the prediction, and "
-    "<OR> means it is totally right when any one element in the ground truth is present in the prediction. The correctness "
-    "score is 0.0 (totally wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, or 1.0 (totally right). Just complete the "
-    "last space of the correctness score.\n\n"
-    "Question | Ground truth | Prediction | Correctness\n--- | --- | --- | ---\n"
-    "What is x in the equation? | -1 <AND> -5 | x = 3 | 0.0\n"
-    "What is x in the equation? | -1 <AND> -5 | x = -1 | 0.5\n"
-    "What is x in the equation? | -1 <AND> -5 | x = -5 | 0.5\n"
-    "What is x in the equation? | -1 <AND> -5 | x = -5 or 5 | 0.5\n"
-    "What is x in the equation? | -1 <AND> -5 | x = -1 or x = -5 | 1.0\n"
-    + _MEME
-    + "The meme talks about Iceland and Greenland. It's pointing out that despite their names, Iceland is not very icy and "
-    "Greenland isn't very green. | 0.4\n"
-    + _MEME
-    + "The meme is using humor to point out the misleading nature of Iceland's and Greenland's names. Iceland, despite its "
-    "name, has lush green landscapes while Greenland is mostly covered in ice and snow. The text 'This is why I have trust "
-    "issues' is a playful way to suggest that these contradictions can lead to distrust or confusion. The humor in this meme "
-    "is derived from the unexpected contrast between the names of the countries and their actual physical characteristics. "
-    "| 1.0\n"
-)
-
-
-def read_correctness(reply: str) -> float:
-    """The number that the reply begins with."""
-    number = re.match(r"\s*\|?\s*([01](?:\.\d+)?)(?![\d.]*\d)", reply)
-    if not number or float(number[1]) > 1:
-        raise ValueError(f"the reply does not begin with a number from 0 to 1: {reply[:80]!r}")
-    return float(number[1])
-
-
-def mm_vet_request(record: dict) -> Request:
-    truth = record["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    text = MM_VET_PROMPT + "\n" + " | ".join((record["question"], truth, record["pred"], ""))
-    return Request(str(record["id"]), [{"role": "user", "content": text}], read_correctness, 0.0, 16)
-
-
-MMBENCH_PROMPT = (
-    "You are an AI assistant who will help me to match an answer with several options of a single-choice question. You are "
-    "provided with a question, several options, and an answer, and you need to find which option is most similar to the "
-    "answer. If the meaning of all options are significantly different from the answer, output E. Your should output a "
-    "single uppercase character in A, B, C, D (if they are valid options), and E. \n"
-    "Example 1: \nQuestion: What is the main object in image?\nOptions: A. teddy bear B. rabbit C. cat D. dog\n"
-    "Answer: a cute teddy bear\nYour output: A\n"
-    "Example 2: \nQuestion: What is the main object in image?\nOptions: A. teddy bear B. rabbit C. cat D. dog\n"
-    "Answer: Spider\nYour output: E\n"
-    "Example 3: \nQuestion: {question}?\nOptions: {options}\nAnswer: {answer}\nYour output: "
-)
-
-
-def mmbench_request(record: dict) -> Request:
-    options = {k: v for k, v in record["options_dict"].items() if v != "N/A" and k in "ABCD"}
-    text = MMBENCH_PROMPT.format(
-        question=record["question"], options=" ".join(f"{k}. {v}" for k, v in options.items()), answer=record["pred"]
-    )
-
-    def read(reply: str) -> str:
-        letter = parse_mmbench(reply, {**options, **dict.fromkeys(set("ABCD") - set(options), "\0")})
-        if letter is None:
-            raise ValueError(f"no option in the reply: {reply[:80]!r}")
-        return letter
-
-    return Request(str(record["id"]), [{"role": "user", "content": text}], read, 0.0, 16)

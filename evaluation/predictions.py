@@ -6,68 +6,11 @@ A task's folder has `run.json` (what was asked of which model) and `predictions.
 """
 
 import json
-import os
 from pathlib import Path
 
+from evaluation.json_files import read_lines, write_lines
+
 PREDICTIONS = "predictions.jsonl"
-
-
-def write_json(path: Path, data) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_lines(path: Path, torn: bool = False) -> list[dict]:
-    """The objects of a JSONL file.
-
-    Args:
-        torn: the last line may be incomplete, left by a killed run, and is then cut off the file.
-
-    Raises:
-        ValueError: a line is no JSON object.
-    """
-    data = path.read_bytes()
-    if torn and data and not data.endswith(b"\n"):
-        last = data.rfind(b"\n") + 1
-        try:
-            json.loads(data[last:])
-            data += b"\n"  # complete but for the line end
-        except ValueError:
-            data = data[:last]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    records = []
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number} is not a JSON object ({error}); repair or remove the line"
-            ) from error
-        records.append(record)
-    return records
-
-
-def write_lines(path: Path, records: list[dict]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    os.replace(temporary, path)
-
-
-def append_lines(path: Path, records: list[dict]) -> None:
-    """In one write, and on the disk when this returns."""
-    with path.open("ab") as file:
-        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def part_of_rank(folder: Path, rank: int) -> Path:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a benchmark question says to the model: the official wording, as chat messages."""
 
+import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ INSTRUCTIONS = {
     "own": "",  # after the same system line as the others, where the text brings an instruction of its own
 }
 TEMPLATES = ("task", "none")
+LETTERS = string.ascii_uppercase  # of the options
 
 
 @dataclass

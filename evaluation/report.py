@@ -5,8 +5,8 @@ import json
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
-from evaluation.predictions import write_json
-from evaluation.scorers import QUIRKS
+from evaluation.json_files import write_json
+from evaluation.tasks import TASKS
 
 SPATIAL = ("POS", "SR", "OL", "PR", "SEED SR", "SEED IL")  # POS is out of 200, the others are percentages
 # Table of the paper: projector, number of visual tokens -> the six spatial tasks
@@ -26,7 +26,6 @@ PAPER_MODELS = {
     "13B-D-Abs-M256": (73.5, 1950.0, 66.6, 72.9),
     "13B-C-Abs-M576": (73.6, 1976.5, 68.6, 77.5),
 }
-QUESTIONS = {"mme": 2374, "scienceqa": 4241, "mmmu": 900, "llava_w": 60, "mm_vet": 218}
 MARK = "honeybee-evaluation"
 NAMES = ("report.json", "report.md", "spatial.png")
 
@@ -113,8 +112,9 @@ def build(tasks: dict[str, dict], model_name: str | None, published: str | None)
     }
     notes = []
     for task, scores in tasks.items():
-        if task in QUESTIONS and scores["questions"] != QUESTIONS[task]:
-            notes.append(f"{task}: {scores['questions']} questions, and the benchmark has {QUESTIONS[task]}")
+        whole = TASKS[task].questions if task in TASKS else None
+        if whole is not None and scores["questions"] != whole:
+            notes.append(f"{task}: {scores['questions']} questions, and the benchmark has {whole}")
         notes += [f"{task}: {note}" for note in scores.get("notes", ())]
     return {
         "report": MARK,
@@ -137,9 +137,6 @@ def build(tasks: dict[str, dict], model_name: str | None, published: str | None)
         "tasks": tasks,
         "notes": notes,
     }
-
-
-FRACTIONS = ("pope", "mmmu")  # their scores are out of 1; all others are percentages or points
 
 
 def number(value: float | int | str | None, digits: int = 1) -> str:
@@ -179,21 +176,27 @@ def as_markdown(report: dict) -> str:
     if report["spatial"]:
         lines += ["![spatial tasks](spatial.png)", ""]
     for task, scores in report["tasks"].items():
-        lines += [f"## {task}", "", f"{scores['questions']} questions.", ""]
-        if scores["summary"]:
-            lines += _table(("", "score"), list(scores["summary"].items()), 3 if task in FRACTIONS else 1)
-        else:
-            lines += ["Not scored.", ""]
-        if scores.get("judge"):
-            judge = scores["judge"]
-            cost = ", ".join(f"{name} {value}" for name, value in judge["cost"].items())
-            lines += [f"Judged by {judge['model']}: {judge['judged']}; not judged: {len(judge['failed'])}. {cost}.", ""]
-            lines += [f"- not judged {key!r}: {reason}" for key, reason in list(judge["failed"].items())[:20]] + [""]
-        counted = [(QUIRKS[task][name], count) for name, count in scores["quirks"].items() if count]
-        if counted:
-            lines += ["Items that an odd rule of the official scorer decided:", ""]
-            lines += _table(("rule", "items"), counted)
+        lines += _section(task, scores)
     return "\n".join(lines)
+
+
+def _section(task: str, scores: dict) -> list[str]:
+    """The lines about one task."""
+    lines = [f"## {task}", "", f"{scores['questions']} questions.", ""]
+    if scores["summary"]:
+        lines += _table(("", "score"), list(scores["summary"].items()), TASKS[task].digits if task in TASKS else 1)
+    else:
+        lines += ["Not scored.", ""]
+    if scores.get("judge"):
+        judge = scores["judge"]
+        cost = ", ".join(f"{name} {value}" for name, value in judge["cost"].items())
+        lines += [f"Judged by {judge['model']}: {judge['judged']}; not judged: {len(judge['failed'])}. {cost}.", ""]
+        lines += [f"- not judged {key!r}: {reason}" for key, reason in list(judge["failed"].items())[:20]] + [""]
+    counted = [(TASKS[task].quirks[name], count) for name, count in scores["quirks"].items() if count]
+    if counted:
+        lines += ["Items that an odd rule of the official scorer decided:", ""]
+        lines += _table(("rule", "items"), counted)
+    return lines
 
 
 def draw(report: dict, path: Path) -> None:

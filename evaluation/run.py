@@ -11,7 +11,6 @@ model over several: `--device_map auto`. Judged tasks: see the variables in judg
 import argparse
 import datetime
 import hashlib
-import importlib.util
 import json
 import os
 import sys
@@ -19,58 +18,22 @@ from pathlib import Path
 
 from evaluation import judge as judging
 from evaluation import report as reporting
-from evaluation.predictions import (
-    append_lines,
-    check_folder,
-    collect,
-    part_of_rank,
-    read_lines,
-    write_json,
-    write_lines,
-)
-from evaluation.prompts import TEMPLATES, plain, render
-from evaluation.readers import READERS, read_task
-from evaluation.scorers import (
-    MMBENCH_SEED,
-    Score,
-    check_records,
-    score_llava_w,
-    score_mm_vet,
-    score_mmbench,
-    score_mme,
-    score_mmmu,
-    score_pope,
-    score_scienceqa,
-    score_seed,
-    undecided_mmbench,
-)
-from evaluation.submissions import NEEDS, write_submission
+from evaluation.json_files import append_lines, read_lines, write_json
+from evaluation.predictions import PREDICTIONS, check_folder, collect, part_of_rank
+from evaluation.prompts import TEMPLATES, Question, plain, render
+from evaluation.results import origin_of, write_results
+from evaluation.task import Task, check_records, read_task
+from evaluation.tasks import TASKS
 
-# The benchmarks' answers are at most this many tokens long.
-MAX_NEW_TOKENS = {
-    "mme": 20, "seed": 20, "pope": 20, "mmmu": 40, "mmbench": 128, "scienceqa": 128, "llava_w": 1024, "mm_vet": 1024,
-    "owl": 512,
-}  # fmt: skip
-SCORERS = {
-    "mme": score_mme,
-    "pope": score_pope,
-    "mmbench": score_mmbench,
-    "scienceqa": score_scienceqa,
-    "seed": score_seed,
-    "mmmu": score_mmmu,
-}
-GUESSING = ("mmbench", "scienceqa", "mmmu")
-JUDGED = {
-    "llava_w": (judging.llava_w_request, score_llava_w, ("context", "reference")),
-    "mm_vet": (judging.mm_vet_request, score_mm_vet, ()),
-}
+# Rules score these, and a judge can help.
+JUDGED_ON_REQUEST = [name for name, task in TASKS.items() if task.judging and task.judging.optional]
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub name of a saved Honeybee")
-    parser.add_argument("--tasks", required=True, help=f"comma-separated, or all: {', '.join(READERS)}")
-    parser.add_argument("--data_root", help="folder of the benchmarks, laid out as in readers.py")
+    parser.add_argument("--tasks", required=True, help=f"comma-separated, or all: {', '.join(TASKS)}")
+    parser.add_argument("--data_root", help="folder of the benchmarks, laid out as in the files of tasks/")
     parser.add_argument("--output", required=True, help="folder for predictions, scores and the report")
     parser.add_argument("--predictions", help="score this JSONL file instead of asking a model; one task")
     parser.add_argument("--batch_size", type=int, default=8, help="questions at a time, per process")
@@ -81,8 +44,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--template", default="task", choices=TEMPLATES, help="none: the bare question, without an instruction"
     )
+    official = TASKS["mmbench"].seed
     parser.add_argument(
-        "--seed", type=int, help=f"of guesses; default: MMBench {MMBENCH_SEED} (the official one), others 0"
+        "--seed", type=int, help=f"of guesses; default: MMBench {official} (the official one), others 0"
     )
     parser.add_argument(
         "--paper_row", choices=reporting.PAPER_MODELS, help="published model to compare with, if not found by itself"
@@ -92,15 +56,23 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--judge_attempts", type=int, default=6, help="requests for one item before it is reported as not judged"
     )
-    parser.add_argument(
-        "--judge_mmbench", action="store_true", help="the judge reads MMBench answers that the rules cannot"
-    )
-    arguments = parser.parse_args(argv)
+    for name in JUDGED_ON_REQUEST:
+        title = TASKS[name].display_name
+        parser.add_argument(
+            f"--judge_{name}", action="store_true", help=f"the judge reads {title} answers that the rules cannot"
+        )
+    return parser
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    """The arguments, checked; `tasks` are `Task`s."""
+    arguments = make_parser().parse_args(argv)
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
-    arguments.tasks = list(READERS) if names == ["all"] else list(dict.fromkeys(names))
-    unknown = [name for name in arguments.tasks if name not in READERS]
-    if unknown or not arguments.tasks:
-        raise ValueError(f"--tasks: {', '.join(unknown) or 'nothing'} is no task; they are {', '.join(READERS)}")
+    names = list(TASKS) if names == ["all"] else list(dict.fromkeys(names))
+    unknown = [name for name in names if name not in TASKS]
+    if unknown or not names:
+        raise ValueError(f"--tasks: {', '.join(unknown) or 'nothing'} is no task; they are {', '.join(TASKS)}")
+    arguments.tasks = [TASKS[name] for name in names]
     if arguments.predictions is None:
         for name in ("model", "data_root"):
             if getattr(arguments, name) is None:
@@ -108,107 +80,14 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         if not Path(arguments.data_root).is_dir():
             raise ValueError(f"--data_root {arguments.data_root} does not exist; give the folder of the benchmarks")
     else:
-        if len(arguments.tasks) != 1:
-            raise ValueError(
-                f"--predictions is one task's file, and --tasks names {len(arguments.tasks)}; name its task"
-            )
+        if len(names) != 1:
+            raise ValueError(f"--predictions is one task's file, and --tasks names {len(names)}; name its task")
         if not Path(arguments.predictions).is_file():
             raise ValueError(f"--predictions {arguments.predictions} does not exist; give a JSONL file")
     for name in ("batch_size", "judge_workers", "judge_attempts"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} {getattr(arguments, name)} must be at least 1")
     return arguments
-
-
-def score(task: str, records: list[dict], arguments, judge: judging.Judge | None) -> dict:
-    """What goes into scores.json, but for where it comes from; the parsed answers are under `parsed`."""
-    notes, judged = [], None
-    if task in SCORERS:
-        settings = {}
-        if task in GUESSING and arguments.seed is not None:
-            settings["seed"] = arguments.seed
-        if task == "mmbench" and arguments.judge_mmbench and judge is not None:
-            judged = judge([judging.mmbench_request(record) for record in undecided_mmbench(records)])
-            settings["extracted"] = judged.judged
-        result = SCORERS[task](records, **settings)
-        if result.quirks.get("guess"):
-            notes.append(f"{result.quirks['guess']} of {len(records)} answers were guesses")
-    elif task in JUDGED:
-        make_request, scorer, needed = JUDGED[task]
-        complete = [record for record in records if all(record.get(name) for name in needed)]
-        if judge is None:
-            notes.append(f"not judged; set {judging.ENVIRONMENT['url']} and {judging.ENVIRONMENT['model']}")
-            result = scorer(records, {})
-        else:
-            judged = judge([make_request(record) for record in complete])
-            for record in records:
-                if record not in complete:
-                    judged.failed[str(record["id"])] = (
-                        "no context or reference answer; put context.jsonl and answers_gpt4.jsonl beside questions.jsonl"
-                    )
-            result = scorer(records, judged.judged)
-            if judged.failed:
-                notes.append(
-                    f"{len(judged.failed)} of {len(records)} answers were not judged, and are not in the score"
-                )
-    else:
-        result = Score({})
-        notes.append("has no automatic score; the answers are in predictions.jsonl")
-    out = {
-        "task": task,
-        "questions": len(records),
-        "summary": result.summary,
-        "quirks": result.quirks,
-        "notes": notes,
-        "details": result.details,
-        "parsed": result.parsed,
-    }
-    if judged is not None:
-        out["judge"] = {
-            "model": judge.model, "judged": len(judged.judged), "failed": judged.failed, "cost": judged.cost,
-        }  # fmt: skip
-    return out
-
-
-def finish(
-    task, records, folder: Path, source: Path, arguments, judge, model: str | None, model_name: str | None
-) -> None:
-    """Scores a task's records and writes scores.json, parsed.jsonl and the submission."""
-    result = score(task, records, arguments, judge)
-    write_lines(folder / "parsed.jsonl", result.pop("parsed"))
-    if task in NEEDS and importlib.util.find_spec(NEEDS[task]) is None:
-        result["notes"].append(f"no submission file: pip install {NEEDS[task]}")
-    result.update(
-        submission=write_submission(task, records, folder),
-        predictions=str(source),
-        sha256=hashlib.sha256(source.read_bytes()).hexdigest(),
-        model=model,
-        model_name=model_name,
-    )
-    write_json(folder / "scores.json", result)
-    digits = 3 if task in reporting.FRACTIONS else 1
-    shown = ", ".join(
-        f"{name} {reporting.number(value, digits)}" for name, value in list(result["summary"].items())[:4]
-    )
-    print(
-        f"{task}: {len(records)} questions; {shown or 'no score'}", *(f"  note: {n}" for n in result["notes"]), sep="\n"
-    )
-
-
-def with_problems(records: list[dict], data_root: str | None) -> list[dict]:
-    """ScienceQA predictions with choices and answers of the data root's problems.json, where there is one."""
-    path = Path(data_root or "", "ScienceQA", "problems.json")
-    if data_root is None or not path.exists():
-        return records
-    problems = json.loads(path.read_text(encoding="utf-8"))
-    keys = [str(record.get("question_id", record.get("id"))) for record in records]
-    unknown = [key for key in keys if key not in problems]
-    if unknown:
-        raise ValueError(f"question_id {unknown[0]!r} is not in {path}; give the predictions of this data")
-    return [
-        {**record, "choices": problems[key]["choices"], "answer": problems[key]["answer"]}
-        for record, key in zip(records, keys)
-    ]
 
 
 def make_judge(arguments, output: Path) -> judging.Judge | None:
@@ -218,140 +97,188 @@ def make_judge(arguments, output: Path) -> judging.Judge | None:
         timeout=arguments.judge_timeout,
         attempts=arguments.judge_attempts,
     )
-    if judge is None and arguments.judge_mmbench:
-        raise ValueError(
-            f"--judge_mmbench needs a judge; set {judging.ENVIRONMENT['url']} and {judging.ENVIRONMENT['model']}"
-        )
+    for name in JUDGED_ON_REQUEST:
+        if judge is None and getattr(arguments, f"judge_{name}"):
+            raise ValueError(
+                f"--judge_{name} needs a judge; set {judging.ENVIRONMENT['url']} and {judging.ENVIRONMENT['model']}"
+            )
     return judge
 
 
-def score_predictions(arguments) -> None:
-    output, task, source = Path(arguments.output), arguments.tasks[0], Path(arguments.predictions)
-    judge = make_judge(arguments, output)
-    records = read_lines(source)
-    if task == "scienceqa":
-        records = with_problems(records, arguments.data_root)
-    check_records(task, records, str(source))
-    marks = {record.get("model") for record in records}
-    if len(marks) > 1:
-        raise ValueError(
-            f"{source} has predictions of several models ({', '.join(map(str, marks))}); score one at a time"
-        )
-    model, model_name, published = marks.pop(), None, arguments.paper_row
-    if arguments.model is not None:
-        from evaluation.generate import fingerprint
-        from modeling_honeybee.model_folder import model_folder
+# Saved predictions -----------------------------------------------------------------------------------------------------
 
-        folder = model_folder(arguments.model)
-        if model != fingerprint(folder):
-            raise ValueError(
-                f"{source} has predictions of model {model}, and {arguments.model} is {fingerprint(folder)}; "
-                "leave out --model, or give that model's predictions"
-            )
-        model_name, published = arguments.model, published or reporting.paper_model(folder)
-    described = source.parent / "run.json"
-    if model_name is None and model is not None and described.exists():
-        model_name = json.loads(described.read_text(encoding="utf-8")).get("model_name")
-    reporting.check_output(output, model)
-    folder = output / task
+
+def read_predictions(task: Task, source: Path, data_root: str | None) -> tuple[list[dict], str | None]:
+    """(records, fingerprint of the model that they name)."""
+    records = read_lines(source)
+    if task.complete is not None and data_root is not None:
+        records = task.complete(records, task.data(data_root))
+    check_records(task, records, str(source))
+    models = {record.get("model") for record in records}
+    if len(models) > 1:
+        raise ValueError(
+            f"{source} has predictions of several models ({', '.join(map(str, models))}); score one at a time"
+        )
+    return records, models.pop()
+
+
+def check_model(source: Path, model: str | None, name: str) -> Path:
+    """The folder of `--model`.
+
+    Raises:
+        ValueError: the predictions are another model's.
+    """
+    from evaluation.generate import fingerprint
+    from modeling_honeybee.model_folder import model_folder
+
+    folder = model_folder(name)
+    if model != fingerprint(folder):
+        raise ValueError(
+            f"{source} has predictions of model {model}, and {name} is {fingerprint(folder)}; "
+            "leave out --model, or give that model's predictions"
+        )
+    return folder
+
+
+def check_earlier_scores(folder: Path, source: Path) -> None:
+    """Refuses a task's folder that holds what comes of other predictions."""
     earlier = folder / "scores.json"
     if earlier.exists():
         if json.loads(earlier.read_text(encoding="utf-8"))["sha256"] != hashlib.sha256(source.read_bytes()).hexdigest():
             raise ValueError(f"{earlier} is of other predictions; give another --output, or remove it")
     elif next(folder.glob("predictions*.jsonl"), source).resolve() != source.resolve():
         raise ValueError(f"{folder} holds the predictions of another run; give another --output")
+
+
+def score_predictions(arguments) -> None:
+    output, task, source = Path(arguments.output), arguments.tasks[0], Path(arguments.predictions)
+    judge = make_judge(arguments, output)
+    records, model = read_predictions(task, source, arguments.data_root)
+    model_name, published = arguments.model, arguments.paper_row
+    if model_name is not None:
+        folder = check_model(source, model, model_name)
+        published = published or reporting.paper_model(folder)
+    elif model is not None and (source.parent / "run.json").exists():
+        model_name = json.loads((source.parent / "run.json").read_text(encoding="utf-8")).get("model_name")
+    reporting.check_output(output, model)
+    folder = output / task.name
+    check_earlier_scores(folder, source)
     folder.mkdir(parents=True, exist_ok=True)
-    finish(task, records, folder, source, arguments, judge, model, model_name)
+    write_results(task, records, folder, origin_of(source, model, model_name), arguments, judge)
     reporting.write(output, model_name, published)
 
 
-def evaluate(arguments) -> None:
+# A model's answers -----------------------------------------------------------------------------------------------------
+
+
+def join_processes(arguments):
+    """accelerate's `PartialState` of all processes of this run."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
-    from filelock import FileLock, Timeout
-    from tqdm.auto import tqdm
 
-    from evaluation.generate import answer, fingerprint, load, share
-    from modeling_honeybee.model_folder import model_folder
-
-    # The first process waits for the slowest one; the default of ten minutes is too short for that.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    # The first process waits for the slowest one; the default of ten minutes is too short for that.
     state = PartialState(cpu=cpu, timeout=datetime.timedelta(days=7))
     if state.num_processes > 1 and arguments.device_map:
         raise ValueError("--device_map spreads one model over all devices; leave it out where several processes run")
-    output = Path(arguments.output)
+    return state
+
+
+def lock(output: Path):
+    """Keeps other runs out of the folder, as long as somebody holds what this returns."""
+    from filelock import FileLock, Timeout
+
+    held = FileLock(output / ".lock", timeout=0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise ValueError(f"another run writes to {output}; wait for it, or give another --output") from None
+    return held
+
+
+def read_answers(folder: Path, prompts: dict[str, str], settings: dict, model_name: str, state) -> dict[str, dict]:
+    """The answers of earlier runs by id, the same in every process. The main process writes `run.json`."""
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        done = collect(folder, prompts, settings["model"])
+        write_json(folder / "run.json", {**settings, "model_name": model_name, "task": folder.name})
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        path = folder / PREDICTIONS
+        done = {str(record["id"]): record for record in read_lines(path)} if path.exists() else {}
+    state.wait_for_everyone()  # nobody appends before everybody has read
+    return done
+
+
+def ask(model, processor, task: Task, questions: list[Question], prompts, settings: dict, arguments, state) -> None:
+    """Appends this process's answers to its file in the task's folder, but for those that are there."""
+    from tqdm.auto import tqdm
+
+    from evaluation.generate import answer, batches_of_rank
+
+    folder = Path(arguments.output) / task.name
+    done = read_answers(folder, prompts, settings, arguments.model, state)
+    pending = [q for q in questions if q.id not in done]
+    batches = batches_of_rank(pending, prompts, arguments.batch_size, state.process_index, state.num_processes)
+    part = part_of_rank(folder, state.process_index)
+    title = f"{task.name} ({len(done)} done before)"
+    with tqdm(total=sum(map(len, batches)), desc=title, disable=not state.is_main_process) as bar:
+        for batch in answer(model, processor, batches, task.max_new_tokens, arguments.template):
+            records = [
+                {"id": q.id, "pred": text, "prompt": prompts[q.id], **q.fields, "model": settings["model"]}
+                for q, text in batch
+            ]
+            append_lines(part, records)
+            bar.update(len(batch))
+
+
+def evaluate(arguments) -> None:
+    """Asks the model, in one or several processes; the first one scores the answers."""
+    from evaluation.generate import fingerprint, load
+    from modeling_honeybee.model_folder import model_folder
+    from modeling_honeybee.processes import leave_processes
+
+    state = join_processes(arguments)
+    output, tasks = Path(arguments.output), arguments.tasks
+    # All checks come before the model is loaded.
     judge = make_judge(arguments, output)
-    # What is wrong is said before the model is loaded.
     source = model_folder(arguments.model)
-    questions = {task: read_task(task, arguments.data_root) for task in arguments.tasks}
+    questions = {task.name: read_task(task, arguments.data_root) for task in tasks}
     model_id = fingerprint(source)
     reporting.check_output(output, model_id)
     # What decides an answer; a run that continues has the same.
-    settings = {
-        task: {
-            "model": model_id,
-            "dtype": arguments.dtype,
-            "template": arguments.template,
-            "max_new_tokens": MAX_NEW_TOKENS[task],
-        }
-        for task in arguments.tasks
-    }
-    for task in arguments.tasks:
-        check_folder(output / task, settings[task])
+    shared = {"model": model_id, "dtype": arguments.dtype, "template": arguments.template}
+    settings = {task.name: {**shared, "max_new_tokens": task.max_new_tokens} for task in tasks}
+    for task in tasks:
+        check_folder(output / task.name, settings[task.name])
     output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".lock", timeout=0)
-    if state.is_main_process:
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ValueError(f"another run writes to {output}; wait for it, or give another --output") from None
+    held = lock(output) if state.is_main_process else None
+
     model, processor = load(source, arguments.dtype, state.device, arguments.device_map)
     if state.is_main_process:
         print(f"{arguments.model}: {model.dtype}, {state.num_processes} process(es) on {model.device.type}", flush=True)
     prompts = {
-        task: {q.id: plain(render(q, processor, arguments.template), processor) for q in questions[task]}
-        for task in arguments.tasks
+        name: {q.id: plain(render(q, processor, arguments.template), processor) for q in asked}
+        for name, asked in questions.items()
     }
-    for task in arguments.tasks:
-        folder = output / task
-        if state.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            done = collect(folder, prompts[task], model_id)
-            write_json(folder / "run.json", {**settings[task], "model_name": arguments.model, "task": task})
-        state.wait_for_everyone()
-        if not state.is_main_process:
-            path = folder / "predictions.jsonl"
-            done = {str(record["id"]): record for record in read_lines(path)} if path.exists() else {}
-        state.wait_for_everyone()  # nobody appends before everybody has read
-        pending = [q for q in questions[task] if q.id not in done]
-        batches = share(pending, prompts[task], arguments.batch_size, state.process_index, state.num_processes)
-        part = part_of_rank(folder, state.process_index)
-        bar = tqdm(
-            total=sum(map(len, batches)), desc=f"{task} ({len(done)} done before)", disable=not state.is_main_process
-        )
-        for batch in answer(model, processor, batches, MAX_NEW_TOKENS[task], arguments.template):
-            append_lines(
-                part,
-                [
-                    {"id": q.id, "pred": text, "prompt": prompts[task][q.id], **q.fields, "model": model_id}
-                    for q, text in batch
-                ],
-            )
-            bar.update(len(batch))
-        bar.close()
+    for task in tasks:
+        ask(model, processor, task, questions[task.name], prompts[task.name], settings[task.name], arguments, state)
     state.wait_for_everyone()
     state.destroy_process_group()
-    if not state.is_main_process:
-        return
-    for task in arguments.tasks:
-        folder = output / task
-        records = list(collect(folder, prompts[task], model_id).values())
-        check_records(task, records, str(folder))
-        finish(task, records, folder, folder / "predictions.jsonl", arguments, judge, model_id, arguments.model)
-    report = reporting.write(output, arguments.model, arguments.paper_row or reporting.paper_model(source))
-    averages = ", ".join(f"{name} {reporting.number(value)}" for name, value in report["averages"].items())
-    print(f"averages: {averages}\nreport: {output / 'report.md'}")
+
+    if state.is_main_process:
+        for task in tasks:
+            folder = output / task.name
+            records = list(collect(folder, prompts[task.name], model_id).values())
+            check_records(task, records, str(folder))
+            answers = origin_of(folder / PREDICTIONS, model_id, arguments.model)
+            write_results(task, records, folder, answers, arguments, judge)
+        report = reporting.write(output, arguments.model, arguments.paper_row or reporting.paper_model(source))
+        averages = ", ".join(f"{name} {reporting.number(value)}" for name, value in report["averages"].items())
+        print(f"averages: {averages}\nreport: {output / 'report.md'}")
+        held.release()
+    leave_processes(state.num_processes)
 
 
 def main(argv=None) -> None:

@@ -32,7 +32,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
-from modeling_honeybee.model_folder import read_json
+from modeling_honeybee.model_folder import CONVERSION_FILE, read_json
 from processing import HoneybeeProcessor, prepare_tokenizer
 from processing.prepare_tokenizer import square_image_processor
 
@@ -83,6 +83,32 @@ LAYER_NAMES = {
         (r"output\.mlp\.w2\.(.*)", r"down_proj.\1"),
         (r"output\.mlp\.ffn_ln\.(.*)", r"norm_inner.\1"),
     ],
+}
+
+
+# Official field of a projector's config -> ours.
+COMMON_FIELDS = ("num_query_tokens", "num_eos_tokens", "pos_emb", "hidden_size")
+PROJECTOR_FIELDS = {
+    "linear": {"depth": "depth", "prenorm": "prenorm"},
+    "mlp": {"depth": "depth", "prenorm": "prenorm"},
+    "c-abs": {"depth": "depth", "mlp_depth": "mlp_depth", "prenorm": "prenorm"},
+    "resampler": {
+        "num_hidden_layers": "num_hidden_layers",
+        "num_attention_heads": "num_attention_heads",
+        "intermediate_size": "intermediate_size",
+        "attention_probs_dropout_prob": "dropout",
+        "layer_norm_eps": "layer_norm_eps",
+    },
+    "d-abs": {
+        "num_queries": "num_query_tokens",  # the one that the official projector follows
+        "d_model": "hidden_size",
+        "decoder_layers": "num_hidden_layers",
+        "decoder_attention_heads": "num_attention_heads",
+        "decoder_n_points": "num_sampling_points",
+        "decoder_ffn_dim": "intermediate_size",
+        "dropout": "dropout",
+        "pooled_v_target": "pooled_v_target",
+    },
 }
 
 
@@ -148,29 +174,7 @@ def read_config(checkpoint: Path) -> tuple[HoneybeeConfig, dict]:
     if kind == "mlp" and projector.get("depth") == 1:
         kind = "linear"
 
-    fields = {name: name for name in ("num_query_tokens", "num_eos_tokens", "pos_emb", "hidden_size")}
-    fields |= {
-        "linear": {"depth": "depth", "prenorm": "prenorm"},
-        "mlp": {"depth": "depth", "prenorm": "prenorm"},
-        "c-abs": {"depth": "depth", "mlp_depth": "mlp_depth", "prenorm": "prenorm"},
-        "resampler": {
-            "num_hidden_layers": "num_hidden_layers",
-            "num_attention_heads": "num_attention_heads",
-            "intermediate_size": "intermediate_size",
-            "attention_probs_dropout_prob": "dropout",
-            "layer_norm_eps": "layer_norm_eps",
-        },
-        "d-abs": {
-            "num_queries": "num_query_tokens",  # the one that the official projector follows
-            "d_model": "hidden_size",
-            "decoder_layers": "num_hidden_layers",
-            "decoder_attention_heads": "num_attention_heads",
-            "decoder_n_points": "num_sampling_points",
-            "decoder_ffn_dim": "intermediate_size",
-            "dropout": "dropout",
-            "pooled_v_target": "pooled_v_target",
-        },
-    }.get(kind, {})
+    fields = {**{name: name for name in COMMON_FIELDS}, **PROJECTOR_FIELDS.get(kind, {})}
     settings = {ours: projector[name] for name, ours in fields.items() if projector.get(name) is not None}
     if settings.get("pooled_v_target") not in (None, "tgt", "none"):
         settings["pooled_v_target"] = "query"  # the official code takes any other word for it
@@ -309,7 +313,7 @@ def _fits(name: str, shape: tuple, expected: torch.Size, config: HoneybeeConfig)
 def convert_tensor(name: str, tensor: torch.Tensor, shape: torch.Size, dtype: torch.dtype | None) -> torch.Tensor:
     """One tensor in our shape and dtype."""
     if name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
-        # The row of <image> starts at the mean, which no logit of a real token stays below.
+        # The row of <image> starts at the mean of the others, so that its logit is never the largest.
         tensor = torch.cat([tensor, tensor.float().mean(0, keepdim=True).to(tensor.dtype)])
     elif name == "model.projector.pos_emb" and tensor.shape[1] == shape[1] + 1:
         tensor = tensor[:, 1:]  # old checkpoints have a row for the class token, which is never used
@@ -408,7 +412,7 @@ def convert(
             "vision_tower": official["vision_config"].get("pretrained_vision_name_or_path"),
             "language_model": (official.get("lm_config") or {}).get("pretrained_lm_name_or_path"),
         }
-        (partial / "honeybee_conversion.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+        (partial / CONVERSION_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         partial.chmod(0o755)
         if output.is_dir():
             output.rmdir()

@@ -18,7 +18,7 @@ import modeling_honeybee
 import processing
 from modeling_honeybee import HoneybeeConfig
 from modeling_honeybee.configuration_honeybee import AUTO_MAP
-from modeling_honeybee.model_folder import read_json
+from modeling_honeybee.model_folder import CONVERSION_FILE, RUN_FILE, STATE_FILE, read_json, read_model_config
 from processing import HoneybeeProcessor, check_processor
 
 # The code that travels with a checkpoint, by file name.
@@ -27,6 +27,8 @@ CODE = {
     for package in (modeling_honeybee, processing)
     for path in Path(package.__path__[0]).glob("*_honeybee.py")
 }
+# The files whose classes a saved folder names.
+ENTRY_CODE = {f"{name.partition('.')[0]}.py" for name in AUTO_MAP.values()}
 PROCESSOR_CODE = "processing_honeybee.py"
 PUBLISHED = (
     "config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors",
@@ -35,13 +37,13 @@ PUBLISHED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "LICENSE*", "NOTICE*", *CODE,
 )  # fmt: skip
-# What training leaves behind and `push.py` leaves out without a question, pickles included. Some of it names places on
-# the disk of whoever trained; the card says what may be known of it.
+# What training leaves behind and `push.py` leaves out without asking, pickles included. Some of these files name places on
+# somebody's disk; the card says what others may know of them.
 BY_PRODUCTS = (
-    "training_args.bin", "trainer_state.json", "honeybee_run.json", "honeybee_conversion.json",
+    "training_args.bin", STATE_FILE, RUN_FILE, CONVERSION_FILE,
     "loss.png", "run_summary.md", "checkpoint-*", "runs", "README.md", ".git", ".gitattributes", ".cache",
-    # Of older versions. transformers 4 cannot load a repository that has it; `load_in_fresh_process` sees to it that no
-    # template is lost.
+    # Of older versions. transformers 4 cannot load a repository that has it; `load_in_fresh_process` checks that no template
+    # is lost.
     "additional_chat_templates",
 )  # fmt: skip
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill"}
@@ -74,7 +76,7 @@ def is_pickle(path: Path) -> bool:
         return True
     with path.open("rb") as file:
         head = file.read(9)
-    # A safetensors file begins with the length of its header, which may look like it. No pickle has an opcode 0.
+    # A safetensors file begins with the length of its header, which may look like a pickle. No pickle has an opcode 0.
     safetensors = head[4:] == bytes(4) + b"{"
     if head[:1] == b"\x80" and len(head) > 1 and 2 <= head[1] <= 5 and not safetensors:
         return True
@@ -121,14 +123,8 @@ def sort_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     return files, left_out
 
 
-def _check_config(folder: Path, files: dict[str, Path]) -> HoneybeeConfig:
-    if "config.json" not in files:
-        raise ExportError(f"{folder} has no config.json; give a folder that save_pretrained or training/sft.py wrote")
-    saved = read_json(files["config.json"], ExportError)
-    if saved.get("model_type") != HoneybeeConfig.model_type:
-        raise ExportError(
-            f"{folder} is not a Honeybee model: its config.json has model_type={saved.get('model_type')!r}"
-        )
+def _check_config(folder: Path) -> HoneybeeConfig:
+    saved = read_model_config(folder, str(folder), error_class=ExportError)
     if saved.get("auto_map") != AUTO_MAP:
         raise ExportError(
             f"{folder}/config.json: auto_map is {saved.get('auto_map')}, so transformers would not find the code in the "
@@ -137,33 +133,44 @@ def _check_config(folder: Path, files: dict[str, Path]) -> HoneybeeConfig:
     return HoneybeeConfig.from_dict(saved)
 
 
-def _check_code(folder: Path, files: dict[str, Path], needed: set[str]) -> list[str]:
-    """Returns the names of files that are not this version's."""
-    if missing := sorted(needed - set(files)):
-        raise ExportError(
-            f"{folder} lacks code that its readers need: {', '.join(missing)}; save model and processor again with "
-            "save_pretrained, which copies it"
-        )
+def _imports(path: Path) -> tuple[set[str], set[str]]:
+    """What a file imports: files beside it, and modules. As transformers, which asks for the packages before it runs the
+    code, it leaves out what is imported in a `try`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guarded = {node for outer in ast.walk(tree) if isinstance(outer, ast.Try) for node in outer.body}
+    beside, modules = set(), set()
+    for node in ast.walk(tree):
+        if node in guarded:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.level:
+            beside.add(f"{node.module or ''}.py")
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module)
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+    return beside, modules
+
+
+def _check_code(folder: Path, files: dict[str, Path], entries: set[str]) -> list[str]:
+    """Checks the code files `entries`, and all that they import. Returns the names of those that are not this version's."""
+    needed, queue = set(), set(entries)
+    while queue:
+        name = queue.pop()
+        if name not in files:
+            raise ExportError(
+                f"{folder} lacks code that its readers need: {name}; save model and processor again with "
+                "save_pretrained, which copies it"
+            )
+        needed.add(name)
+        queue |= _imports(files[name])[0] - needed
     for name in sorted(set(files) & set(CODE)):
-        tree = ast.parse(files[name].read_text(encoding="utf-8"))
-        # As transformers, which asks for the packages of other imports before it runs the code.
-        guarded = {node for outer in ast.walk(tree) if isinstance(outer, ast.Try) for node in outer.body}
-        for node in ast.walk(tree):
-            if node in guarded:
-                continue
-            if isinstance(node, ast.ImportFrom) and node.level:
-                modules = [] if f"{node.module}.py" in files else [f".{node.module or ''}"]
-            elif isinstance(node, ast.ImportFrom):
-                modules = [node.module]
-            else:
-                modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            for module in modules:
-                top = module.split(".")[0]
-                if top not in {"torch", "transformers"} and top not in sys.stdlib_module_names:
-                    raise ExportError(
-                        f"{files[name]} imports {module}; code in a model repository may import torch, transformers and "
-                        "the other code files in the folder. Save the model again with this version of Honeybee"
-                    )
+        for module in sorted(_imports(files[name])[1]):
+            top = module.split(".")[0]
+            if top not in {"torch", "transformers"} and top not in sys.stdlib_module_names:
+                raise ExportError(
+                    f"{files[name]} imports {module}; code in a model repository may import torch, transformers and "
+                    "the other code files in the folder. Save the model again with this version of Honeybee"
+                )
     return [name for name in sorted(needed) if files[name].read_bytes() != CODE[name].read_bytes()]
 
 
@@ -237,9 +244,9 @@ def check_folder(folder: Path) -> Export:
         _check_weights(folder, files, "adapter_model.safetensors")
         changed = _check_code(folder, files, {PROCESSOR_CODE})
     else:
-        export.config = _check_config(folder, files)
+        export.config = _check_config(folder)
         _check_weights(folder, files, "model.safetensors")
-        changed = _check_code(folder, files, set(CODE))
+        changed = _check_code(folder, files, ENTRY_CODE)
     export.processor = _check_processor(folder, files)
     if export.config is not None:
         try:
@@ -251,7 +258,7 @@ def check_folder(folder: Path) -> Export:
     return export
 
 
-def stage(export: Export, target: Path, texts: dict[str, str]) -> None:
+def lay_out(export: Export, target: Path, texts: dict[str, str]) -> None:
     """Lays the repository out in `target`: links to the files, and `texts` by name in place of or beside them."""
     for name, path in export.files.items():
         if name not in texts:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a folder the way a stranger does, with torch, transformers and pillow alone, and asks it one thing; and asks its
-language model and its tower, each alone, whether they still answer and see the same in it.
+"""Loads a folder as a stranger does, with torch, transformers and pillow alone, and asks it one question. Also checks that
+its language model answers in it, and its tower sees in it, as each does alone.
 
     python hub_upload/load_check.py RESULT.json FOLDER [BASE]
 
 Every other installed package is hidden, this project included. With BASE, FOLDER is a peft adapter of that model, and
-peft is there too. Of this project one file alone is read, which needs no other: it runs in a process of its own.
+peft is there too. It runs in a process of its own; of this project it reads one file, `probe_honeybee.py`, which needs no
+other.
 """
 
 import importlib.metadata

@@ -10,11 +10,10 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from hub_upload.export_check import Export, ExportError
-from modeling_honeybee.model_folder import NetworkError, read_json
+from modeling_honeybee.model_folder import CONVERSION_FILE, RUN_FILE, STATE_FILE, NetworkError, read_json
 
-RUN_FILE, STATE_FILE, CONVERSION_FILE = "honeybee_run.json", "trainer_state.json", "honeybee_conversion.json"
-# Words of the cards that other tools leave beside the weights; one that has all of a row is such a card. peft rewrites
-# the tags of TRL's card, so that the Trainer's own does not tell it.
+# Words in the cards that other tools leave beside the weights: a card with all words of a row is one of these. peft
+# rewrites the tags of TRL's card, so that the Trainer's tag is not in it.
 GENERATED = (
     ("[More Information Needed]",),  # peft's: the Hub's template with nothing filled in
     ("generated_from_trainer",),
@@ -31,21 +30,11 @@ KNOWN_LICENSES = {
     "lmsys/vicuna-7b-v1.5": "llama2",
     "lmsys/vicuna-13b-v1.5": "llama2",
 }
-BENCHMARKS = {
-    "mme": "MME",
-    "pope": "POPE",
-    "mmbench": "MMBench",
-    "scienceqa": "ScienceQA",
-    "seed": "SEED-Bench",
-    "mmmu": "MMMU",
-    "llava_w": "LLaVA-Bench (in the wild)",
-    "mm_vet": "MM-Vet",
-}
 
 
 @dataclass
 class Part:
-    """Something that the model was made from. `hub` tells whether `name` is one of the Hub."""
+    """Something that the model was made from. `hub`: whether `name` is a name on the Hub."""
 
     role: str
     name: str
@@ -68,7 +57,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _last_part(path: str) -> str:
-    """Of a path of any system."""
+    """The last part of a path of any operating system."""
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
@@ -128,8 +117,8 @@ def read_provenance(folder: Path) -> Provenance:
 
 
 def look_up_parts(provenance: Provenance, api) -> None:
-    """Asks the Hub (`api`, an HfApi) about the parts that have its names. A part that it does not have is no longer
-    named as its; a Hub that cannot be reached changes nothing."""
+    """Asks the Hub (`api`, an HfApi) about the parts that have names on it. A part that it does not have no longer counts as
+    one of the Hub's; a Hub that cannot be reached changes nothing."""
     for part in [part for part in provenance.parts if part.hub]:
         try:
             card = api.model_info(part.name).card_data
@@ -180,7 +169,7 @@ def read_results(path: Path, model: str) -> list[EvalResult]:
     if path.is_dir():
         for file in sorted(path.glob("*/scores.json")):
             task, scores = file.parent.name, read_json(file, ExportError)
-            name = BENCHMARKS.get(task, task)
+            name = scores.get("display_name", task)  # older files have none
             if "questions" in scores:  # not always all of a benchmark's
                 name += f", {scores['questions']} questions"
             found += [(task, name, metric, value) for metric, value in (scores.get("summary") or {}).items()]
@@ -308,8 +297,9 @@ def _usage(export: Export, repo_id: str, revision: str) -> str:
     return "\n\n".join(f"{words}\n\n{_python(block)}" for words, block in blocks.items())
 
 
-def _table(rows: list[tuple]) -> str:
-    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
+def _table(head: tuple[str, ...], rows: list[tuple], last_column: str = "---") -> str:
+    lines = [head, ["---"] * (len(head) - 1) + [last_column], *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def _describe_model(export: Export) -> str:
@@ -323,20 +313,18 @@ def _describe_model(export: Export) -> str:
     config = export.config
     projector, vision, text = config.projector_config, config.vision_config, config.text_config
     rows = [
-        ("part", "what it is"),
-        ("---", "---"),
         ("vision tower", f"{vision.model_type}, {vision.image_size} px, width {vision.hidden_size}"),
         ("projector", f"{projector.projector_type}, {config.num_image_tokens} visual tokens an image"),
         ("language model", f"{text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers"),
     ]
     return (
         "A [Honeybee](https://arxiv.org/abs/2312.06742) model (CVPR 2024): a vision tower and a language model joined by "
-        f"a projector that keeps locality and sets the number of visual tokens.\n\n{_table(rows)}"
+        f"a projector that keeps locality and sets the number of visual tokens.\n\n{_table(('part', 'what it is'), rows)}"
     )
 
 
 def _public(value, hub_names: set[str]):
-    """A setting without places on somebody's disk: of a path the last part, unless it is a name of the Hub."""
+    """A setting without places on somebody's disk: a path becomes its last part, unless it is a name on the Hub."""
     if isinstance(value, dict):
         return {_public(key, hub_names): _public(inner, hub_names) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -367,31 +355,29 @@ def _describe_training(provenance: Provenance) -> str:
         )
     hub_names = {part.name for part in provenance.parts if part.hub} | set(provenance.datasets)
     for number, run in enumerate(provenance.runs, 1):
-        rows = [("setting", "value"), ("---", "---")]
         settings = {**{k: v for k, v in run.items() if k not in ("state", "training")}, **run.get("training", {})}
-        rows += _setting_rows(settings, hub_names)
+        rows = _setting_rows(settings, hub_names)
         state = run.get("state", {})
         rows += [(name, f"`{state[name]}`") for name in ("global_step", "epoch") if name in state]
         losses = [entry["loss"] for entry in state.get("log_history", []) if "loss" in entry]
         if losses:
             rows.append(("training loss, first and last logged", f"`{losses[0]:.4f}`, `{losses[-1]:.4f}`"))
-        said.append(f"Run {number} of {len(provenance.runs)}:\n\n{_table(rows)}")
+        said.append(f"Run {number} of {len(provenance.runs)}:\n\n{_table(('setting', 'value'), rows)}")
     return "\n\n".join(said) or "Not on record: the folder holds no record of a training run."
 
 
 def _describe_results(results: list[EvalResult] | None) -> str:
     if not results:
         return "None were given with this model. Treat it as not evaluated."
-    rows = [("data", "measure", "value"), ("---", "---", "---:")]
-    return _table(rows + [(r.dataset_name, r.metric_name, f"{r.metric_value:.4g}") for r in results])
+    rows = [(r.dataset_name, r.metric_name, f"{r.metric_value:.4g}") for r in results]
+    return _table(("data", "measure", "value"), rows, last_column="---:")
 
 
 def _describe_license(provenance: Provenance, license: str, declared: bool) -> str:
-    said = [f"`{license}`" + (", stated by who published it." if declared else ", which follows from the parts:")]
-    rows = [("part", "name", "licence"), ("---", "---", "---")]
-    rows += [(part.role, f"`{part.name}`", part.license or "not known") for part in provenance.parts]
+    said = [f"`{license}`" + (", stated by whoever published it." if declared else ", which follows from the parts:")]
+    rows = [(part.role, f"`{part.name}`", part.license or "not known") for part in provenance.parts]
     rows.append(("code", "Honeybee for Transformers", CODE_LICENSE))
-    said.append(_table(rows))
+    said.append(_table(("part", "name", "licence"), rows))
     if license == "other":
         said.append("The terms of every part apply together; find out those that are not known before you use it.")
     if license == "cc-by-nc-4.0":

@@ -20,7 +20,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from hub_upload.export_check import Export, ExportError, check_folder, is_published, load_in_fresh_process, stage
+from hub_upload.export_check import Export, ExportError, check_folder, is_published, lay_out, load_in_fresh_process
 from hub_upload.model_card import look_up_parts, own_card, read_provenance, read_results, write_card
 from modeling_honeybee.model_folder import NetworkError
 
@@ -50,6 +50,15 @@ def explain(error: Exception, repo_id: str) -> str:
         f"the connection broke ({type(error).__name__}: {said}). Nothing is visible yet; run the same command again, "
         "it sends only what has not arrived"
     )
+
+
+def check_name(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ExportError(f"--repo_id {repo_id!r} is not a name that the Hub takes: {error}") from error
+    if repo_id.count("/") != 1:
+        raise ExportError(f"--repo_id {repo_id!r} must be ORG/NAME")
 
 
 def check_target(
@@ -146,6 +155,33 @@ def prepare_adapter(export: Export, base_model: str | None) -> tuple[str, dict[s
     return load_from, {"adapter_config.json": json.dumps(export.adapter, indent=2) + "\n"}
 
 
+def check_loading(export: Export, texts: dict[str, str], base: str | None) -> None:
+    """Loads what will be published as a stranger does, and prints what it answers.
+
+    Args:
+        base: folder or Hub name of an adapter's base model.
+
+    Raises:
+        ExportError: it does not load.
+    """
+    print("Loading it in a process with torch, transformers and pillow only ...", flush=True)
+    base = os.path.abspath(base) if base and os.path.isdir(base) else base
+    with tempfile.TemporaryDirectory() as folder:
+        lay_out(export, Path(folder), texts)
+        report = load_in_fresh_process(export, Path(folder), base)
+    print(f"  {report['parameters']:,} parameters; asked about a grey image it says {report['answer']!r}")
+
+
+def print_plan(export: Export, texts: dict[str, str], repo_id: str, revision: str) -> None:
+    print(f"Would publish as {repo_id} (branch {revision}):")
+    for name in sorted({*export.files, *texts}):
+        size = len(texts[name].encode()) if name in texts else export.files[name].stat().st_size
+        print(f"  {name:45} {size:>15,} bytes")
+    if export.left_out:
+        print(f"Left out: {', '.join(export.left_out)}")
+    print(f"The card:\n\n{texts['README.md']}")
+
+
 def push(
     model: Path,
     repo_id: str,
@@ -164,12 +200,7 @@ def push(
         ExportError: what is wrong with the folder or the card.
         PushError: what the Hub does not allow.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ExportError(f"--repo_id {repo_id!r} is not a name that the Hub takes: {error}") from error
-    if repo_id.count("/") != 1:
-        raise ExportError(f"--repo_id {repo_id!r} must be ORG/NAME")
+    check_name(repo_id)
     export = check_folder(model)
     base, texts = prepare_adapter(export, base_model) if export.adapter is not None else (None, {})
     print(f"{model}: {'adapter' if base else 'model'}, {len(export.files)} files to publish")
@@ -198,24 +229,10 @@ def push(
         api._validate_yaml(card)  # by the Hub's own rules; create_commit does this too, but after the weights went up
     texts["README.md"] = card
 
-    print("Loading it in a process with torch, transformers and pillow only ...", flush=True)
-    with tempfile.TemporaryDirectory() as staged:
-        stage(export, Path(staged), texts)
-        report = load_in_fresh_process(
-            export, Path(staged), os.path.abspath(base) if base and os.path.isdir(base) else base
-        )
-    print(f"  {report['parameters']:,} parameters; asked about a grey image it says {report['answer']!r}")
-
+    check_loading(export, texts, base)
     if dry_run:
-        print(f"Would publish as {repo_id} (branch {revision}):")
-        for name in sorted({*export.files, *texts}):
-            size = len(texts[name].encode()) if name in texts else export.files[name].stat().st_size
-            print(f"  {name:45} {size:>15,} bytes")
-        if export.left_out:
-            print(f"Left out: {', '.join(export.left_out)}")
-        print(f"The card:\n\n{card}")
+        print_plan(export, texts, repo_id, revision)
         return
-
     if export.left_out:
         print(f"Left out: {', '.join(export.left_out)}")
     print(f"Uploading to {api.endpoint}/{repo_id} ...", flush=True)

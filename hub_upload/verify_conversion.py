@@ -21,6 +21,33 @@ def placed(ids: torch.Tensor, image_token_id: int) -> torch.Tensor:
     return ids.masked_fill(ids < 0, image_token_id)
 
 
+def worst_gradient(parameters: dict, gradients: dict[str, torch.Tensor], names: dict[str, str]) -> float:
+    """The largest relative difference of the norm of a gradient.
+
+    The bias of a key shifts all scores of a softmax alike: its gradient is 0 but for rounding, and relative to that
+    means nothing. Norms are compared relative to themselves or to a ten-thousandth of the largest one.
+    """
+    norms = {name: gradient.norm().item() for name, gradient in gradients.items()}
+    floor, worst = 1e-4 * max(norms.values()), 0.0
+    for name, norm in norms.items():
+        ours = parameters[names[f"abstractor.{name.removeprefix('abstractor.')}"]].grad
+        worst = max(worst, abs(ours.norm().item() - norm) / max(norm, floor))
+    return worst
+
+
+def unequal_tokens(model, io: dict[str, torch.Tensor], expected: torch.Tensor) -> int:
+    """How many tokens of greedy answers are others than the official ones."""
+    generated = model.generate(
+        input_ids=placed(io["gen_input_ids"], model.config.image_token_id),
+        attention_mask=io["gen_attention_mask"],
+        pixel_values=io["pixel_values"],
+        max_new_tokens=20,
+        do_sample=False,
+    )[:, io["gen_input_ids"].shape[1] :]
+    length = generated.shape[1]
+    return int((generated != expected[:, :length]).sum() + expected[:, length:].count_nonzero())
+
+
 def compare_folder(folder: str, reference: str, names_file: str) -> bool:
     """Prints the figures of one folder; True where all are within their limits.
 
@@ -52,14 +79,7 @@ def compare_folder(folder: str, reference: str, names_file: str) -> bool:
     compare("loss", abs(loss.item() - io["loss"].item()), 1e-4 if wide else 1e-5)
 
     loss.backward()
-    parameters = dict(model.named_parameters())
-    # A key's bias shifts all scores of a softmax alike: its gradient is 0 but for rounding, and relative to that means
-    # nothing. Norms are compared relative to themselves or to a ten-thousandth of the largest.
-    norms = {name: gradient.norm().item() for name, gradient in gradients.items()}
-    floor, worst = 1e-4 * max(norms.values()), 0.0
-    for name, norm in norms.items():
-        ours = parameters[names[f"abstractor.{name.removeprefix('abstractor.')}"]].grad
-        worst = max(worst, abs(ours.norm().item() - norm) / max(norm, floor))
+    worst = worst_gradient(dict(model.named_parameters()), gradients, names)
     compare("gradient norms (relative)", worst, 1e-2 if wide else 1e-3)
 
     if "mixed_input_ids" in io:
@@ -70,17 +90,7 @@ def compare_folder(folder: str, reference: str, names_file: str) -> bool:
             ).logits[..., :vocab_size]
         compare("logits, mixed batch", (mixed - io["mixed_logits"]).abs().max().item(), 5e-4 if wide else 1e-4)
 
-    generated = model.generate(
-        input_ids=placed(io["gen_input_ids"], config.image_token_id),
-        attention_mask=io["gen_attention_mask"],
-        pixel_values=pixels,
-        max_new_tokens=20,
-        do_sample=False,
-    )[:, io["gen_input_ids"].shape[1] :]
-    expected = torch.tensor(facts["generate"]["ids"])
-    unequal = (
-        int((generated != expected[:, : generated.shape[1]]).sum()) + expected[:, generated.shape[1] :].count_nonzero()
-    )
+    unequal = unequal_tokens(model, io, torch.tensor(facts["generate"]["ids"]))
     compare("greedy tokens that differ", float(unequal), 0.0)
 
     print(f"{folder} against {reference}")

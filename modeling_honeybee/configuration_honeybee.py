@@ -176,7 +176,7 @@ class HoneybeeProjectorConfig(PretrainedConfig):
         """Tokens that the language model sees for one image.
 
         Raises:
-            ValueError: of a `linear` or `mlp` that no [`HoneybeeConfig`] has told the number of patches.
+            ValueError: the projector is `linear` or `mlp`, and no [`HoneybeeConfig`] has told it the number of patches.
         """
         if self.num_query_tokens is None:
             raise ValueError(
@@ -290,7 +290,7 @@ class HoneybeeConfig(PretrainedConfig):
 
         # One dtype for all parts, the top one: transformers 4 would build each part in its own.
         self.vision_config.dtype = self.text_config.dtype = None
-        # Where the parts once lay on somebody's disk is nobody else's business.
+        # Nobody else needs to know where the parts lay on somebody's disk.
         self.vision_config._name_or_path = self.text_config._name_or_path = ""
         # Weight tying is read from both levels, depending on the transformers line.
         tie_word_embeddings = kwargs.pop("tie_word_embeddings", None)

@@ -10,7 +10,6 @@ M visual tokens an image (extra tokens included), D_v width of the tower, D_lm w
 
 import copy
 import functools
-import json
 import logging
 import threading
 import types
@@ -20,7 +19,7 @@ from dataclasses import dataclass, fields
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import (
@@ -29,11 +28,14 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file, find_adapter_config_file
+from transformers.utils import find_adapter_config_file
 
-from .configuration_honeybee import HoneybeeConfig, HoneybeeProjectorConfig
-from .deformable_attention_honeybee import HoneybeeDeformableAttention  # noqa: F401  transformers 4 copies code from a local folder only where this file itself imports it
-from .probe_honeybee import ask_language_model, ask_tower, check_language_model, check_tower
+# Two of these are not used here: transformers 4 copies from a local folder only the code that this file itself imports.
+from .configuration_honeybee import HoneybeeConfig
+from .deformable_attention_honeybee import HoneybeeDeformableAttention  # noqa: F401
+from .generation_config_honeybee import greedy_generation_config, in_words, savable_generation_config
+from .joining_honeybee import config_from_vision_text_pretrained, from_vision_text_pretrained
+from .probe_honeybee import check_parts  # noqa: F401
 from .projectors_honeybee import PROJECTORS, HoneybeeProjector, build_projector
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,7 @@ def _tower_blocks(vision_tower: nn.Module, number: int) -> nn.ModuleList:
 
 
 class _Collected(threading.local):
-    """Hidden states by number, of the running thread's call alone; torch.compile cannot follow a ContextVar."""
+    """Hidden states by number, for the call of the running thread alone. torch.compile cannot follow a ContextVar."""
 
     states: dict[int, torch.Tensor] | None = None
 
@@ -79,7 +81,7 @@ _collected = _Collected()
 
 
 def _keep_state(layer: int, module: nn.Module, args: tuple, output=None) -> None:
-    """A hook: behind a block it gets the block's output, before the first one its input."""
+    """A hook. Behind a block it keeps the block's output, in front of the first block its input."""
     if _collected.states is not None:
         state = args if layer == 0 else output
         _collected.states[layer] = state[0] if isinstance(state, tuple) else state
@@ -89,8 +91,7 @@ def _keep_state(layer: int, module: nn.Module, args: tuple, output=None) -> None
 def _collect_states():
     """Collects the hidden states that the hooks of a tower see.
 
-    `output_hidden_states` would keep all of them, and the inner tower that transformers 4 needs us to hold does not
-    know it for every kind of tower.
+    `output_hidden_states` would keep all of them, and not every inner tower that we hold on transformers 4 knows it.
     """
     _collected.states = {}
     try:
@@ -132,13 +133,14 @@ def _is_packed(position_ids: torch.LongTensor | None) -> bool:
     return bool((position_ids.diff() != 1).any())
 
 
-# What quantized loading leaves as it is, unless its config names modules itself: little of a model's memory, and all of
-# what it sees. With and without the prefix, for both model classes.
+# Modules that quantized loading leaves as they are, unless its config names modules itself: they take little memory, and
+# all that the model sees goes through them. Named with and without the prefix, for both model classes.
 UNQUANTIZED = ("lm_head", "projector", "model.projector", "vision_tower", "model.vision_tower")
 
 
 def _keep_unquantized(quantization_config):
-    """A quantization config (or its dict) with [`UNQUANTIZED`] in the place where its kind has such a list, and none."""
+    """A quantization config, given as one or as its dict, that leaves [`UNQUANTIZED`] out. Where it names modules itself,
+    or its kind has no list for them, it stays as it is."""
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
@@ -146,58 +148,6 @@ def _keep_unquantized(quantization_config):
             quantization_config = copy.deepcopy(quantization_config)
             setattr(quantization_config, name, list(UNQUANTIZED))
     return quantization_config
-
-
-# The generation settings that a new model takes over from its language model. Without any other it answers greedily.
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens")
-# Settings that others are refused without.
-MODES = ("do_sample", "num_beams", "return_dict_in_generate")
-METADATA = ("transformers_version", "_from_model_config")
-
-
-def _savable_generation_config(settings: dict) -> tuple[GenerationConfig, dict]:
-    """A generation config of those `settings` that can be saved, and the others: loading only warns of some for which
-    saving raises, such as a temperature without `do_sample`."""
-    kept, refused = {}, {}
-    for name in sorted(settings, key=lambda name: name not in MODES):
-        try:
-            GenerationConfig(**kept, **{name: settings[name]}).validate(strict=True)
-            kept[name] = settings[name]
-        except (AttributeError, TypeError, ValueError):
-            refused[name] = settings[name]
-    return GenerationConfig(**kept), refused
-
-
-def _greedy_generation_config(settings: dict, image_token_id: int) -> GenerationConfig:
-    """A generation config of the special tokens among `settings` alone. The placeholder is suppressed, too: it stands for
-    an image that was given and is nothing to answer with."""
-    tokens = {name: settings[name] for name in SPECIAL_TOKENS if settings.get(name) is not None}
-    tokens["suppress_tokens"] = sorted({*tokens.get("suppress_tokens", ()), image_token_id})
-    return _savable_generation_config(tokens)[0]
-
-
-def _generation_settings(name: str) -> dict:
-    """What the generation_config.json of a model on the Hub or in a folder holds, valid or not; nothing where there is none
-    that can be read, as in transformers."""
-    try:
-        with open(cached_file(name, GENERATION_CONFIG_NAME), encoding="utf-8") as file:
-            return dict(json.load(file))
-    except (OSError, TypeError, ValueError):
-        return {}
-
-
-def _with_own_end(eos_token_id: int | list[int] | None, name: str) -> int | list[int] | None:
-    """The ids that end an answer, and with them the tokenizer's eos, which answers are trained to end with."""
-    try:
-        own = AutoTokenizer.from_pretrained(name).eos_token_id
-    except (OSError, ValueError):  # none beside the model
-        return eos_token_id
-    known = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-    return eos_token_id if own is None or own in known else [*(id for id in known if id is not None), own]
-
-
-def _in_words(settings: dict) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()) if name not in METADATA)
 
 
 class HoneybeePreTrainedModel(PreTrainedModel):
@@ -272,12 +222,12 @@ class HoneybeePreTrainedModel(PreTrainedModel):
         if model.can_generate() and getattr(model.generation_config, "_from_model_config", False):
             model.generation_config = model.greedy_generation_config()  # there is no file, and 5 takes its defaults
         elif model.can_generate():
-            savable, refused = _savable_generation_config(model.generation_config.to_diff_dict())
+            savable, refused = savable_generation_config(model.generation_config.to_diff_dict())
             if refused:
                 logger.warning(
                     "Generation settings of %s that could not be saved again are left out: %s",
                     pretrained_model_name_or_path,
-                    _in_words(refused),
+                    in_words(refused),
                 )
                 model.generation_config = savable
         return (model, info) if output_loading_info else model
@@ -299,7 +249,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
     def hold(self, vision_tower: PreTrainedModel, language_model: PreTrainedModel) -> None:
         """Takes a whole tower and a language model without head as its own.
 
-        They read the objects in `self.config` from now on. Blocks above the feature layer are never read, and dropped.
+        From now on they read the objects in `self.config`. Blocks above the feature layer are dropped: nothing reads them.
         """
         # transformers 4 wraps the CLIP tower in a module that 5 has dropped; holding the inner one gives the weights
         # the same names on both.
@@ -317,8 +267,8 @@ class HoneybeeModel(HoneybeePreTrainedModel):
                 blocks[0].register_forward_pre_hook(hook)
 
     def _blocks_of(self, *parts: PreTrainedModel) -> list[str]:
-        """Classes that `device_map="auto"` keeps whole and FSDP shards one by one, those alone that there are: FSDP
-        refuses others."""
+        """Classes of blocks that `device_map="auto"` keeps whole and FSDP shards one by one. Only classes that the model
+        has: FSDP refuses others."""
         names = {name for part in (self, *parts) for name in part._no_split_modules or ()}
         return sorted(names & {type(module).__name__ for module in self.modules()})
 
@@ -392,7 +342,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
 
         Args:
             pixel_values: (I, 3, S, S).
-            vision_feature_layer, vision_feature_select_strategy: the config's; no others.
+            vision_feature_layer, vision_feature_select_strategy: those of the config, and no others.
             return_dict: whether to return an output or a tuple. Default: on transformers 4 neither, on 5 an output.
             kwargs: of the vision tower, such as `output_hidden_states`.
 
@@ -457,7 +407,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         return mask
 
     def _place_images(self, input_ids, inputs_embeds, pixel_values, encoded) -> tuple[torch.Tensor, torch.BoolTensor]:
-        """Visual tokens, of images or encoded before, and the places (B, T) that they go to."""
+        """The visual tokens, encoded here or before, and a mask (B, T) of their places."""
         if encoded is None:
             visual_tokens = self.get_visual_tokens(pixel_values)
             return visual_tokens, self.get_placeholder_mask(input_ids, inputs_embeds, len(pixel_values))
@@ -477,8 +427,8 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         return visual_tokens, mask
 
     def _touch_projector(self, inputs_embeds: torch.FloatTensor) -> torch.FloatTensor:
-        """Keeps the projector in the graph of a batch without images: alone it would leave nothing to train, and ranks
-        that wait for its gradients (DDP) or gather its shards (FSDP, ZeRO-3) would hang."""
+        """Keeps the projector in the graph of a batch without images. Otherwise such a batch has nothing to train in stage
+        1, and ranks that wait for the projector's gradients (DDP) or gather its shards (FSDP, ZeRO-3) hang."""
         vision_config, levels = self.config.vision_config, len(self.config.vision_feature_layers)
         parameter = next(self.projector.parameters())
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -494,6 +444,29 @@ class HoneybeeModel(HoneybeePreTrainedModel):
                 shape = (1, levels, *shape[1:])
             touched = self.projector(torch.zeros(shape, dtype=parameter.dtype, device=inputs_embeds.device))
         return inputs_embeds + 0 * touched.sum().to(inputs_embeds.dtype)
+
+    def _embed(self, input_ids, inputs_embeds, pixel_values, encoded) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the language model reads (B, T, D_lm), and the visual tokens in it, if there are any."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        vocab_size = self.config.text_config.vocab_size
+        if pixel_values is not None and self.config.image_token_id >= vocab_size:
+            raise ValueError(
+                f"image_token_id={self.config.image_token_id} is no token of this vocabulary of {vocab_size}; set it in "
+                "the config to the id of <image>, after resize_token_embeddings where that is a new token"
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None or encoded is not None:
+            visual_tokens, mask = self._place_images(input_ids, inputs_embeds, pixel_values, encoded)
+            mask, placed = mask.to(inputs_embeds.device), visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+            return inputs_embeds.masked_scatter(mask.unsqueeze(-1), placed), visual_tokens
+        # A single token is a decoding step, whose images are in the cache.
+        if input_ids is not None and input_ids.shape[1] > 1:
+            self.get_placeholder_mask(input_ids, inputs_embeds, num_images=0)
+        if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.projector.parameters()):
+            inputs_embeds = self._touch_projector(inputs_embeds)
+        return inputs_embeds, None
 
     def forward(
         self,
@@ -530,31 +503,8 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one argument; give one of them")
         cache = past_key_values if cache is None else cache
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        vocab_size = self.config.text_config.vocab_size
-        if pixel_values is not None and self.config.image_token_id >= vocab_size:
-            raise ValueError(
-                f"image_token_id={self.config.image_token_id} is no token of this vocabulary of {vocab_size}; set it in "
-                "the config to the id of <image>, after resize_token_embeddings where that is a new token"
-            )
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-
-        encoded = (mm_encoder_outputs or {}).get("image")
-        visual_tokens = None
-        if pixel_values is not None or encoded is not None:
-            visual_tokens, mask = self._place_images(input_ids, inputs_embeds, pixel_values, encoded)
-            inputs_embeds = inputs_embeds.masked_scatter(
-                mask.unsqueeze(-1).to(inputs_embeds.device),
-                visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype),
-            )
-        else:
-            # A single token is a decoding step, whose images are in the cache.
-            if input_ids is not None and input_ids.shape[1] > 1:
-                self.get_placeholder_mask(input_ids, inputs_embeds, num_images=0)
-            if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.projector.parameters()):
-                inputs_embeds = self._touch_projector(inputs_embeds)
+        images = (mm_encoder_outputs or {}).get("image")
+        inputs_embeds, visual_tokens = self._embed(input_ids, inputs_embeds, pixel_values, images)
 
         if cache is None and attention_mask is None and _is_packed(position_ids):
             # transformers looks for packed rows only where there is no cache, and makes one unless told not to.
@@ -591,7 +541,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         name = next(name for name, module in self.model.language_model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{name}.weight"}
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.generation_config = _greedy_generation_config(self.generation_config.to_diff_dict(), config.image_token_id)
+        self.generation_config = greedy_generation_config(self.generation_config.to_diff_dict(), config.image_token_id)
         self.post_init()
         self._no_split_modules = self.model._no_split_modules
 
@@ -603,9 +553,9 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         super().__setattr__(name, value)
 
     def greedy_generation_config(self) -> GenerationConfig:
-        """Of the model's generation settings the special tokens and `suppress_tokens` alone, with which it answers greedily;
-        whatever else its checkpoint has, such as penalties or a minimum length, would give other tokens."""
-        return _greedy_generation_config(self.generation_config.to_diff_dict(), self.config.image_token_id)
+        """The model's special tokens and `suppress_tokens`, without its other generation settings. With these alone it
+        answers greedily; what else a checkpoint has, such as penalties or a minimum length, would give other tokens."""
+        return greedy_generation_config(self.generation_config.to_diff_dict(), self.config.image_token_id)
 
     # Read by tools that look for the parts on the outermost module (peft, vLLM, quantization).
     @property
@@ -736,212 +686,9 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             model_kwargs["pixel_values"] = pixel_values
         return input_ids, model_kwargs
 
-    @staticmethod
-    def config_from_vision_text_pretrained(
-        vision: str,
-        text: str,
-        *,
-        image_token_id: int | None = None,
-        image_size: int | None = None,
-        vision_feature_layer: int | list[int] = -2,
-        vision_feature_select_strategy: str | None = None,
-        **projector_settings,
-    ) -> HoneybeeConfig:
-        """The config of the model that [`from_vision_text_pretrained`] would make, without reading a weight.
-
-        Arguments and errors are that function's.
-        """
-        projector_config = HoneybeeProjectorConfig.from_settings(projector_settings)
-        vision_config = AutoConfig.from_pretrained(vision)
-        vision_config = getattr(vision_config, "vision_config", vision_config)
-        text_config = AutoConfig.from_pretrained(text)
-        own_size = getattr(vision_config, "image_size", None)
-        vision_config.image_size = image_size or own_size
-        fields = {
-            "vision_config": vision_config,
-            "projector_config": projector_config,
-            "vision_feature_layer": vision_feature_layer,
-            "dtype": getattr(text_config, "dtype", None),
-        }
-        strategy = vision_feature_select_strategy or "default"
-        config = HoneybeeConfig(
-            text_config=text_config, image_token_id=0, vision_feature_select_strategy=strategy, **fields
-        )
-        if image_token_id is None:
-            tokenizer = AutoTokenizer.from_pretrained(text)
-            image_token_id = tokenizer.get_vocab().get("<image>", len(tokenizer))
-        vision_config.image_size = own_size
-        with torch.device("meta"):
-            head = AutoModelForCausalLM.from_config(text_config).get_output_embeddings()
-            tower = AutoModel.from_config(vision_config)
-            if image_size and image_size != own_size:
-                _resize_positions(tower, image_size)
-                vision_config.image_size = image_size
-            if vision_feature_select_strategy is None:
-                strategy = _select_strategy(tower, config.num_patches)
-        if head.bias is not None:
-            raise ValueError(f"the head of {text} has a bias, which Honeybee's has not; use another language model")
-        config = HoneybeeConfig(
-            text_config=text_config,
-            image_token_id=image_token_id,
-            vision_feature_select_strategy=strategy,
-            **fields,
-        )
-        vocabulary = config.text_config
-        vocabulary.vocab_size = max(vocabulary.vocab_size, image_token_id + 1)
-        return config
-
-    @classmethod
-    def from_vision_text_pretrained(
-        cls,
-        vision: str,
-        text: str,
-        *,
-        image_token_id: int | None = None,
-        image_size: int | None = None,
-        vision_feature_layer: int | list[int] = -2,
-        vision_feature_select_strategy: str | None = None,
-        dtype: torch.dtype | str | None = None,
-        attn_implementation: str | None = None,
-        **projector_settings,
-    ) -> "HoneybeeForConditionalGeneration":
-        """Joins a pretrained vision tower and a pretrained language model with a new projector: where stage 1 starts.
-
-        Args:
-            vision: Hub name or folder of a vision model; of a two-tower model (CLIP, SigLIP) the vision half is taken.
-            text: Hub name or folder of a causal language model. Both of types that transformers itself has: a saved
-                Honeybee carries its own code and nobody else's. Of its generation settings the special tokens and
-                `suppress_tokens` are taken over; the log names the others.
-            image_token_id: id of `<image>`. Default: the one that the tokenizer of `text` has or would give to a new
-                token. The embedding grows where needed; new rows start at the mean of the others.
-            image_size: S, in pixels, of the square images; default: the tower's own. For another size its position
-                embedding is interpolated (bicubic on the grid, class token kept) and nothing else changes.
-            vision_feature_layer, vision_feature_select_strategy: see [`HoneybeeConfig`]; the strategy is found by
-                running the tower once where it is not given.
-            dtype: of all three parts; default: the language model's.
-            projector_settings: fields of [`HoneybeeProjectorConfig`].
-
-        Raises:
-            ValueError: an unknown setting, parts that do not fit, or one that does not answer in the joined model as it
-                does alone: a short text and a picture are compared, and what differs is said.
-        """
-        # Joined once without weights, so that parts that do not fit are refused before any are read.
-        planned = cls.config_from_vision_text_pretrained(
-            vision,
-            text,
-            image_token_id=image_token_id,
-            image_size=image_size,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            **projector_settings,
-        )
-        image_token_id = planned.image_token_id
-        generation_settings = _generation_settings(text)
-        vision_config = AutoConfig.from_pretrained(vision)
-        vision_config = getattr(vision_config, "vision_config", vision_config)
-        own_size = vision_config.image_size
-        dtype = dtype or planned.dtype or torch.float32
-        loading = {"dtype": dtype}
-        if attn_implementation is not None:
-            loading["attn_implementation"] = attn_implementation
-        # Its own generation config may be one that cannot be loaded, or not saved.
-        causal_lm = AutoModelForCausalLM.from_pretrained(text, generation_config=GenerationConfig(), **loading)
-        tower = AutoModel.from_pretrained(vision, config=vision_config, **loading)
-        if image_size and image_size != own_size:
-            _resize_positions(tower, image_size)
-            vision_config.image_size = image_size
-
-        # Both are asked before they are taken apart, for there is no second copy to ask.
-        features = ask_tower(tower, planned.vision_hidden_states, vision)
-        answers = ask_language_model(causal_lm, image_token_id, text)
-
-        vocab_size = causal_lm.get_input_embeddings().weight.shape[0]
-        if image_token_id >= vocab_size:
-            causal_lm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
-            with torch.no_grad():
-                for weight in {causal_lm.get_input_embeddings().weight, causal_lm.get_output_embeddings().weight}:
-                    weight[vocab_size:] = weight[:vocab_size].float().mean(dim=0).to(weight.dtype)
-        config = HoneybeeConfig(
-            vision_config=vision_config,
-            text_config=causal_lm.config,
-            projector_config=planned.projector_config,
-            image_token_id=image_token_id,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=planned.vision_feature_select_strategy,
-        )
-        # Built without memory, then given the loaded parts: no weight exists twice.
-        with torch.device("meta"):
-            model = cls(config)
-        # Gemma 3 on transformers 4 is its own base model
-        base_model = causal_lm.base_model if causal_lm.base_model is not causal_lm else causal_lm.model
-        built_tower, built_language_model = model.model.vision_tower, model.model.language_model
-        model.model.hold(tower, base_model)
-        _check_same_tensors(built_tower, model.model.vision_tower, f"the vision tower {vision}")
-        _check_same_tensors(built_language_model, base_model, f"the language model {text}")
-        model.lm_head = causal_lm.get_output_embeddings()
-        projector = build_projector(config).to(model.lm_head.weight.dtype)
-        projector.apply(model._init_weights)
-        model.model.projector = projector
-        tokens = {name: getattr(causal_lm.config, name, None) for name in SPECIAL_TOKENS}
-        tokens = {**tokens, **generation_settings}
-        tokens["eos_token_id"] = _with_own_end(tokens["eos_token_id"], text)
-        model.generation_config = _greedy_generation_config(tokens, image_token_id)
-        kept = model.generation_config.to_diff_dict()
-        if dropped := _in_words({name: value for name, value in generation_settings.items() if name not in kept}):
-            logger.info("Generation settings of %s that the new model starts without: %s", text, dropped)
-        model.tie_weights()
-        model.eval()
-        check_tower(model, features, vision)
-        check_language_model(model, answers, text)
-        return model
-
-
-def _check_same_tensors(built: nn.Module, loaded: nn.Module, name: str) -> None:
-    """Raises a ValueError where a loaded part has other tensors than the one that its config makes, which is what a saved
-    model is loaded into."""
-    expected, found = ({key: tensor.shape for key, tensor in each.state_dict().items()} for each in (built, loaded))
-    if differing := [key for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]:
-        raise ValueError(
-            f"{name}: a saved Honeybee could not be loaded, because {len(differing)} tensors such as {differing[0]} are "
-            f"others in {type(loaded).__name__} than in the {type(built).__name__} that its config makes; use another one"
-        )
-
-
-def _resize_positions(tower: PreTrainedModel, image_size: int) -> None:
-    """Lets a tower with a learned position embedding take another image size; its other weights stay as they are."""
-    embeddings = getattr(getattr(tower, "vision_model", tower), "embeddings", None)
-    old = getattr(embeddings, "position_embedding", None)
-    if not isinstance(old, nn.Embedding):
-        raise ValueError(
-            f"image_size={image_size}: {type(tower).__name__} has no position embedding to interpolate; use its own "
-            f"size, {tower.config.image_size}"
-        )
-    patch_size = tower.config.patch_size
-    side, new_side = tower.config.image_size // patch_size, image_size // patch_size
-    num_extra = old.num_embeddings - side**2  # the class token's
-    grid = old.weight.detach()[num_extra:].float().T.reshape(1, -1, side, side)
-    grid = nn.functional.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
-    weight = torch.cat([old.weight.detach()[:num_extra], grid[0].flatten(1).T.to(old.weight.dtype)])
-    embeddings.position_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
-    embeddings.register_buffer("position_ids", torch.arange(len(weight)).expand(1, -1), persistent=False)
-    embeddings.num_patches, embeddings.num_positions, embeddings.image_size = new_side**2, len(weight), image_size
-    tower.config.image_size = image_size
-
-
-def _select_strategy(tower: PreTrainedModel, num_patches: int) -> str:
-    """`default` for a tower with one class token, `full` for one without, found by encoding a blank image."""
-    size = tower.config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    blank = torch.zeros(1, tower.config.num_channels, height, width, dtype=tower.dtype, device=tower.device)
-    with torch.no_grad():
-        num_tokens = tower(blank).last_hidden_state.shape[1]
-    strategies = {num_patches + 1: "default", num_patches: "full"}
-    if num_tokens not in strategies:
-        raise ValueError(
-            f"the vision tower gives {num_tokens} tokens for {num_patches} patches; Honeybee takes towers with one "
-            "class token or none"
-        )
-    return strategies[num_tokens]
+    # Joining pretrained parts. Both take the class that they are called on.
+    from_vision_text_pretrained = classmethod(from_vision_text_pretrained)
+    config_from_vision_text_pretrained = classmethod(config_from_vision_text_pretrained)
 
 
 HoneybeeModel.register_for_auto_class("AutoModel")

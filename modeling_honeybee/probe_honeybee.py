@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a language model still answers, and a vision tower still sees, as it does alone: each is asked alone and as a
-part of a Honeybee, and what differs is refused.
+"""Checks that a language model answers in a Honeybee, and a vision tower sees in it, as it does alone. Each is asked alone
+and as a part, and a difference is an error.
 
 Travels with every checkpoint: torch and transformers are the only imports.
 
@@ -24,7 +24,7 @@ EVERYWHERE = ("eager", "sdpa")
 @dataclass
 class Answers:
     """What a language model says: `text` (1, T), `cached` logits (K, V) of its answer with a cache, and `logits` (T, V) of
-    the text in one forward without."""
+    the text from one forward without a cache."""
 
     text: torch.LongTensor
     cached: torch.Tensor
@@ -160,8 +160,8 @@ def _both(text: torch.LongTensor, own: torch.Tensor, found_text: torch.LongTenso
 
 
 def _difference(own: torch.Tensor, found: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """In words, where `found` (..., V or more) is not `own` (..., V) up to rounding in `dtype`. The two come from the same
-    weights and kernels, and mostly are equal to the last bit."""
+    """The difference in words, where `found` (..., V or more) is not `own` (..., V) up to rounding in `dtype`; else None.
+    Both come from the same weights and kernels, and mostly they are equal to the last bit."""
     limit_of_dtype = max(1e-4, torch.finfo(dtype).eps)
     own, found = own.float(), found[..., : own.shape[-1]].float()
     # Broken weights are broken in both.

@@ -41,7 +41,7 @@ def _steps(pipeline: dict | None) -> list[dict]:
 
 
 def _of_each_piece(step: dict) -> list[dict]:
-    """A tokenizer's own normalizing step that does to each piece what it did to the whole text."""
+    """A tokenizer's own normalizing step, changed to do to each piece what it did to the whole text."""
     if step["type"] != "Prepend":
         return [step]
     return [
@@ -54,15 +54,15 @@ def _of_each_piece(step: dict) -> list[dict]:
 
 
 def _has_dummy_prefix(splitting: list[dict]) -> bool:
-    """Whether these pre-tokenizing steps are how transformers writes what sentencepiece does for Llama."""
+    """Whether these pre-tokenizing steps are transformers' form of what sentencepiece does for Llama."""
     return len(splitting) == 1 and splitting[0].get("split") is False and splitting[0]["prepend_scheme"] != "never"
 
 
 def _split_into_pieces(state: dict) -> None:
     """Lets a tokenizer.json treat each role marker, and what stands between them, as a text of its own.
 
-    The tokenizer's own steps stay, and their order: whether a piece gets a "▁" or a blank in front is theirs to say. Where
-    it is Llama's, a piece that begins with a blank gets it, too, as sentencepiece and the official code do.
+    The tokenizer's own steps and their order stay: they decide whether a piece gets a "▁" or a blank in front. With those
+    of Llama, a piece that begins with a blank gets one, too, as in sentencepiece and in the official code.
     """
     normalizing, splitting = _steps(state["normalizer"]), _steps(state["pre_tokenizer"])
     if _has_dummy_prefix(splitting):

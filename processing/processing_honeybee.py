@@ -29,61 +29,106 @@ SYSTEM_BASE = "The following is a conversation between a curious human and AI as
 ROLE_MARKERS = ("\nHuman: ", "\nAI: ")
 IMAGE_TOKEN = "<image>"
 
-# Of a picture, in pixels. Resized along its rows, one of a single column takes hundreds of times its own memory.
+# The longest side of a picture, in pixels. Resizing a picture of a single column along its rows takes hundreds of times
+# its own memory.
 MAX_SIDE = 262_144
 
 # A noncharacter that the tokenizer drops. The templates put it inside anything in a message that looks like a
 # placeholder or a role marker, so that what people type is text and nothing else.
 GUARD = "\ufdd2"
 
-_GUARDED_TEXT = (
-    "{%- macro plain(text) -%}{{ text"
-    " | replace('<image>', '<\\ufdd2image>')"
-    " | replace('\\nHuman: ', '\\nHuman\\ufdd2: ')"
-    " | replace('\\nAI: ', '\\nAI\\ufdd2: ') }}{%- endmacro -%}"
-    "{%- macro words(content) -%}{%- if content is string -%}{{ plain(content) }}{%- else -%}"
-    "{%- for item in content -%}{%- if item.type == 'text' -%}{{ plain(item.text) }}{%- else -%}"
-    "{{ raise_exception('only text can stand here, got an item of type ' ~ item.type) }}"
-    "{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
-)
+# Every tag of the templates trims the white space around it: their lines and indentation are not rendered, whatever the
+# Jinja environment does with white space.
+_GUARDED_TEXT = r"""
+{%- macro plain(text) -%}
+    {{ text
+        | replace('<image>', '<\ufdd2image>')
+        | replace('\nHuman: ', '\nHuman\ufdd2: ')
+        | replace('\nAI: ', '\nAI\ufdd2: ') }}
+{%- endmacro -%}
 
-# Every content item of a user turn has its own marker, but for a text that `continues` the image before it (official data
-# has some); the answer and its eos are what training supervises.
-CHAT_TEMPLATE = (
-    _GUARDED_TEXT + "{{- bos_token -}}"
-    "{%- if messages and messages[0].role == 'system' -%}{{ words(messages[0].content) }}"
-    f"{{%- else -%}}{SYSTEM_BASE}{{%- endif -%}}"
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'user' -%}"
-    "{%- if message.content is string -%}{{ '\\nHuman: ' ~ plain(message.content) }}{%- else -%}"
-    "{%- for item in message.content -%}"
-    "{%- if item.type == 'text' -%}"
-    "{%- if not (item.continues and loop.previtem is defined and loop.previtem.type in ('image', 'image_url')) -%}"
-    "{{ '\\nHuman: ' }}{%- endif -%}{{ plain(item.text) }}"
-    "{%- elif item.type in ('image', 'image_url') -%}{{ '\\nHuman: <image>' }}"
-    "{%- else -%}{{ raise_exception('content items are of type text or image, got ' ~ item.type) }}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}"
-    "{%- elif message.role == 'assistant' -%}"
-    "{{ '\\nAI: ' }}{%- generation -%}{{ words(message.content) ~ eos_token }}{%- endgeneration -%}"
-    "{%- elif not (message.role == 'system' and loop.first) -%}"
-    "{{ raise_exception('roles are user, assistant and, first, system; got ' ~ message.role) }}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '\\nAI: ' }}{%- endif -%}"
-)
+{%- macro words(content) -%}
+    {%- if content is string -%}
+        {{ plain(content) }}
+    {%- else -%}
+        {%- for item in content -%}
+            {%- if item.type == 'text' -%}
+                {{ plain(item.text) }}
+            {%- else -%}
+                {{ raise_exception('only text can stand here, got an item of type ' ~ item.type) }}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+"""
+
+# Every content item of a user turn has its own marker, except a text that `continues` the image before it (official data
+# has some). Training supervises the answer and its eos.
+_CHAT = r"""
+{{- bos_token -}}
+{%- if messages and messages[0].role == 'system' -%}
+    {{ words(messages[0].content) }}
+{%- else -%}
+    SYSTEM_BASE
+{%- endif -%}
+
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}
+        {%- if message.content is string -%}
+            {{ '\nHuman: ' ~ plain(message.content) }}
+        {%- else -%}
+            {%- for item in message.content -%}
+                {%- if item.type == 'text' -%}
+                    {%- if not (item.continues and loop.previtem is defined and loop.previtem.type in ('image', 'image_url')) -%}
+                        {{ '\nHuman: ' }}
+                    {%- endif -%}
+                    {{ plain(item.text) }}
+                {%- elif item.type in ('image', 'image_url') -%}
+                    {{ '\nHuman: <image>' }}
+                {%- else -%}
+                    {{ raise_exception('content items are of type text or image, got ' ~ item.type) }}
+                {%- endif -%}
+            {%- endfor -%}
+        {%- endif -%}
+    {%- elif message.role == 'assistant' -%}
+        {{ '\nAI: ' }}
+        {%- generation -%}
+            {{ words(message.content) ~ eos_token }}
+        {%- endgeneration -%}
+    {%- elif not (message.role == 'system' and loop.first) -%}
+        {{ raise_exception('roles are user, assistant and, first, system; got ' ~ message.role) }}
+    {%- endif -%}
+{%- endfor -%}
+
+{%- if add_generation_prompt -%}
+    {{ '\nAI: ' }}
+{%- endif -%}
+"""
+CHAT_TEMPLATE = _GUARDED_TEXT + _CHAT.replace("SYSTEM_BASE", SYSTEM_BASE)
 
 # Stage 1: bos, image, caption, eos, without a prompt.
 CAPTION_TEMPLATE = (
-    _GUARDED_TEXT + "{{- bos_token -}}"
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'user' -%}{%- for item in message.content -%}"
-    "{%- if item.type in ('image', 'image_url') -%}{{ '<image>' }}"
-    "{%- else -%}{{ raise_exception('a caption has an image and no prompt, got an item of type ' ~ item.type) }}"
-    "{%- endif -%}{%- endfor -%}"
-    "{%- elif message.role == 'assistant' -%}"
-    "{%- generation -%}{{ words(message.content) ~ eos_token }}{%- endgeneration -%}"
-    "{%- else -%}{{ raise_exception('roles in a caption are user and assistant, got ' ~ message.role) }}{%- endif -%}"
-    "{%- endfor -%}"
+    _GUARDED_TEXT
+    + r"""
+{{- bos_token -}}
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}
+        {%- for item in message.content -%}
+            {%- if item.type in ('image', 'image_url') -%}
+                {{ '<image>' }}
+            {%- else -%}
+                {{ raise_exception('a caption has an image and no prompt, got an item of type ' ~ item.type) }}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- elif message.role == 'assistant' -%}
+        {%- generation -%}
+            {{ words(message.content) ~ eos_token }}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{ raise_exception('roles in a caption are user and assistant, got ' ~ message.role) }}
+    {%- endif -%}
+{%- endfor -%}
+"""
 )
 
 _TRANSFORMERS_4 = not hasattr(ProcessorMixin, "replace_image_token")
@@ -222,21 +267,21 @@ def open_image(image, root: str = ""):
 
 
 def resize_image(image, size: tuple[int, int], resample):
-    """A PIL image at (width, height), with the values of Pillow up to 12, which the official pixels are.
+    """A PIL image resized to (width, height), with the values of Pillow up to 12, which the official pixels have.
 
-    Those resize along the rows first. Pillow 13 begins with the columns of a tall picture and rounds other values; one axis
-    at a time leaves no choice.
+    These versions resize along the rows first. Pillow 13 begins with the columns of a tall picture and rounds other values;
+    resizing one axis at a time leaves it no choice.
     """
     return image.resize((size[0], image.height), resample).resize(size, resample)
 
 
 def resize_images(images: list, image_processor, **asked) -> list:
-    """PIL images at the size that an image processor resizes to, which leaves nothing to do for its own resize.
+    """PIL images resized to the size of an image processor, so that its own resize has nothing left to do.
 
-    Those of an image processor that resizes otherwise than to a width and a height stay as they are.
+    Where its size is not a width and a height, the images stay as they are.
 
     Args:
-        asked: settings of the call, which go before those of the image processor.
+        asked: settings of the call; they win over those of the image processor.
     """
     asked = {**asked, **(asked.get("images_kwargs") or {})}
 

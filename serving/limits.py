@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server takes from strangers: sizes of images and prompts, and each field of an OpenAI chat request. All is checked
-before anything is decoded or computed."""
+"""What a server takes from strangers: sizes of images and prompts, and each field of an OpenAI chat request. Everything is
+checked before anything is decoded or computed."""
 
 import argparse
 import base64
@@ -27,7 +27,8 @@ class LimitError(ValueError):
 
 @dataclass
 class Limits:
-    """Of one request (one chat). Images by their bytes as sent, base64 decoded, and by pixels (width times height)."""
+    """Limits of one request (one chat). Bytes of an image are counted after base64 is decoded; pixels are width times
+    height."""
 
     max_image_bytes: int = 10_000_000
     max_image_pixels: int = 25_000_000
@@ -43,7 +44,7 @@ class Limits:
 
     @property
     def max_body_bytes(self) -> int:
-        """Of an HTTP request that keeps all other limits: images in base64, text of any script in JSON escapes."""
+        """The largest HTTP request that keeps all other limits: images in base64, text of any script in JSON escapes."""
         return self.max_images * (self.max_image_bytes * 4 // 3 + 200) + 12 * self.max_prompt_chars + 100_000
 
     def check_image_size(self, size: int) -> None:
@@ -132,7 +133,7 @@ def _number(low, high, kind: type | tuple = (int, float)) -> Callable:
 
 
 def _only(*accepted) -> Callable:
-    """Of a field that asks for what this server does not do: the values that do not ask for it."""
+    """The check of a field for something that this server does not do: it takes the values that do not ask for it."""
 
     def check(value):
         if not any(type(value) is type(one) and value == one for one in accepted):
@@ -220,7 +221,7 @@ def _text(text, where: str) -> dict:
 
 
 def _nothing_else(given: dict, known: set[str], where: str) -> None:
-    """What clients copy from a reply into the history may stand there empty."""
+    """Refuses unknown fields, unless they are empty: clients copy such fields from a reply into the history."""
     if more := sorted(name for name, value in given.items() if name not in known and value not in (None, "", [], {})):
         raise LimitError(f"{where} has what this server does not take: {', '.join(more)}", "messages")
 

@@ -27,11 +27,14 @@ from tests.tiny import (
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+JOINED = {"projector_type": "c-abs", "num_query_tokens": 4, "hidden_size": 32, "depth": 1}
 SHIPPED = [
     REPOSITORY / "modeling_honeybee" / "configuration_honeybee.py",
     REPOSITORY / "modeling_honeybee" / "deformable_attention_honeybee.py",
     REPOSITORY / "modeling_honeybee" / "projectors_honeybee.py",
     REPOSITORY / "modeling_honeybee" / "probe_honeybee.py",
+    REPOSITORY / "modeling_honeybee" / "generation_config_honeybee.py",
+    REPOSITORY / "modeling_honeybee" / "joining_honeybee.py",
     REPOSITORY / "modeling_honeybee" / "modeling_honeybee.py",
     REPOSITORY / "processing" / "processing_honeybee.py",
 ]
@@ -50,9 +53,7 @@ def folders(tmp_path_factory):
     ):
         parts = save_vision(root / f"{name}-vision"), save_text(root / f"{name}-text")
         torch.manual_seed(0)
-        model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(
-            *parts, projector_type="c-abs", num_query_tokens=4, hidden_size=32, depth=1
-        )
+        model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(*parts, **JOINED)
         saved[name] = (model, processor_from_vision_text_pretrained(*parts, model.config.num_image_tokens))
     references = {}
     for name, (model, processor) in saved.items():
@@ -132,6 +133,28 @@ def test_saved_again_by_a_stranger_it_is_still_whole(folders, tmp_path):
     model, logits, *_ = folders[folder]
     assert torch.equal(loaded(**tiny_inputs(model)).logits, logits)
     assert HoneybeeProcessor.from_pretrained(tmp_path / "again").num_image_tokens == model.config.num_image_tokens
+
+
+def test_the_code_in_a_folder_joins_parts(folders, tmp_path):
+    """In a process without this project; with the same seed it makes the model that was saved."""
+    folder = next(folder for folder in folders if folder.endswith("siglip_qwen2"))
+    parts = [folder.replace("siglip_qwen2", f"siglip-qwen2-{part}") for part in ("vision", "text")]
+    script = (
+        "import sys, torch\n"
+        "sys.modules['modeling_honeybee'] = sys.modules['processing'] = None\n"
+        "from transformers.dynamic_module_utils import get_class_from_dynamic_module as get_class\n"
+        f"model_class = get_class('modeling_honeybee.HoneybeeForConditionalGeneration', {folder!r})\n"
+        "torch.manual_seed(0)\n"
+        f"settings = {JOINED!r}\n"
+        f"model = model_class.from_vision_text_pretrained(*{parts!r}, **settings)\n"
+        f"config = model_class.config_from_vision_text_pretrained(*{parts!r}, **settings)\n"
+        "assert type(config).__module__.startswith('transformers_modules.') and model.config.to_dict() == config.to_dict()\n"
+        "model.save_pretrained('joined')\n"
+    )
+    run_script("-c", script, cwd=tmp_path, env={"HF_MODULES_CACHE": str(tmp_path / "modules")})
+    joined = HoneybeeForConditionalGeneration.from_pretrained(tmp_path / "joined")
+    model, logits, *_ = folders[folder]
+    assert torch.equal(joined(**tiny_inputs(model)).logits, logits)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

@@ -24,11 +24,11 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
+from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, projectors_honeybee
 from processing import HoneybeeProcessor, prepare_tokenizer
 from processing.prepare_tokenizer import square_image_processor
 
-PROJECTORS = ("linear", "mlp", "resampler", "c-abs", "d-abs")
+PROJECTORS = tuple(projectors_honeybee.PROJECTORS)
 IMAGE_SIZE, PATCH_SIZE = 32, 8
 NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 REPOSITORY = Path(__file__).parent.parent

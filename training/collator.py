@@ -7,13 +7,10 @@ import numpy as np
 import torch
 
 from processing import HoneybeeProcessor, open_image
+from processing.pixels import Pixels
+from processing.rendering import render
 from training.conversations import normalize_conversation
-from training.pixels import Pixels
-from training.rendering import render
-
-
-class TooLongError(ValueError):
-    """A sample of which `max_length` leaves nothing to learn, or an image in part."""
+from training.samples import BadSampleError
 
 
 @dataclass
@@ -36,7 +33,7 @@ class HoneybeeDataCollator:
     samples, and so do its loss and gradient.
 
     Raises:
-        ValueError: a sample that cannot be trained on, or one whose images do not fit into `max_length` (a TooLongError).
+        ValueError: a sample that cannot be trained on, or one whose images do not fit into `max_length` (a BadSampleError).
     """
 
     processor: HoneybeeProcessor
@@ -120,11 +117,11 @@ class HoneybeeDataCollator:
         """Refuses a sample that would not be worth collating.
 
         Raises:
-            TooLongError: its images, or the beginning of its first answer, do not fit into `max_length`.
+            BadSampleError: its images, or the beginning of its first answer, do not fit into `max_length`.
         """
         if self.max_length is None:
             return
-        # A token is a byte at least, and a piece costs its marker and a blank: that tells without a tokenizer for most.
+        # A token is at least a byte, and a piece costs its marker and a blank: for most samples that is all one has to know.
         size, needed, answered = 128, 0, False
         for message in messages:
             for item in message["content"]:
@@ -138,9 +135,10 @@ class HoneybeeDataCollator:
             return
         (row,) = self.tokenize([(messages, template)])
         if all(label == -100 for label in row["labels"]):
-            raise TooLongError(
+            raise BadSampleError(
                 f"the sample's question fills max_length={self.max_length}, so nothing of the answer is left to learn; "
-                "raise max_length or shorten the question"
+                "raise max_length or shorten the question",
+                "too long",
             )
 
     def _expanded(self, ids: list[int]) -> list[int]:
@@ -159,9 +157,10 @@ class HoneybeeDataCollator:
         if self.max_length is None or length <= self.max_length:
             return
         if self.processor.image_token_id in feature["input_ids"][self.max_length :]:
-            raise TooLongError(
+            raise BadSampleError(
                 f"the sample has {length} tokens and max_length={self.max_length} would cut an image; "
-                f"raise max_length to {length} or more, or give the sample fewer images"
+                f"raise max_length to {length} or more, or give the sample fewer images",
+                "too long",
             )
         for name in feature:
             feature[name] = feature[name][: self.max_length]

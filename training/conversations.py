@@ -17,15 +17,14 @@ from tqdm.auto import tqdm
 
 from processing import open_image
 from processing.processing_honeybee import IMAGE_TOKEN, flat_images
+from training.samples import COLUMNS, BadSampleError, looks_local
 
 logger = logging.getLogger(__name__)
 
 # Decoding is the only way to find a truncated file, and it takes milliseconds an image. Beyond this many images the
 # rest is checked for existence only; the collator names a broken one when it meets it.
 MAX_DECODED_CHECKS = 1000
-# What is read of a dataset: `messages`, or `prompt` and `completion`; `images` or `image`; and `system`.
-COLUMNS = ("messages", "images", "image", "prompt", "completion", "system")
-# What would be missed in training, by the names that other trainers read and by the ends of file names.
+# Columns that would be missed in training: by the names that other trainers read, and by the endings of file names.
 UNREAD = {"video", "videos", "audio", "audios", "tools", "documents"}
 MEDIA = re.compile(
     r"^(data:(image|video|audio)/|iVBORw0KGgo|/9j/|R0lGOD|UklGR)"  # the last four in base64: PNG, JPEG, GIF, WebP
@@ -35,10 +34,6 @@ MEDIA = re.compile(
 # The same of a message, where some trainers read them.
 UNREAD_OF_MESSAGE = UNREAD | {"image", "images", "tool_calls", "function_call", "reasoning_content", "thinking"}
 UNREAD_OF_IMAGE = {"image", "image_url", "url", "path", "base64", "bytes"}
-
-
-class EmptyAnswerError(ValueError):
-    """An assistant turn without text."""
 
 
 def _images(example: dict) -> list:
@@ -59,7 +54,7 @@ def normalize_conversation(example: dict) -> tuple[list[dict], list]:
 
     Raises:
         ValueError: no messages, a role, content item or template that cannot be rendered, a last turn that is not the
-            assistant's, an empty answer (an EmptyAnswerError), or images and placeholders that disagree.
+            assistant's, an empty answer (a BadSampleError), or images and placeholders that disagree.
     """
     messages = example.get("messages")
     if not messages:
@@ -88,7 +83,9 @@ def normalize_conversation(example: dict) -> tuple[list[dict], list]:
             and not is_caption
             and not "".join(item.get("text", "") for item in message["content"])
         ):
-            raise EmptyAnswerError(f"message {turn} is an empty answer; give it text or leave the turn out")
+            raise BadSampleError(
+                f"message {turn} is an empty answer; give it text or leave the turn out", "empty answer"
+            )
     _place_images(normalized, len(images))
     return normalized, images
 
@@ -218,7 +215,7 @@ def _media(value) -> str | None:
 
 
 def _check_columns(dataset: Dataset, name: str) -> None:
-    """Nothing that a dataset has is left out without a word.
+    """Names the columns that training does not read.
 
     Raises:
         ValueError: a column that training does not read holds pictures or other data that the conversations need.
@@ -243,11 +240,6 @@ def _check_columns(dataset: Dataset, name: str) -> None:
         ignored.append(column)
     if ignored:
         logger.warning("columns of dataset %r that are not read: %s", name, ", ".join(ignored))
-
-
-def looks_local(name: str) -> bool:
-    """Whether the name of a dataset means something on this disk, also where it is not there."""
-    return os.path.isabs(name) or name.startswith(".") or name.endswith((".json", ".jsonl", ".parquet"))
 
 
 def load_conversations(name: str, split: str = "train", columns: dict[str, str] | None = None) -> Dataset:

@@ -12,8 +12,8 @@
 
 `--mixture training/configs/recipes/recipe.yaml` in place of `--dataset` trains on a recipe of several datasets. Every
 field of `SFTConfig` is a flag and a YAML key, and so are TRL's model and LoRA settings (`--use_peft`); what would change
-nothing here is refused. `--dry_run` checks and describes a run without starting it. SIGTERM and Ctrl-C save after the
-step and exit with code 0; `--resume` goes on.
+nothing is left out with a warning, and what cannot be is refused. `--dry_run` checks and describes a run without starting
+it. SIGTERM and Ctrl-C save after the step and exit with code 0; `--resume` goes on.
 """
 
 import logging
@@ -23,7 +23,7 @@ import warnings
 
 import yaml
 
-from training.arguments import parse_arguments
+from training.run.settings import parse_arguments
 
 
 def quickstart() -> None:
@@ -47,12 +47,12 @@ def main():
         return
     try:
         settings = parse_arguments()
-        from training.run import launch  # loads for seconds; --help and a wrong setting are answered before
+        from training.run.launch import launch  # loads for seconds; --help and a wrong setting are answered before
     except (ValueError, OSError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted before the first step")
-    launch(*settings)
+    launch(settings)
 
 
 if __name__ == "__main__":

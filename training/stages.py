@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the settings name the stages, and `--help` should not wait for these
@@ -33,6 +32,11 @@ def set_trained(model: HoneybeeForConditionalGeneration, stage: str) -> None:
         parameter.requires_grad_(name.startswith(TRAINED[stage]))
 
 
+def trains_language_model(stage: str) -> bool:
+    """Whether a stage learns from text as well; one that does not learns from images alone, through the projector."""
+    return "model.language_model.".startswith(TRAINED[stage])
+
+
 def freeze_for_stage(model: HoneybeeForConditionalGeneration, stage: str) -> None:
     """[`set_trained`], and logs how many parameters there are of each part."""
     set_trained(model, stage)
@@ -42,8 +46,8 @@ def freeze_for_stage(model: HoneybeeForConditionalGeneration, stage: str) -> Non
 
 
 def parameter_counts(model: HoneybeeForConditionalGeneration) -> dict[str, tuple[int, int]]:
-    """Part of the model -> its parameters, and those of them that are trained. A head that is tied to the embedding
-    counts there, and the frozen original that peft keeps beside a module trained in full does not."""
+    """How many parameters each part of the model has, and how many of them are trained. A head that is tied to the embedding
+    counts there. The frozen original that peft keeps beside a module trained in full does not count."""
     counts, seen = {}, {id(p) for name, p in model.named_parameters() if ".original_module." in name}
     for part, module in {**dict(model.model.named_children()), "lm_head": model.lm_head}.items():
         own = [p for p in module.parameters() if id(p) not in seen]
@@ -65,36 +69,7 @@ def parts_table(counts: dict[str, tuple[int, int]]) -> list[str]:
 
 
 def keep_trained_in_float32(model: nn.Module) -> None:
-    """Mixed precision computes in half precision, but a step of AdamW is too small for weights that are held in it."""
+    """Under mixed precision only what is computed is in half precision: a step of AdamW is too small for weights in it."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
-
-
-def lora_modules(stage: str, targets: str | list[str] = ("q_proj", "v_proj")) -> dict:
-    """Where LoRA goes when it takes the LLM's place in a stage (paper, section 4), with the projector trained in full.
-
-    Args:
-        targets: names of linear layers, of which the LLM's are taken (other parts have some of the same name), or a
-            pattern for their whole paths.
-
-    Returns:
-        `target_modules` and `modules_to_save` of a `LoraConfig`.
-
-    Raises:
-        ValueError: LoRA in alignment, which does not train the LLM.
-    """
-    if stage != "instruct":
-        raise ValueError(f"LoRA adapts the LLM, which stage {stage!r} does not train; use it with --stage instruct")
-    if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
-        targets = [targets]
-    if not isinstance(targets, str):
-        targets = rf".*\.language_model\..*\.({'|'.join(map(re.escape, targets))})"
-    return {"target_modules": targets, "modules_to_save": ["projector"]}
-
-
-def linear_names(module: nn.Module) -> list[str]:
-    """Names, without their paths, of the linear layers inside: what `all-linear` means for a part of the model."""
-    from torch import nn
-
-    return sorted({name.rpartition(".")[2] for name, layer in module.named_modules() if isinstance(layer, nn.Linear)})

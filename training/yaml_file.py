@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a YAML file of settings."""
+"""Reads a YAML file of settings, and tells whether a value is of the type of its setting."""
 
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -30,3 +31,26 @@ def read_yaml(path: str) -> tuple[Any, list[str]]:
     with open(path, encoding="utf-8") as file:
         loader = _Loader(file)
         return loader.get_single_data(), loader.twice
+
+
+def parts_of(hint) -> tuple:
+    """The types of a union, or the one type."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def is_of_type(value, hint) -> bool:
+    """Whether a value is of this type; a whole number is a float, too."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(is_of_type(value, part) for part in inner)
+    if kind is Any:
+        return True
+    if value is None:
+        return kind is type(None)
+    if kind is Literal:
+        return value in inner
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is list:
+        return isinstance(value, list) and all(is_of_type(item, part) for part in inner for item in value)
+    return isinstance(value, (int, float) if kind is float else kind)

@@ -8,17 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from evaluation.judge import (
-    ENVIRONMENT,
-    Judge,
-    Request,
-    llava_w_request,
-    mm_vet_request,
-    mmbench_request,
-    read_correctness,
-    read_pair,
-)
+from evaluation.judge import ENVIRONMENT, Judge, Request
 from evaluation.run import main
+from evaluation.tasks.llava_w import llava_w_request, read_pair
+from evaluation.tasks.mm_vet import mm_vet_request, read_correctness
+from evaluation.tasks.mmbench import mmbench_request
 
 KEY = "sk-secret-0123456789"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same benchmark through lmms-eval and through run.py. Needs lmms-eval, which no extra has (README, Evaluate)."""
+"""The same benchmark through lmms-eval and through run.py. Needs lmms-eval, which no extra has (docs/evaluation.md)."""
 
 import json
 import sys
@@ -9,8 +9,9 @@ import pytest
 import yaml
 from datasets import Dataset, Features, Image, Value
 
-from evaluation.readers import read_task
 from evaluation.run import main
+from evaluation.task import read_task
+from evaluation.tasks import TASKS
 from tests.evaluation.make_data_root import make_data_root
 from tests.evaluation.test_run import save_model
 from tests.tiny import run_script
@@ -23,7 +24,7 @@ def test_mme_offline(tmp_path):
     make_data_root(tmp_path / "data")
     keys = ("question_id", "question", "answer", "category")
     rows = []
-    for question in read_task("mme", tmp_path / "data"):
+    for question in read_task(TASKS["mme"], tmp_path / "data"):
         fields = question.fields
         name = f"{fields['dataset_name']}/{fields['image_id']}"
         row = dict(zip(keys, (name, fields["question"], fields["answer"], fields["dataset_name"])))

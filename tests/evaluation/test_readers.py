@@ -11,7 +11,8 @@ from PIL import Image as PILImage
 from transformers import AutoTokenizer
 
 from evaluation.prompts import Question, plain, render
-from evaluation.readers import FOLDERS, READERS, read_scienceqa, read_task
+from evaluation.task import read_task
+from evaluation.tasks import TASKS
 from processing import HoneybeeProcessor, prepare_tokenizer
 from tests.evaluation.make_data_root import make_data_root
 from tests.golden import GOLDEN, TOKENIZER
@@ -32,7 +33,7 @@ def test_official_prompts(name, tokenizer):
     reference = REFERENCE[name]
     task = OFFICIAL_NAMES.get(name, name)
     template = "none" if name.endswith("template_none") else "task"
-    questions = read_task(task, GOLDEN / "scorers" / "raw" / "data")[: len(reference["examples"])]
+    questions = read_task(TASKS[task], GOLDEN / "scorers" / "raw" / "data")[: len(reference["examples"])]
     assert len(questions) == len(reference["examples"])
     runs = [len(list(group)) for key, group in itertools.groupby(reference["batch"]["input_ids"][0]) if key == -1]
     processor = HoneybeeProcessor(image_processor(), tokenizer, num_image_tokens=runs[0])
@@ -52,7 +53,7 @@ def test_official_prompts(name, tokenizer):
 
 
 def test_every_reader_has_a_reference():
-    assert {OFFICIAL_NAMES.get(name, name) for name in REFERENCE} == set(READERS) == set(FOLDERS)
+    assert {OFFICIAL_NAMES.get(name, name) for name in REFERENCE} == set(TASKS)
 
 
 # The parquet form ------------------------------------------------------------------------------------------------------
@@ -105,14 +106,14 @@ def as_hub_rows(task: str, questions: list[Question], root) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize("task", [task for task, (_, hub) in FOLDERS.items() if hub])
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.hub])
 def test_parquet_form_asks_the_same(task, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     root = make_data_root(tmp_path / "original")
-    original = read_task(task, root)
+    original = read_task(TASKS[task], root)
     rows = as_hub_rows(task, original, root)
     column = "image_1" if task == "mmmu" else "image"
-    folder = tmp_path / "hub" / FOLDERS[task][0] / "data"
+    folder = tmp_path / "hub" / TASKS[task].folder / "data"
     folder.mkdir(parents=True)
     kinds = {int: Value("int64"), str: Value("string"), list: List(Value("string")), type(None): Value("string")}
     features = {
@@ -125,7 +126,7 @@ def test_parquet_form_asks_the_same(task, tmp_path, monkeypatch):
         Dataset.from_list(some, features=Features(features)).to_parquet(
             str(folder / f"{split}-{part:05}-of-00002.parquet")
         )
-    found = read_task(task, tmp_path / "hub")
+    found = read_task(TASKS[task], tmp_path / "hub")
     processor = tiny_processor()
     assert [render(q, processor) for q in found] == [render(q, processor) for q in original]
     for ours, theirs in zip(found, original):
@@ -151,7 +152,7 @@ def test_scienceqa_as_its_authors_distribute_it(tmp_path):
     }
     (folder / "problems.json").write_text(json.dumps(problems))
     (folder / "pid_splits.json").write_text(json.dumps({"test": ["7", "8"], "train": ["9"]}))
-    first, second = read_scienceqa(tmp_path)
+    first, second = TASKS["scienceqa"].read(TASKS["scienceqa"].data(tmp_path))
     assert first.text == "Which?\nContext: Two lines.\nThere are several options:\nA. a\nB. b\n"
     assert second.text == "Who?\nContext: N/A\nThere are several options:\nA. x\nB. y\nC. z\n"
     assert first.image.endswith("images/test/7/image.png") and second.image is None
@@ -164,7 +165,7 @@ def test_scienceqa_letters_inside_an_option(tmp_path):
     question = "Q?\nContext: N/A\nOptions: (A) vitamin (B) is (D) (B) (A) again (C) last"
     row = {"id": 1, "conversations": [{"value": question}, {"value": "ANSWER: C."}]}
     (folder / "llava_test_QCM-LEPA.json").write_text(json.dumps([row]))
-    (found,) = read_scienceqa(tmp_path)
+    (found,) = TASKS["scienceqa"].read(TASKS["scienceqa"].data(tmp_path))
     assert found.fields["choices"] == ["vitamin", "is (D) (B) (A) again", "last"]
     assert found.text.endswith("options:\nA. vitamin\nB. is\nC. again\nD. last\n")  # as the official prompt has it
     assert found.fields["lecture"] is None
@@ -182,7 +183,7 @@ def test_mmmu_open_question_with_options(tmp_path):
     }
     (folder / "validation.json").write_text(json.dumps([{**row, "question_type": "open"}]))
     PILImage.new("RGB", (2, 2)).save(folder / "images" / "a.png")
-    (found,) = read_task("mmmu", tmp_path)
+    (found,) = read_task(TASKS["mmmu"], tmp_path)
     assert (found.kind, found.text, found.fields["all_choices"]) == ("short", "How many?", [])
 
 
@@ -190,13 +191,13 @@ def test_mmbench_pictures_by_reference(tmp_path):
     root = make_data_root(tmp_path)
     path = root / "MMBench" / "mmbench_dev_20230712.tsv"
     head, *rows = [line.split("\t") for line in path.read_text().splitlines()]
-    before = [opened(q.image).tobytes() for q in read_task("mmbench", root)]
+    before = [opened(q.image).tobytes() for q in read_task(TASKS["mmbench"], root)]
     column = head.index("image")
     for row in rows:
         if int(row[0]) > 10**6:
             row[column] = str(int(row[0]) % 10**6)
     path.write_text("\n".join("\t".join(row) for row in [head, *rows]) + "\n")
-    assert [opened(q.image).tobytes() for q in read_task("mmbench", root)] == before
+    assert [opened(q.image).tobytes() for q in read_task(TASKS["mmbench"], root)] == before
 
 
 # Wrong data ------------------------------------------------------------------------------------------------------------
@@ -208,20 +209,20 @@ def data(tmp_path_factory):
 
 
 def copy_of(data, task, tmp_path):  # with the COCO images, which POPE reads
-    for name in {FOLDERS[task][0], "opensets_coco"}:
+    for name in {TASKS[task].folder, "opensets_coco"}:
         shutil.copytree(data / name, tmp_path / name, dirs_exist_ok=True)
-    return tmp_path / FOLDERS[task][0]
+    return tmp_path / TASKS[task].folder
 
 
-@pytest.mark.parametrize("task", READERS)
+@pytest.mark.parametrize("task", TASKS)
 def test_missing_benchmark(task, tmp_path):
     with pytest.raises(
-        ValueError, match=f"{task}: .*{FOLDERS[task][0]}.* does not exist; put the benchmark's own files"
+        ValueError, match=f"{task}: .*{TASKS[task].folder}.* does not exist; put the benchmark's own files"
     ):
-        read_task(task, tmp_path)
+        read_task(TASKS[task], tmp_path)
 
 
-@pytest.mark.parametrize("task", [task for task in READERS if task != "mmbench"])
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "mmbench"])
 def test_missing_image(task, data, tmp_path):
     folder = copy_of(data, task, tmp_path)
     home = tmp_path / "opensets_coco" if task == "pope" else folder
@@ -230,22 +231,22 @@ def test_missing_image(task, data, tmp_path):
     with pytest.raises(
         ValueError, match=rf"{image.stem}.* of question .* does not exist .*; download the benchmark's images"
     ):
-        read_task(task, tmp_path)
+        read_task(TASKS[task], tmp_path)
 
 
 def test_empty_and_broken_files(data, tmp_path):
     folder = copy_of(data, "seed", tmp_path)
     (folder / "SEED-Bench.json").write_text('{"questions": [], "question_type": {}}')
     with pytest.raises(ValueError, match="SEED-Bench has no questions; download"):
-        read_task("seed", tmp_path)
+        read_task(TASKS["seed"], tmp_path)
     (folder / "SEED-Bench.json").write_text('{"questions": [')
     with pytest.raises(ValueError, match="SEED-Bench.json is not JSON"):
-        read_task("seed", tmp_path)
+        read_task(TASKS["seed"], tmp_path)
     (folder / "SEED-Bench.json").write_text(
         '{"questions": [{"question_type_id": 1, "data_id": "x"}], "question_type": {"a": 1}}'
     )
     with pytest.raises(ValueError, match="has no field 'choice_a'"):
-        read_task("seed", tmp_path)
+        read_task(TASKS["seed"], tmp_path)
 
 
 def test_empty_tables(data, tmp_path, monkeypatch):
@@ -253,18 +254,18 @@ def test_empty_tables(data, tmp_path, monkeypatch):
     folder = copy_of(data, "mmbench", tmp_path)
     (folder / "mmbench_dev_20230712.tsv").write_text("")
     with pytest.raises(ValueError, match="mmbench_dev_20230712.tsv cannot be read .*; download it again"):
-        read_task("mmbench", tmp_path)
+        read_task(TASKS["mmbench"], tmp_path)
     (tmp_path / "mm_vet").mkdir()
     (tmp_path / "mm_vet" / "test.parquet").write_text("")
     with pytest.raises(ValueError, match="parquet files in .*mm_vet cannot be read .*; download them again"):
-        read_task("mm_vet", tmp_path)
+        read_task(TASKS["mm_vet"], tmp_path)
 
 
 def test_duplicated_ids(data, tmp_path):
     folder = copy_of(data, "mm_vet", tmp_path)
-    assert len(read_task("mm_vet", tmp_path)) == 5
+    assert len(read_task(TASKS["mm_vet"], tmp_path)) == 5
     folder = copy_of(data, "llava_w", tmp_path)
     file = folder / "questions.jsonl"
     file.write_text(file.read_text() + file.read_text().splitlines()[2] + "\n")
     with pytest.raises(ValueError, match="question id '2' stands twice"):
-        read_task("llava_w", tmp_path)
+        read_task(TASKS["llava_w"], tmp_path)

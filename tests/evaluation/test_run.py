@@ -14,12 +14,14 @@ import torch
 
 import evaluation.generate
 from evaluation.generate import answer, fingerprint, load
-from evaluation.predictions import collect, read_lines
+from evaluation.json_files import read_lines
+from evaluation.predictions import collect
 from evaluation.prompts import Question
-from evaluation.readers import READERS
 from evaluation.run import main
+from evaluation.tasks import TASKS
+from hub_upload.model_card import read_results
 from modeling_honeybee import HoneybeeForConditionalGeneration
-from tests.evaluation.make_data_root import make_data_root
+from tests.evaluation.make_data_root import make_data_root, picture
 from tests.tiny import REPOSITORY, run_script, tiny_model, tiny_processor
 
 RULED = ("mme", "pope", "mmbench", "scienceqa", "seed", "mmmu")
@@ -71,7 +73,7 @@ def summaries(place, output) -> dict:
 
 def test_every_task_ends_in_a_report(place):
     report = json.loads((place / "whole" / "report.json").read_text())
-    assert set(report["tasks"]) == set(READERS)
+    assert set(report["tasks"]) == set(TASKS)
     for task in RULED:
         assert report["tasks"][task]["summary"]
         assert report["tasks"][task]["questions"] == len(answers(place, "whole", task))
@@ -83,7 +85,7 @@ def test_every_task_ends_in_a_report(place):
     assert "| paper, C-Abs, 256 tokens | 136.7 | 26.7 | 55.6 | 75.0 | 52.7 | 59.3 | 56.3 |" in text
     assert "mme: 56 questions, and the benchmark has 2374" in text
     assert (place / "whole" / "spatial.png").read_bytes().startswith(b"\x89PNG")
-    texts = [text for task in READERS for text in answers(place, "whole", task).values()]
+    texts = [text for task in TASKS for text in answers(place, "whole", task).values()]
     assert len(set(texts)) > len(texts) / 8  # the model looks at what it is asked
     assert not list((place / "whole").glob("*/predictions.rank*"))
 
@@ -163,9 +165,21 @@ def test_interrupted_by_hand_it_says_that_it_continues(place, monkeypatch, capsy
     assert "interrupted; the same command continues behind the answers that are saved" in capsys.readouterr().err
 
 
-def test_two_processes(place):
+ABORT_AT_THE_END = """
+import os
+class Abort:
+    def __del__(self, abort=os.abort):
+        abort()
+held = Abort() if "RANK" in os.environ else None
+"""
+
+
+def test_two_processes(place, tmp_path):
+    """Each ends before the interpreter's own ending, where a thread of the process group may abort it."""
+    (tmp_path / "sitecustomize.py").write_text(ABORT_AT_THE_END)
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]])}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = run_script(*torchrun, *arguments(place, "two", "mme,seed", "--batch_size", "4"), env=ENVIRONMENT)
+    result = run_script(*torchrun, *arguments(place, "two", "mme,seed", "--batch_size", "4"), env=environment)
     assert "2 process(es) on cpu" in result.stdout
     for task in ("mme", "seed"):
         assert read_lines(place / "two" / task / "predictions.jsonl") == read_lines(
@@ -300,6 +314,71 @@ def test_two_runs_do_not_write_into_one_folder(place, tmp_path):
             ["--model", str(place / "model"), "--tasks", "owl", "--data_root", str(place / "data")]
             + ["--output", str(tmp_path / "out")]
         )
+
+
+COLOURS = '''"""Colours: a made-up benchmark, with its own files, prompt, rule and submission."""
+
+from evaluation.json_files import read_lines, write_json
+from evaluation.prompts import LETTERS, Question, with_options
+from evaluation.scoring import Score, percent
+from evaluation.task import LIST, TEXT, Task
+
+
+def read_colours(data):
+    rows = read_lines(data.files("questions.jsonl")[0])
+    return [
+        Question(
+            row["id"], "choice", with_options("Which colour?", dict(zip(LETTERS, row["choices"]))),
+            {"answer": row["answer"], "choices": row["choices"]}, str(data.path / row["image"]),
+        )
+        for row in rows
+    ]
+
+
+def score_colours(records):
+    right = [record["answer"] in record["pred"] for record in records]
+    parsed = [{"id": r["id"], "parsed": r["pred"], "correct": c} for r, c in zip(records, right)]
+    empty = sum(not record["pred"] for record in records)
+    return Score({"all": percent(sum(right), len(right))}, {}, parsed, {"empty": empty})
+
+
+def write_submission(records, folder):
+    write_json(folder / "colours.json", {record["id"]: record["pred"] for record in records})
+    return folder / "colours.json"
+
+
+TASK = Task(
+    name="colours", display_name="Colours of things", folder="Colours", read=read_colours, max_new_tokens=4,
+    questions=100, fields={"pred": TEXT, "answer": TEXT, "choices": LIST}, score=score_colours,
+    quirks={"empty": "an empty answer is wrong"}, submission=write_submission,
+)
+'''
+
+
+def test_a_ninth_benchmark_is_one_file_and_one_line(place, tmp_path):
+    package = tmp_path / "evaluation"
+    shutil.copytree(REPOSITORY / "evaluation", package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "tasks" / "colours.py").write_text(COLOURS)
+    table = package / "tasks" / "__init__.py"
+    table.write_text(table.read_text().replace('    "owl",\n', '    "owl",\n    "colours",\n'))
+    folder = tmp_path / "data" / "Colours"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        picture(number).save(folder / f"{number}.png")
+    rows = [{"id": str(n), "image": f"{n}.png", "choices": ["red", "blue"], "answer": "A"} for n in range(3)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model", place / "model", "--data_root", tmp_path / "data", "--output", tmp_path / "out"]
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]])}
+    run_script(package / "run.py", "--tasks", "colours", *options, env=environment, cwd=tmp_path)
+
+    found = answers(tmp_path, "out", "colours")
+    scores = json.loads((tmp_path / "out" / "colours" / "scores.json").read_text())
+    assert scores["summary"] == {"all": pytest.approx(100 * sum("A" in text for text in found.values()) / 3)}
+    assert scores["quirks"] == {"empty": sum(not text for text in found.values())}
+    assert json.loads((tmp_path / "out" / "colours" / scores["submission"]).read_text()) == found
+    assert "colours: 3 questions, and the benchmark has 100" in (tmp_path / "out" / "report.md").read_text()
+    (result,) = read_results(tmp_path / "out", "model")
+    assert result.dataset_name == "Colours of things, 3 questions"
 
 
 # Settings that change the tokens of an answer, or where it stops.

@@ -11,26 +11,15 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
 from evaluation.run import main
-from evaluation.scorers import (
-    MME_SUBSETS,
-    is_right_mmmu_open,
-    parse_mmbench,
-    parse_mme,
-    parse_mme_relaxed,
-    parse_mmmu_open,
-    parse_pope,
-    parse_scienceqa,
-    score_llava_w,
-    score_mm_vet,
-    score_mmbench,
-    score_mme,
-    score_mmmu,
-    score_pope,
-    score_scienceqa,
-    score_seed,
-    strip_mmbench_prefix,
-)
-from evaluation.submissions import write_submission
+from evaluation.tasks import TASKS
+from evaluation.tasks.llava_w import score_llava_w
+from evaluation.tasks.mm_vet import score_mm_vet
+from evaluation.tasks.mmbench import parse_mmbench, score_mmbench, strip_mmbench_prefix
+from evaluation.tasks.mme import SUBSETS, parse_mme, parse_mme_relaxed, score_mme
+from evaluation.tasks.mmmu import is_right_mmmu_open, parse_mmmu_open, score_mmmu
+from evaluation.tasks.pope import parse_pope, score_pope
+from evaluation.tasks.scienceqa import parse_scienceqa, score_scienceqa
+from evaluation.tasks.seed import score_seed
 from tests.golden import GOLDEN
 
 SCORERS = GOLDEN / "scorers"
@@ -187,7 +176,7 @@ def test_mme_pairs_must_follow_each_other():
         score_mme(records)
     with pytest.raises(ValueError, match="'counts' is no MME subset"):
         score_mme([{**records[0], "dataset_name": "counts"}])
-    assert len([name for names in MME_SUBSETS.values() for name in names]) == 14
+    assert len([name for names in SUBSETS.values() for name in names]) == 14
 
 
 def rotations(options: list[str], preds: list[str], index: int = 7) -> list[dict]:
@@ -224,7 +213,7 @@ def test_mmbench_guesses_are_counted_and_seeded():
     assert {result.quirks["guess"] for result in results} == {1}
     share = sum(result.summary["total_acc"] == 100 for result in results) / 40
     assert 0 < share < 0.6  # one in four
-    judged = score_mmbench(records, extracted={"7": "A"})
+    judged = score_mmbench(records, judged={"7": "A"})
     assert judged.summary["total_acc"] == 100 and judged.quirks["guess"] == 0
     # nothing is guessed where a rotation is wrong already
     assert score_mmbench(rotations(["red", "green"], ["hmm", "A"])).quirks["guess"] == 0
@@ -328,7 +317,7 @@ def test_judged_scores():
 def test_mmbench_submission_of_many_lines(tmp_path):
     records = [{**record, "pred": "=A"} for i in range(3000) for record in rotations(["red"], ["A"], index=i)]
     begin = time.process_time()
-    assert write_submission("mmbench", records, tmp_path) == "submission.xlsx"
+    assert TASKS["mmbench"].submission(records, tmp_path).name == "submission.xlsx"
     assert time.process_time() - begin < 10  # the time grows with the lines, not with their square
     sheet = openpyxl.load_workbook(tmp_path / "submission.xlsx").active
     assert sheet.max_row == 3001 and {(c.value, c.data_type) for c in sheet["K"][1:]} == {("=A", "s")}

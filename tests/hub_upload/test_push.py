@@ -30,7 +30,7 @@ from tests.tiny import (
     tiny_model,
     tiny_processor,
 )
-from training.stages import lora_modules
+from training.run.lora import lora_modules
 
 PUSH = REPOSITORY / "hub_upload" / "push.py"
 HERE = REPOSITORY / "tests" / "hub_upload"
@@ -74,7 +74,9 @@ def world(tmp_path_factory):
     (folder / "notes.txt").write_text("mine")
     scores = root / "scores" / "pope"
     scores.mkdir(parents=True)
-    (scores / "scores.json").write_text(json.dumps({"questions": 12, "summary": {"accuracy": 0.875, "f1": 0.9}}))
+    (scores / "scores.json").write_text(
+        json.dumps({"display_name": "POPE", "questions": 12, "summary": {"accuracy": 0.875, "f1": 0.9}})
+    )
     picture().save(root / "photo.jpg")
     torch.save({"inputs": tiny_inputs(model), "image": str(root / "photo.jpg")}, root / "inputs.pt")
     return {"root": root, "folder": folder, "model": model}
@@ -122,7 +124,7 @@ def test_an_interrupted_upload_shows_nothing_and_continues(pushed):
 def test_what_is_published(hub, world, pushed):
     files = hub.files("bee/tiny")
     code = {name for name in files if name.endswith(".py")}
-    assert code == set(CODE) and len(code) == 6
+    assert code == set(CODE) and len(code) == 8
     for name, path in CODE.items():
         assert files[name].content == path.read_bytes()
     for path in world["folder"].glob("*.safetensors"):
@@ -310,6 +312,19 @@ def test_an_adapter_is_pushed_and_loads_by_name(hub, world, pushed):
         expected = adapted.eval()(**tiny_inputs(world["model"])).logits
     torch.testing.assert_close(torch.load(root / "logits.pt"), expected, atol=1e-5, rtol=0)
     assert (expected - world["model"](**tiny_inputs(world["model"])).logits).abs().max() > 1e-2
+
+
+def test_code_of_another_version_need_not_have_this_ones_files(world):
+    folder = world["root"] / "of_other_files"
+    shutil.copytree(world["folder"], folder)
+    (folder / "joining_honeybee.py").unlink()
+    with pytest.raises(ExportError, match="lacks code that its readers need: joining_honeybee.py"):
+        check_folder(folder)
+    path = folder / "modeling_honeybee.py"
+    path.write_text(path.read_text().replace("from .joining_honeybee import", "from .probe_honeybee import"))
+    assert check_folder(folder).notes == [
+        "code of another version of Honeybee, published as it is: modeling_honeybee.py"
+    ]
 
 
 def test_refusals_say_what_to_do_and_publish_nothing(hub, world, pushed):

@@ -320,6 +320,16 @@ def test_a_new_model_has_the_language_models_dtype(tmp_path):
         assert {p.dtype for p in loaded.parameters()} == {expected}
 
 
+def test_a_new_model_has_the_attention_that_was_asked_for(tmp_path):
+    vision, text = save_clip(tmp_path / "vision"), save_llama(tmp_path / "text")
+    for asked, expected in (("eager", "eager"), (None, "sdpa")):
+        model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(
+            vision, text, attn_implementation=asked, projector_type="linear"
+        )
+        configs = [module.config for module in model.modules() if hasattr(module, "config")]
+        assert {config._attn_implementation for config in configs} == {expected}
+
+
 def test_unknown_projector_setting_is_named(tmp_path):
     with pytest.raises(ValueError, match="num_querry_tokens.*num_query_tokens"):
         HoneybeeForConditionalGeneration.from_vision_text_pretrained("vision", "text", num_querry_tokens=4)

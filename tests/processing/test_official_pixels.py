@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from processing.pixels import Pixels
 from processing.prepare_tokenizer import square_image_processor
 from processing.processing_honeybee import resize_image
 from tests.golden import FULL
 from tests.tiny import REPOSITORY, tiny_processor
-from training.pixels import Pixels
 
 FOLDER = FULL / "preprocess"
 STORED = json.loads((REPOSITORY / "tests" / "data" / "pixels.json").read_text())

@@ -12,7 +12,7 @@ from tests.golden import TOKENIZER, as_chat, read_lines
 from tests.tiny import image_processor, picture
 from training.collator import HoneybeeDataCollator
 
-# The official code trains the next role marker here; ours refuses the empty answer (README, "Use an official checkpoint").
+# The official code trains the next role marker here; ours refuses the empty answer (docs/official_checkpoints.md).
 DELIBERATE = {"empty_answer_then_turn"}
 
 

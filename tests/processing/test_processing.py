@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from jinja2 import Environment
 from PIL import Image
 
 from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
+from processing.processing_honeybee import CAPTION_TEMPLATE, CHAT_TEMPLATE
 from tests.tiny import byte_tokenizer, image_processor, picture, save_clip, save_llama, tiny_processor, word_tokenizer
 
 SYSTEM = "The following is a conversation between a curious human and AI assistant."
@@ -54,6 +56,25 @@ def test_caption_template():
     messages = [user(IMAGE), {"role": "assistant", "content": "a brown dog"}]
     rendered = tiny_processor().apply_chat_template(messages, chat_template="caption")
     assert rendered == f"<s><image>a brown dog{EOS}"
+
+
+@pytest.mark.parametrize("trim_blocks", [False, True])
+@pytest.mark.parametrize("lstrip_blocks", [False, True])
+def test_templates_trim_themselves(trim_blocks, lstrip_blocks):
+    """Runtimes differ in what their Jinja does with white space."""
+    environment = Environment(trim_blocks=trim_blocks, lstrip_blocks=lstrip_blocks)
+    messages = [user(text(" a\n"), IMAGE, text("b")), {"role": "assistant", "content": "\n c "}]
+    caption = [user(IMAGE), messages[1]]
+    for template, conversation, expected in (
+        (CHAT_TEMPLATE, messages, f"<s>{SYSTEM}\nHuman:  a\n\nHuman: <image>\nHuman: b\nAI: \n c {EOS}\nAI: "),
+        (CAPTION_TEMPLATE, caption, f"<s><image>\n c {EOS}"),
+    ):
+        # A tag of transformers' own.
+        template = template.replace("- generation -", "- if true -").replace("- endgeneration -", "- endif -")
+        rendered = environment.from_string(template).render(
+            messages=conversation, bos_token="<s>", eos_token=EOS, add_generation_prompt=True
+        )
+        assert rendered == expected
 
 
 @pytest.mark.parametrize(

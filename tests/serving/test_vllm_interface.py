@@ -2,7 +2,7 @@
 """What vLLM's Transformers backend does with a model and its processor, done here without vLLM.
 
 From its documentation ("Writing custom models") and its `model_executor/models/transformers/` (base.py, multimodal.py).
-vLLM itself was not run: it needs a GPU build. These tests show that what it asks for is there and means the same.
+These tests need no vLLM and show that what it asks for is there and means the same; `test_vllm.py` runs it.
 """
 
 import inspect

@@ -21,10 +21,10 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-import training.run
+import training.run.launch
 from training import sft
 
-run = training.run.run
+run = training.run.launch.run
 
 
 class Last:
@@ -55,7 +55,7 @@ def record(folder: Path):
         global last
         last = Last(folder / f"{rank}.interpreter")
 
-    training.run.run = recorded
+    training.run.launch.run = recorded
     sft.main()
 
 
@@ -74,7 +74,7 @@ def stop(step: int):
             trainer.add_callback(Signal(step, signal.SIGTERM))
         run(trainer, checkpoint)
 
-    training.run.run = stopped
+    training.run.launch.run = stopped
     sft.main()
 
 
@@ -103,7 +103,7 @@ def trouble(kind: str):
         trainer.add_callback(Trouble(kind))
         run(trainer, checkpoint)
 
-    training.run.run = troubled
+    training.run.launch.run = troubled
     sft.main()
 
 
@@ -121,7 +121,7 @@ def fork(rank: int, processes: int, port: int, die_at: int | None) -> int:
             trainer.add_callback(Signal(die_at))
         run(trainer, checkpoint)
 
-    training.run.run = mortal
+    training.run.launch.run = mortal
     status = 1
     try:
         sft.main()

@@ -30,9 +30,9 @@ from tests.tiny import (
     write_dataset,
 )
 from tests.training.test_sft_mixture import write_mixture
-from training.arguments import parse_arguments
-from training.checks import check_arguments, settle_batch_size
-from training.dry_run import dry_run
+from training.run.checks import check_settings
+from training.run.dry_run import dry_run
+from training.run.settings import Settings, parse_arguments
 
 CONFIGS = REPOSITORY / "training" / "configs"
 TRAINING = sorted(CONFIGS.glob("*.yaml"))
@@ -61,7 +61,7 @@ def stand_ins(world, stage):
 
 
 def run_dry(*arguments) -> str:
-    return dry_run(*parse_arguments([str(argument) for argument in arguments]))
+    return dry_run(parse_arguments([str(argument) for argument in arguments]))
 
 
 def test_a_dry_run_may_be_asked_for_in_any_way(world, tmp_path):
@@ -70,8 +70,8 @@ def test_a_dry_run_may_be_asked_for_in_any_way(world, tmp_path):
     yaml_file.write_text("dry_run: true\nbf16: true\n")
     ways = [["--config", yaml_file], ["--dry_run=True", "--bf16", "True"], ["--bf16", "True", "--dry_run"]]
     for way in ways:
-        args, training_args, _ = parse_arguments([*map(str, way), "--output_dir", str(world / "out")])
-        assert args.dry_run and training_args.bf16
+        settings = parse_arguments([*map(str, way), "--output_dir", str(world / "out")])
+        assert settings.honeybee.dry_run and settings.training.bf16
 
 
 def test_several_levels_of_the_tower(world):
@@ -114,13 +114,13 @@ def test_shipped_configs_become_what_they_say(path):
     settings = yaml.safe_load(path.read_text())
     found = parse_arguments(["--config", str(path), "--output_dir", "unused", "--use_cpu", "True"])
     for name, value in settings.items():
-        holders = [holder for holder in found if hasattr(holder, name)]
+        holders = [holder for holder in vars(found).values() if hasattr(holder, name)]
         assert [getattr(holder, name) for holder in holders] == [value], name
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
 def test_the_learning_rate_goes_to_its_floor_and_no_further(path):
-    _, args, _ = parse_arguments(["--config", str(path), "--output_dir", "unused", "--use_cpu", "True"])
+    args = parse_arguments(["--config", str(path), "--output_dir", "unused", "--use_cpu", "True"]).training
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     schedule = get_scheduler(
         args.lr_scheduler_type,
@@ -145,16 +145,15 @@ def commands(path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if "training/sft.py" in line]
 
 
-def parsed(words):
+def parsed(words) -> Settings:
     arguments = words[words.index("training/sft.py") + 1 :]
     if "--deepspeed" in arguments:  # which would start its processes; test_engines.py does
         place = arguments.index("--deepspeed")
         assert (REPOSITORY / arguments[place + 1]).is_file()
         del arguments[place : place + 2]
-    args, training_args, model_args = parse_arguments([*arguments, "--use_cpu", "True"])
-    check_arguments(args, training_args, model_args)
-    settle_batch_size(args, training_args)
-    return args, training_args, model_args
+    settings = parse_arguments([*arguments, "--use_cpu", "True"])
+    check_settings(settings)
+    return settings
 
 
 def test_documented_commands_parse():
@@ -187,7 +186,8 @@ def test_the_commands_of_the_published_models(name):
         next(w for w in mine if f"training/configs/{stage}.yaml" in w) for stage in ("align", "instruct")
     )
     for long in (False, True):
-        args, training_args, model_args = parsed([*align, *(["--max_steps", "200000"] if long else [])])
+        settings = parsed([*align, *(["--max_steps", "200000"] if long else [])])
+        args, training_args = settings.honeybee, settings.training
         projector = HoneybeeProjectorConfig.from_settings(args.projector)
         assert (projector.projector_type, projector.num_query_tokens) == (projector_type, tokens)
         assert args.text_model.endswith(f"vicuna-{size}-v1.5")
@@ -196,8 +196,9 @@ def test_the_commands_of_the_published_models(name):
         assert (args.global_batch_size, training_args.warmup_steps) == (256, 2000)
         assert training_args.max_steps == (200_000 if long else 50_000)
         assert args.mixture.endswith("captions.yaml")
-        args, training_args, model_args = parsed([*instruct, *(["--max_steps", "10000"] if long else [])])
-        assert model_args.model_name_or_path == f"outputs/{name}/align"
+        settings = parsed([*instruct, *(["--max_steps", "10000"] if long else [])])
+        args, training_args = settings.honeybee, settings.training
+        assert settings.model.model_name_or_path == f"outputs/{name}/align"
         assert (args.stage, training_args.learning_rate, training_args.weight_decay) == ("instruct", 2e-5, 1e-4)
         assert (args.global_batch_size, training_args.warmup_steps) == (128, 150)
         assert training_args.max_steps == (10_000 if long else 4_000)
@@ -208,9 +209,9 @@ def test_the_commands_of_the_published_models(name):
 def test_one_global_batch_on_any_number_of_devices(per_device, world_size, steps, monkeypatch):
     monkeypatch.setattr("trl.SFTConfig.world_size", property(lambda self: world_size))
     words = ["--config", str(CONFIGS / "align.yaml"), "--per_device_train_batch_size", str(per_device)]
-    args, training_args, _ = parse_arguments([*words, "--output_dir", "unused", "--use_cpu", "True"])
-    settle_batch_size(args, training_args)
-    assert training_args.gradient_accumulation_steps == steps
+    settings = parse_arguments([*words, "--output_dir", "unused", "--use_cpu", "True"])
+    assert settings.training.gradient_accumulation_steps == steps
+    assert settings.global_batch_size == per_device * world_size * steps
 
 
 def test_a_7b_model_is_counted_without_its_weights(world, tmp_path, monkeypatch):
@@ -292,8 +293,7 @@ def test_the_deepspeed_launchers(stage, launched):
 
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # the arguments would start its processes
     words = ["--config", str(CONFIGS / "instruct.yaml"), "--output_dir", "unused", "--use_cpu", "True"]
-    args, training_args, _ = parse_arguments(words)
-    settle_batch_size(args, training_args)
+    training_args = parse_arguments(words).training
     config = HfTrainerDeepSpeedConfig(plugin.deepspeed_config)
     config.trainer_config_process(training_args, auto_find_batch_size=False)
     config.trainer_config_finalize(training_args, None, training_args.max_steps)

@@ -9,9 +9,10 @@ from trl import SFTConfig
 
 from tests.tiny import picture, tiny_model, tiny_processor
 from training.collator import HoneybeeDataCollator
-from training.packed_attention import use_packed_attention
-from training.stages import freeze_for_stage, lora_modules
-from training.trainer import HoneybeeTrainer
+from training.run.lora import lora_modules
+from training.stages import freeze_for_stage
+from training.trainer.packed_attention import use_packed_attention
+from training.trainer.trainer import HoneybeeTrainer
 
 
 def conversations() -> Dataset:

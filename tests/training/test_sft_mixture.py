@@ -18,7 +18,7 @@ from trl import SFTTrainer
 
 from tests.tiny import REPOSITORY, picture, run_script, save_clip, save_llama
 from training import sft
-from training.checkpoints import last_whole_checkpoint
+from training.run.checkpoints import last_whole_checkpoint
 
 SFT = REPOSITORY / "training" / "sft.py"
 RUN_SFT = REPOSITORY / "tests" / "training" / "run_sft.py"

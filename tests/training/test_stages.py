@@ -5,7 +5,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from tests.tiny import tiny_model
-from training.stages import freeze_for_stage, linear_names, lora_modules, parameter_counts, set_trained
+from training.run.lora import linear_names, lora_modules
+from training.stages import freeze_for_stage, parameter_counts, set_trained
 
 
 @pytest.mark.parametrize(

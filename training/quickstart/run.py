@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart from stand-ins to a table of accuracies. All training here goes through `training/run.py`."""
+"""The quickstart from stand-ins to a table of accuracies. All training here goes through `training/run/launch.py`."""
 
 import json
 import multiprocessing
@@ -17,11 +17,12 @@ from trl import ModelConfig, SFTConfig
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor
-from training.arguments import HoneybeeArguments
-from training.checkpoints import last_whole_checkpoint
 from training.quickstart.digit_scenes import QUESTION_WEIGHTS, SceneMaker
 from training.quickstart.stand_ins import make_stand_ins
-from training.run import prepare, run
+from training.run.arguments import HoneybeeArguments
+from training.run.checkpoints import last_whole_checkpoint
+from training.run.launch import prepare, run
+from training.run.settings import Settings
 
 PROJECTOR = {"projector_type": "c-abs", "num_query_tokens": 16, "hidden_size": 64, "depth": 2}
 BATCH_SIZE = 32
@@ -68,14 +69,14 @@ def is_model(folder: str) -> bool:
 
 
 def train_stage(folder: str, stage: str, dataset: str, seed: int, **model) -> str:
-    """Trains a stage into `folder` unless it is finished there, or what is left of it; returns `folder`."""
+    """Trains a stage, or what is left of it, unless `folder` holds it already; returns `folder`."""
     if is_model(folder):
         return folder
     stopped = last_whole_checkpoint(folder) is not None
     if not stopped:
         shutil.rmtree(folder, ignore_errors=True)
     model_name_or_path = model.pop("model_name_or_path", None)
-    trainer, checkpoint = prepare(
+    settings = Settings(
         HoneybeeArguments(stage=stage, dataset=dataset, **model),
         SFTConfig(
             output_dir=folder,
@@ -97,6 +98,7 @@ def train_stage(folder: str, stage: str, dataset: str, seed: int, **model) -> st
         ),
         ModelConfig(model_name_or_path=model_name_or_path, dtype="float32"),
     )
+    trainer, checkpoint = prepare(settings)
     run(trainer, checkpoint, how_to_go_on="the same command again")
     return folder
 

@@ -6,7 +6,7 @@
   stand sixteen embeddings, one a cell, each the sum of the embeddings of a digit's and a cell's name. It has never seen
   an image; what a projector must learn is to say in its embedding space what the tower sees.
 
-The loops here make the stand-ins only. The training of the Honeybee runs through `training/run.py`.
+The loops here make the stand-ins only. The training of the Honeybee runs through `training/run/launch.py`.
 """
 
 import os
@@ -118,7 +118,8 @@ def make_language_model(folder: str, seed: int, steps: int = 1200, batch_size: i
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
         num_hidden_layers=4,
-        num_attention_heads=WIDTH // 32,  # the smallest heads that vLLM's attention on CPUs takes
+        num_attention_heads=4,
+        head_dim=32,  # the smallest that vLLM's attention on CPUs takes
         max_position_embeddings=256,
         initializer_range=0.1,
         rope_theta=1e6,

@@ -5,54 +5,25 @@ import copy
 import dataclasses
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 
-from training.conversations import COLUMNS, looks_local
-from training.recipe.files import FILES, annotation_files
-from training.recipe.mixture import BALANCINGS
-from training.recipe.turns import KEEPS, KEYS
-from training.yaml_file import read_yaml
+from training.recipe.balancing import BALANCINGS
+from training.recipe.catalogue import DATASETS, TASKS, annotation_files
+from training.samples import COLUMNS, looks_local
+from training.yaml_file import is_of_type, read_yaml
 
-# Name -> task. The order is the one in which the tables list them, and one_dataset_per_task takes the first.
-DATASETS = {
-    "coyo": "captioning",
-    "blip": "captioning",
-    "vqav2": "vqa-open",
-    "gqa": "vqa-open",
-    "ocrvqa": "vqa-open",
-    "vsr": "vqa-open",
-    "sqa": "vqa-multiple-choice",
-    "aokvqa": "vqa-multiple-choice",
-    "refcoco": "referring-expression",
-    "refcoco_plus": "referring-expression",
-    "refcocog": "referring-expression",
-    "vg": "referring-expression",
-    "llava150k": "visual-instruction",
-    "sharegpt": "text-instruction",
-}
-TASKS = tuple(dict.fromkeys(DATASETS.values()))
+# The weights of the official fine-tuning mixture.
+TUNED_WEIGHTS = {name: dataset.weight for name, dataset in DATASETS.items() if dataset.weight is not None}
 
-# The official weights of the fine-tuning mixture (short schedule). They sum to 1.003 and are normalised when used.
-TUNED_WEIGHTS = {
-    "coyo": 0.077,
-    "vqav2": 0.103,
-    "gqa": 0.103,
-    "ocrvqa": 0.051,
-    "vsr": 0.026,
-    "sqa": 0.051,
-    "aokvqa": 0.103,
-    "refcoco": 0.103,
-    "refcoco_plus": 0.103,
-    "refcocog": 0.103,
-    "vg": 0.051,
-    "llava150k": 0.103,
-    "sharegpt": 0.026,
-}
+# Ways to de-duplicate questions: what agrees in them, and which one stays.
+KEYS = ("answer", "bbox")
+KEEPS = ("draw", "first")
 
-# How an option of a multiple-choice question is marked; the first character of the alphabet in it is counted on.
+# How the options of a multiple-choice question are marked, by the mark of the first: its letter or number is counted on.
 OPTION_MARKS = ("A.", "A)", "(A)", "a.", "a)", "(a)", "1.", "1)", "(1)")
 
 CHOICES = {
@@ -85,9 +56,9 @@ class Turns:
     """How the questions about one image become one conversation.
 
     Args:
-        max_turns: questions in one conversation, by dataset; 1 for those that are not named.
-        deduplicate: dataset -> `answer` or `bbox`: of the questions of one image that agree in it, one is kept.
-        keep: which one: `draw` anew each time the sample is read, or the `first`.
+        max_turns: dataset -> questions in one conversation; a dataset that is not named has 1.
+        deduplicate: dataset -> `answer` or `bbox`: where questions about one image agree in it, one of them is kept.
+        keep: which one: `draw` draws it each time the sample is read, `first` takes the first.
     """
 
     max_turns: dict[str, int] = field(default_factory=lambda: {"vqav2": 10, "gqa": 10, "ocrvqa": 10})
@@ -100,7 +71,7 @@ class Options:
     """How the options of multiple-choice questions are put.
 
     Args:
-        shuffle: draws their order each time the sample is read; the answer's letter follows.
+        shuffle: draws their order each time the sample is read; the answer is the letter of the right option there.
         marks: one of `OPTION_MARKS`, or `random` to draw one for each question.
         answer_with_text: answers "B. knife" instead of "B".
     """
@@ -118,8 +89,8 @@ class OwnDataset:
         name: in the mixture, unique.
         path: a Hub name, or a file or folder as `load_conversations` takes it.
         split: of a Hub dataset or a saved `DatasetDict`.
-        task: what `per-task` counts it to.
-        columns: what we call it -> what the dataset calls it, of those in `COLUMNS`.
+        task: the one that `per-task` counts it to.
+        columns: name out of `COLUMNS` -> the dataset's name for it.
     """
 
     name: str
@@ -139,19 +110,20 @@ class Recipe:
         exclude: names of datasets or tasks to leave out.
         one_dataset_per_task: keep the first dataset of each task.
         own: the user's own datasets.
-        balancing: see `sampling_weights`.
+        balancing: a name out of `BALANCINGS`.
         weights: dataset -> weight, read by `per-dataset-tuned`.
         granularity: templates by dataset (`fine`) or by task (`coarse`).
-        diversity: one wording (`single`), several (`multi`), or several and question and answer in swapped roles.
-        identifiers: `none` for instructions, or the name that stands in their place.
-        templates: file to read in the place of templates.yaml, with the same keys.
+        diversity: `single` for one wording, `multi` for several, `multi+flip` for several and one in which question and
+            answer swap roles.
+        identifiers: `none` for instructions, or the name that takes their place.
+        templates: file that takes the place of templates.yaml, with the same keys.
         options: see [`Options`].
         turns: see [`Turns`].
         seed: of everything that is drawn.
-        max_bad_fraction: training stops when more of the records than this are of no use.
+        max_bad_fraction: training stops when more than this share of the records is of no use.
 
     Raises:
-        RecipeError: all that is wrong; no file is looked at.
+        RecipeError: all that is wrong with the settings; no file is looked at.
     """
 
     data_root: str
@@ -176,7 +148,8 @@ class Recipe:
 
     def chosen(self) -> list[str]:
         """The names that `datasets`, `exclude` and `one_dataset_per_task` leave, own datasets last."""
-        tasks = {**DATASETS, **{own.name: own.task for own in self.own}}
+        tasks = {name: dataset.task for name, dataset in DATASETS.items()}
+        tasks |= {own.name: own.task for own in self.own}
         names = [*self.datasets, *(own.name for own in self.own)]
         names = [name for name in names if name not in self.exclude and tasks[name] not in self.exclude]
         if self.one_dataset_per_task:
@@ -188,13 +161,23 @@ class Recipe:
         return names
 
 
-def _problems(recipe: Recipe):
-    def unknown(setting, value, choices):
-        return f"{setting}={value!r} is unknown; use {', '.join(map(str, choices))}"
+def _unknown(setting: str, value, choices) -> str:
+    return f"{setting}={value!r} is unknown; use {', '.join(map(str, choices))}"
 
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    yield from _choice_problems(recipe)
+    yield from _dataset_problems(recipe)
+    yield from _turn_problems(recipe)
+    if not 0 <= recipe.max_bad_fraction < 1:
+        yield f"max_bad_fraction={recipe.max_bad_fraction} is not a fraction; use 0 or more and less than 1"
+    yield from _weight_problems(recipe)
+
+
+def _choice_problems(recipe: Recipe) -> Iterator[str]:
     for setting in ("balancing", "granularity", "diversity", "identifiers"):
         if getattr(recipe, setting) not in CHOICES[setting]:
-            yield unknown(setting, getattr(recipe, setting), CHOICES[setting])
+            yield _unknown(setting, getattr(recipe, setting), CHOICES[setting])
     if recipe.identifiers != "none" and (recipe.granularity, recipe.diversity) != ("fine", "single"):
         yield (
             f"identifiers={recipe.identifiers} takes the place of the instructions, so "
@@ -202,15 +185,17 @@ def _problems(recipe: Recipe):
             "single"
         )
     if recipe.turns.keep not in CHOICES["keep"]:
-        yield unknown("turns.keep", recipe.turns.keep, CHOICES["keep"])
+        yield _unknown("turns.keep", recipe.turns.keep, CHOICES["keep"])
     if recipe.options.marks not in CHOICES["marks"]:
-        yield unknown("options.marks", recipe.options.marks, CHOICES["marks"])
+        yield _unknown("options.marks", recipe.options.marks, CHOICES["marks"])
 
+
+def _dataset_problems(recipe: Recipe) -> Iterator[str]:
     own_names = [own.name for own in recipe.own]
     names = [*recipe.datasets, *own_names]
     for name in dict.fromkeys(recipe.datasets):
         if name not in DATASETS:
-            yield unknown("datasets", name, DATASETS) + "; a dataset of your own goes under own"
+            yield _unknown("datasets", name, DATASETS) + "; a dataset of your own goes under own"
     for name in dict.fromkeys(names):
         if names.count(name) > 1:
             yield f"dataset {name!r} is named {names.count(name)} times; name it once and give it a larger weight"
@@ -219,32 +204,36 @@ def _problems(recipe: Recipe):
     excludable = {*DATASETS, *TASKS, *own_names, *(own.task for own in recipe.own)}
     for name in recipe.exclude:
         if name not in excludable:
-            yield unknown("exclude", name, sorted(excludable))
+            yield _unknown("exclude", name, sorted(excludable))
     for own in recipe.own:
         for column in own.columns:
             if column not in COLUMNS:
-                yield unknown(f"own {own.name}: columns", column, COLUMNS)
+                yield _unknown(f"own {own.name}: columns", column, COLUMNS)
 
-    known = {*DATASETS, *own_names}
+
+def _turn_problems(recipe: Recipe) -> Iterator[str]:
+    # An own dataset's conversations stay as they are.
+    mergeable = [name for name in recipe.datasets if name in DATASETS]
     for name, turns in recipe.turns.max_turns.items():
-        if name not in DATASETS:  # an own dataset's conversations stay as they are
-            yield unknown("turns.max_turns", name, set(DATASETS) & set(names))
+        if name not in DATASETS:
+            yield _unknown("turns.max_turns", name, mergeable)
         if turns < 1:
             yield f"turns.max_turns.{name}={turns}; a conversation has at least 1 turn"
     for name, key in recipe.turns.deduplicate.items():
         if name not in DATASETS:
-            yield unknown("turns.deduplicate", name, set(DATASETS) & set(names))
+            yield _unknown("turns.deduplicate", name, mergeable)
         if key not in CHOICES["deduplicate"]:
-            yield unknown(f"turns.deduplicate.{name}", key, CHOICES["deduplicate"])
-    if not 0 <= recipe.max_bad_fraction < 1:
-        yield f"max_bad_fraction={recipe.max_bad_fraction} is not a fraction; use 0 or more and less than 1"
+            yield _unknown(f"turns.deduplicate.{name}", key, CHOICES["deduplicate"])
 
+
+def _weight_problems(recipe: Recipe) -> Iterator[str]:
+    known = {*DATASETS, *(own.name for own in recipe.own)}
     for name, weight in recipe.weights.items():
         if name not in known:
-            yield unknown("weights", name, sorted(known))
+            yield _unknown("weights", name, sorted(known))
         if weight < 0 or not math.isfinite(weight):
             yield f"weights.{name}={weight}; a weight is a finite number of at least 0"
-    if any(name not in known for name in names):
+    if not known.issuperset(recipe.datasets):
         return
     chosen = recipe.chosen()
     if not chosen:
@@ -268,13 +257,13 @@ def load_recipe(source: str | dict, overrides: list[str] = ()) -> Recipe:
         overrides: `setting=value` with the value as YAML, e.g. `balancing=per-task` or `turns.max_turns={}`.
 
     Raises:
-        RecipeError: all that is wrong with it, missing files among it, with the path.
+        RecipeError: all that is wrong with it, files that are missing included, with the path.
     """
     if isinstance(source, dict):
         settings, twice, path = source, [], "mixture"
     else:
         (settings, twice), path = _read_section(source), source
-    if overrides:  # what is wrong may be there and not in the file
+    if overrides:  # the mistake may be in them and not in the file
         path += f" with --set {' '.join(overrides)}"
     given = _overridden(settings, overrides, [])
     try:
@@ -337,25 +326,26 @@ def _overridden(settings: dict, overrides: list[str], problems: list[str]) -> di
 
 
 def _named(settings: dict) -> list[str]:
-    """The datasets that settings with mistakes in them mean to read, as far as can be told."""
+    """The datasets that settings mean to read, as far as their mistakes let it be told."""
     names, exclude = settings.get("datasets", list(TUNED_WEIGHTS)), settings.get("exclude")
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     exclude = exclude if isinstance(exclude, list) else []
-    return [name for name in dict.fromkeys(names) if name not in exclude and DATASETS.get(name) not in exclude]
+    named = {name: DATASETS[name].task if name in DATASETS else None for name in names}
+    return [name for name, task in named.items() if name not in exclude and task not in exclude]
 
 
 def missing_files(settings: dict, datasets: list[str]) -> list[str]:
-    """What the settings name and the disk does not have.
+    """A sentence for each file or folder that the settings need and that is not there.
 
     Args:
-        datasets: names of the datasets that are to be read.
+        datasets: names of those that are to be read.
     """
     problems, root = [], settings.get("data_root")
-    if isinstance(root, str) and any(name in FILES for name in datasets):
+    if isinstance(root, str) and any(name in DATASETS for name in datasets):
         if not os.path.isdir(root):
             problems.append(f"data_root {root!r} is not a folder; give the one that holds the datasets' folders")
         else:
-            for name in filter(FILES.__contains__, datasets):
+            for name in filter(DATASETS.__contains__, datasets):
                 try:
                     annotation_files(name, root)
                 except FileNotFoundError as error:
@@ -371,7 +361,9 @@ def missing_files(settings: dict, datasets: list[str]) -> list[str]:
     return problems
 
 
-_KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+_WORDS = {
+    str: "text", bool: "true or false", int: "a whole number", float: "a number", list: "a list", dict: "a mapping",
+}  # fmt: skip
 
 
 def _typed(kind: type, settings: dict, where: str, problems: list[str]) -> dict[str, Any]:
@@ -401,17 +393,14 @@ def _value(kind, value, name: str, problems: list[str]):
         before = len(problems)
         given = _typed(kind, value, name + ".", problems)
         return kind(**given) if len(problems) == before else None
-    origin, arguments = getattr(kind, "__origin__", kind), getattr(kind, "__args__", ())
+    origin, inner = get_origin(kind) or kind, get_args(kind)
     if origin is list and isinstance(value, list):
-        values = [_value(arguments[0], item, f"{name}[{i}]", problems) for i, item in enumerate(value)]
+        values = [_value(inner[0], item, f"{name}[{i}]", problems) for i, item in enumerate(value)]
         return [item for item in values if item is not None]
     if origin is dict and isinstance(value, dict):
-        values = {str(key): _value(arguments[1], item, f"{name}.{key}", problems) for key, item in value.items()}
+        values = {str(key): _value(inner[1], item, f"{name}.{key}", problems) for key, item in value.items()}
         return {key: item for key, item in values.items() if item is not None}
-    if origin is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if origin in _KINDS and isinstance(value, origin) and (origin is bool or not isinstance(value, bool)):
-        return value
-    wanted = {list: "a list", dict: "a mapping"}.get(origin) or _KINDS[origin]
-    problems.append(f"{name}={value!r} must be {wanted}")
+    if is_of_type(value, kind):
+        return float(value) if kind is float else value
+    problems.append(f"{name}={value!r} must be {_WORDS[origin]}")
     return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records become conversations: every record of `readers` with the words of `templates.yaml` around it."""
+"""Records become conversations: each gets the words of templates.yaml around it."""
 
 import random
 import re
@@ -7,25 +7,14 @@ from pathlib import Path
 
 import yaml
 
+from training.recipe.catalogue import DATASETS, LETTERS, TASKS, TURN
 from training.recipe.config import OPTION_MARKS, Recipe
-from training.recipe.readers import LETTERS, TASKS, TURN
+from training.samples import BadSampleError
 
 TEMPLATES = Path(__file__).with_name("templates.yaml")
 DIALOGUE_TASKS = ("visual-instruction", "text-instruction")
 
 _FIELD = re.compile(r"\{(\w+)\}")
-
-
-class BadSampleError(ValueError):
-    """A record that nothing can be learned from.
-
-    Attributes:
-        reason: "empty answer" or "malformed record", to be counted by.
-    """
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
 
 
 class Instructions:
@@ -49,7 +38,7 @@ class Instructions:
             known = ", ".join(self._templates["datasets"])
             raise ValueError(f"dataset {dataset!r} has no templates; there are some for {known}")
         own = self._templates["datasets"][dataset]
-        task = self._templates["tasks"][TASKS[dataset]]
+        task = self._templates["tasks"][DATASETS[dataset].task]
         if self.recipe.identifiers != "none":
             name = own["name"] if self.recipe.identifiers == "dataset-name" else task["name"]
             return [
@@ -73,11 +62,11 @@ class Instructions:
 
 
 def load_templates(path: str = "") -> dict:
-    """The templates of a file, ours where none is given, checked; see the head of templates.yaml for what is in it.
+    """Reads and checks a file of templates; ours without a path. The head of templates.yaml says what is in it.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: everything that is missing or unknown in it, at once.
+        ValueError: all that is missing or unknown in it.
     """
     path = Path(path) if path else TEMPLATES
     if not path.is_file():
@@ -105,7 +94,7 @@ def load_templates(path: str = "") -> dict:
 
     for name in ("question", "dialogue"):
         part(part(templates, "system", dict, "file"), name, str, "system")
-    for name in sorted({task for task in TASKS.values() if task != "captioning" and task not in DIALOGUE_TASKS}):
+    for name in sorted(task for task in TASKS if task != "captioning" and task not in DIALOGUE_TASKS):
         where = f"tasks.{name}"
         task = part(part(templates, "tasks", dict, "file"), name, dict, "tasks")
         part(task, "name", str, where)
@@ -114,7 +103,7 @@ def load_templates(path: str = "") -> dict:
         check_direction(part(task, "flip", dict, where), f"{where}.flip")
         for direction in part(task, "identified", list, where):
             check_direction(direction, f"{where}.identified", extra=("identifier",))
-        for dataset in (dataset for dataset, its_task in TASKS.items() if its_task == name):
+        for dataset in (dataset for dataset, entry in DATASETS.items() if entry.task == name):
             own = part(part(templates, "datasets", dict, "file"), dataset, dict, "datasets")
             part(own, "name", str, f"datasets.{dataset}")
             for direction in part(own, "fine", list, f"datasets.{dataset}"):
@@ -128,12 +117,12 @@ def instructize(record: dict, instructions: Instructions, rng: random.Random) ->
     """A record as a sample for the collator.
 
     Args:
-        record: as in `readers`, its turns chosen; or a sample with `messages`, which stays as it is.
-        rng: all that is drawn is drawn from it.
+        record: as in `catalogue`, its turns chosen; or a sample with `messages`, which stays as it is.
+        rng: for all that is drawn.
 
     Returns:
         `messages`; `images`, a list with the record's image or nothing; `chat_template`, "default" or "caption";
-        `dataset`; and `skipped`, the reason of every turn that was left out.
+        `dataset`; and `skipped`, the reason of each turn that is left out.
 
     Raises:
         BadSampleError: nothing is left to learn.
@@ -149,15 +138,15 @@ def instructize(record: dict, instructions: Instructions, rng: random.Random) ->
         }
     task, image, turns = record["task"], record["image"], record["turns"]
     if not turns:
-        raise BadSampleError("malformed record", f"a record of {record['dataset']} has no turns")
+        raise BadSampleError(f"a record of {record['dataset']} has no turns", "malformed record")
     images = [] if image is None else [image]
     sample = {"images": images, "chat_template": "default", "dataset": record["dataset"], "skipped": []}
     if task == "captioning":
         caption = turns[0]["answer"]
         if image is None or caption is None:
-            raise BadSampleError("malformed record", f"a record of {record['dataset']} lacks its image or its caption")
+            raise BadSampleError(f"a record of {record['dataset']} lacks its image or its caption", "malformed record")
         if not caption.strip():
-            raise BadSampleError("empty answer", f"a caption of {record['dataset']}")
+            raise BadSampleError(f"a caption of {record['dataset']} is empty", "empty answer")
         messages = [_message("user", {"type": "image"}), _message("assistant", _words(caption))]
         return {**sample, "messages": messages, "chat_template": "caption"}
 
@@ -165,7 +154,7 @@ def instructize(record: dict, instructions: Instructions, rng: random.Random) ->
     messages, skipped = build(record, instructions, rng)
     if not messages:
         raise BadSampleError(
-            skipped[0] if skipped else "malformed record", f"no turn of a record of {record['dataset']} is left"
+            f"no turn of a record of {record['dataset']} is left", skipped[0] if skipped else "malformed record"
         )
     system = _message("system", _words(instructions.system(task)))
     return {**sample, "messages": [system, *messages], "skipped": skipped}
@@ -188,7 +177,7 @@ def _questions(record: dict, instructions: Instructions, rng: random.Random) -> 
             values = _values(turn, instructions, rng)
             asked, told = _fill(question, values), _fill(answer, values)
             if not told.strip():
-                raise BadSampleError("empty answer")
+                raise BadSampleError("the answer is empty", "empty answer")
         except BadSampleError as bad:
             skipped.append(bad.reason)
             continue
@@ -199,15 +188,15 @@ def _questions(record: dict, instructions: Instructions, rng: random.Random) -> 
 
 
 def _values(turn: dict, instructions: Instructions, rng: random.Random) -> dict[str, str | None]:
-    """What the fields of a template stand for; options lettered and, where wanted, shuffled."""
+    """The values of a template's fields. Options get their letters, in an order that is drawn if the recipe shuffles."""
     options = turn["options"]
     if options is None:
         return turn
     if not turn["answer"]:
-        raise BadSampleError("empty answer")
+        raise BadSampleError("the answer is empty", "empty answer")
     correct = LETTERS.find(turn["answer"]) if len(turn["answer"]) == 1 else -1
     if not 0 <= correct < len(options) <= len(LETTERS):
-        raise BadSampleError("malformed record", f"the answer {turn['answer']!r} is none of {len(options)} options")
+        raise BadSampleError(f"the answer {turn['answer']!r} is none of {len(options)} options", "malformed record")
     order = list(range(len(options)))
     if instructions.recipe.options.shuffle:
         rng.shuffle(order)
@@ -238,7 +227,7 @@ def _fill(template: str, values: dict[str, str | None]) -> str:
 
     def value(match: re.Match) -> str:
         if values[match[1]] is None:
-            raise BadSampleError("malformed record", f"{match[1]} is missing")
+            raise BadSampleError(f"{match[1]} is missing", "malformed record")
         return values[match[1]]
 
     # In one pass: braces inside the values are text.
@@ -248,7 +237,7 @@ def _fill(template: str, values: dict[str, str | None]) -> str:
 def _dialogue(record: dict, instructions: Instructions, rng: random.Random) -> tuple[list[dict], list[str]]:
     turns, skipped = [], []
     for turn in record["turns"]:
-        # None is a turn that the user goes on from or ends with; an answer of nothing would teach to say nothing.
+        # None as the answer means that the user speaks again, or last. An empty answer would teach to say nothing.
         if turn["answer"] is not None and not turn["answer"].strip():
             skipped.append("empty answer")
         else:
@@ -271,12 +260,12 @@ def _dialogue(record: dict, instructions: Instructions, rng: random.Random) -> t
     placed = sum(item["type"] == "image" for message in messages for item in message["content"])
     images = int(record["image"] is not None)
     if placed > images:
-        raise BadSampleError("malformed record", f"{placed} image placeholders for {images} images")
+        raise BadSampleError(f"{placed} image placeholders for {images} images", "malformed record")
     # No placeholder, or it went with a question whose answer is empty: the other questions still need the image.
     if placed < images:
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
-            raise BadSampleError("malformed record", "nobody asks about the image")
+            raise BadSampleError("nobody asks about the image", "malformed record")
         first["content"].insert(0, {"type": "image"})
     return messages, skipped
 
@@ -284,8 +273,8 @@ def _dialogue(record: dict, instructions: Instructions, rng: random.Random) -> t
 def _place_image(question: str) -> list[dict]:
     """The items of a question with "<image>" in it, as the official code reads it.
 
-    One line break between image and text goes. Only where the image opens the question does the text behind it have a
-    role marker of its own; otherwise it continues the image's, its line break included.
+    One line break between image and text is dropped. If the image opens the question, the text behind it gets a role
+    marker of its own. Otherwise the text continues the image's, and keeps its line break.
     """
     before, *others = question.split("<image>")
     content = [_words(before.removesuffix("\n"))] if before.removesuffix("\n") else []

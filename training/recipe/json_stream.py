@@ -14,7 +14,7 @@ _FOLLOWING = tuple(_BLANK + ",:]}")
 
 
 class _Reader:
-    """A text file with the part of it that is being parsed in memory."""
+    """A text file, and in memory the part of it that is being parsed."""
 
     def __init__(self, file, chunk: int):
         self.file, self.chunk = file, chunk
@@ -95,7 +95,7 @@ def stream_json(path: str, member: str | None = None, chunk: int = CHUNK) -> Ite
 
     Args:
         path: a UTF-8 file.
-        member: name of a member of the top object; its entries are given instead of the file's.
+        member: name of a member of the top object, whose entries are given in place of the object's.
         chunk: characters read at a time.
 
     Raises:

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several sources mixed by weight into one sequence of samples.
 
-The mixture is random access: sample `k` is a function of the seed and `k` alone. So it is a map-style dataset, and who
-reads what is left to the samplers of torch and accelerate: any number of workers gives the same order, ranks share the
-batches out, and a resumed run goes on where `trainer_state.json` stands without reading what it skips. A chain of
+Sample `k` depends on the seed and on `k` alone. So the mixture is a map-style dataset, and the samplers of torch and
+accelerate decide which process reads what. The order is the same with any number of workers, ranks share the batches, and
+a resumed run goes on at the step of `trainer_state.json` without reading what it skips. A chain of
 `datasets.interleave_datasets`, `shuffle` and `split_dataset_by_node` has none of this: its position runs ahead with the
 workers' prefetching, its shuffle buffer is lost on saving, and its order depends on the number of workers.
 """
 
-import copy
 import hashlib
 import itertools
 import logging
 import random
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -25,23 +23,15 @@ from PIL.Image import DecompressionBombError
 from torch.utils.data import get_worker_info
 
 from processing import open_image
-from training.collator import HoneybeeDataCollator, TooLongError
-from training.conversations import EmptyAnswerError, normalize_conversation
+from training.conversations import normalize_conversation
+from training.recipe.stream import Stream
+from training.samples import REASONS, BadSampleError, TooManyBadSamplesError
 
 logger = logging.getLogger(__name__)
 
-BALANCINGS = ("per-dataset", "per-task", "per-sample-100k", "per-dataset-tuned")
-SAMPLE_CAP = 100_000
-LOOK_BACK = 64  # records that a stream keeps at least, for readers that are not quite in order
-REASONS = (
-    "missing image",
-    "corrupt image",
-    "decompression bomb",
-    "empty answer",
-    "malformed record",
-    "malformed conversation",
-    "too long",
-)
+# Raises a ValueError where messages in a chat template are of no use for training, for instance because they are too long.
+Fits = Callable[[list[dict], str], None]
+
 # Columns of the counts: records used, answers in them, records not used; then the reasons, also of turns.
 _USED, _ANSWERS, _UNUSABLE, _REASONS = 0, 1, 2, 3
 
@@ -59,94 +49,6 @@ _DATA_ERRORS = (
 )
 
 
-class TooManyBadSamplesError(RuntimeError):
-    """More samples than allowed could not be used."""
-
-
-class UnusableRecordError(ValueError):
-    """A record that gives no sample.
-
-    Args:
-        reason: one of `REASONS`.
-        detail: what exactly is wrong.
-    """
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-
-
-# Functions of the records and not of their stream: a stream that is dropped has to close its iterator then and there. One
-# that waits for the garbage collector is closed in any thread, and `datasets` waits for threads of its own when closed.
-def _one_pass(records: Iterable, epoch: int) -> Iterator:
-    if not isinstance(records, datasets.IterableDataset):
-        yield from records
-        return
-    # Its epoch lies in memory that workers share, and they do not reach the end of an epoch at the same time.
-    records = copy.deepcopy(records)
-    records.set_epoch(epoch)
-    # Its __iter__ would give a worker of a DataLoader the worker's own shards; iter() gives all.
-    for batch in records.iter(batch_size=1):
-        yield {name: values[0] for name, values in batch.items()}
-
-
-def _endless(records: Iterable) -> Iterator:
-    for epoch in itertools.count():
-        empty = True
-        for record in _one_pass(records, epoch):
-            empty = False
-            yield record
-        if empty:
-            raise TooManyBadSamplesError(
-                "the stream has no records; check the pattern of its files or leave the dataset out"
-            )
-
-
-class Stream:
-    """Forward access by position to records that can only be read one after the other, over and over again.
-
-    Every worker reads the whole stream and uses its own part, undecoded: reading is cheap beside decoding, and only so
-    the order is the same with any number of workers. After a restart the records before the position are read again.
-
-    Args:
-        records: an iterable that can be started anew; a `datasets.IterableDataset` is told the epoch by `set_epoch`, so
-            that its `shuffle(seed, buffer_size)` gives another order in each.
-    """
-
-    def __init__(self, records: Iterable):
-        if isinstance(records, datasets.IterableDataset) and records.features:
-            records = records.decode(False)  # an image that cannot be decoded would end the iteration
-        self.records, self.look_back = records, LOOK_BACK
-        self._restart()
-
-    def _restart(self):
-        self._iterator, self._next, self._recent = _endless(self.records), 0, deque(maxlen=self.look_back)
-
-    def __getstate__(self):
-        return self.records, self.look_back
-
-    def __setstate__(self, state):
-        self.records, self.look_back = state
-        self._restart()
-
-    def keep(self, look_back: int) -> None:
-        """Keeps at least this many records from now on, undecoded."""
-        self.look_back = max(self.look_back, look_back)
-        self._restart()
-
-    def one_pass(self) -> Iterator:
-        """The records of the first epoch."""
-        return _one_pass(self.records, epoch=0)
-
-    def __getitem__(self, position: int):
-        if position < self._next - len(self._recent):
-            self._restart()
-        while self._next <= position:
-            self._recent.append(next(self._iterator))
-            self._next += 1
-        return self._recent[position - self._next]
-
-
 @dataclass
 class Source:
     """One dataset of a mixture.
@@ -155,9 +57,9 @@ class Source:
         name: unique in the mixture.
         task: what `per-task` balances.
         records: a sequence (`__len__`, `__getitem__`), such as a `datasets.Dataset`, or a [`Stream`].
-        render: (record, random) -> `{"messages", "images"[, "chat_template"][, "skipped"]}`, the last the reasons of
-            turns left out. Pure: what it draws, it draws from the `random.Random` given. Raises a ValueError where the
-            record is of no use. Reasons, also an error's attribute `reason`, are out of `REASONS`.
+        render: (record, random) -> `{"messages", "images"[, "chat_template"][, "skipped"]}`; `skipped` has the reason
+            of each turn that is left out, one of `REASONS`. Pure: it draws from the `random.Random` that it is given.
+            Raises a ValueError, best a [`BadSampleError`], where the record is of no use.
         image_root: folder of relative image paths.
     """
 
@@ -173,64 +75,27 @@ class Source:
         return None if isinstance(self.records, Stream) else len(self.records)
 
 
-def sampling_weights(sources: list[Source], balancing: str, tuned: Mapping[str, float] | None = None) -> np.ndarray:
-    """The share of each source in the draws, (sources,), summing to 1 (paper, section 4, "dataset balancing").
-
-    With D sources, T tasks, D_t sources in the task t of source d, and n_d records in source d:
-
-    - `per-dataset`: 1 / D
-    - `per-task`: 1 / (T * D_t)
-    - `per-sample-100k`: min(n_d, 100000) / sum over all d of min(n_d, 100000); a stream counts as 100000
-    - `per-dataset-tuned`: w_d / sum over all d of w_d, with the weights `tuned`
-
-    Raises:
-        ValueError: an unknown balancing, a source without a tuned weight, or weights that do not make a distribution.
-    """
-    if balancing == "per-dataset":
-        weights = np.ones(len(sources))
-    elif balancing == "per-task":
-        tasks = [source.task for source in sources]
-        weights = np.array([1 / tasks.count(task) for task in tasks])
-    elif balancing == "per-sample-100k":
-        weights = np.array([SAMPLE_CAP if s.size is None else min(s.size, SAMPLE_CAP) for s in sources], dtype=float)
-    elif balancing == "per-dataset-tuned":
-        tuned = tuned or {}
-        missing = [source.name for source in sources if source.name not in tuned]
-        if missing:
-            raise ValueError(f"balancing=per-dataset-tuned, but weights has none for {', '.join(missing)}; add them")
-        weights = np.array([tuned[source.name] for source in sources], dtype=float)
-    else:
-        raise ValueError(f"balancing={balancing!r} is unknown; use one of {', '.join(BALANCINGS)}")
-    if (weights < 0).any() or not weights.sum() > 0 or not np.isfinite(weights).all():
-        named = {source.name: float(weight) for source, weight in zip(sources, weights)}
-        raise ValueError(f"weights {named} make no distribution; they must not be negative, nor all zero")
-    return weights / weights.sum()
-
-
 def sample_random(seed: int, name: str, index: int, epoch: int) -> random.Random:
-    """All that a sample may draw from: it depends on what is read and on how often it was, not on who reads it."""
+    """What a sample draws from. It depends on the record and its epoch, and not on the process that reads it."""
     return random.Random(f"{seed}/{name}/{index}/{epoch}")
 
 
-def read_sample(source: Source, index: int, rng: random.Random, collator: HoneybeeDataCollator | None = None) -> dict:
+def read_sample(source: Source, index: int, rng: random.Random, fits: Fits | None = None) -> dict:
     """[`make_sample`] of record `index`, its images loaded as PIL images in RGB.
 
-    Args:
-        collator: the one that gets the sample; what does not fit into its `max_length` is of no use.
-
     Raises:
-        UnusableRecordError: nothing can be learned from the record.
+        BadSampleError: nothing can be learned from the record.
     """
     sample = make_sample(source, index, read_record(source, index), rng)
-    if collator is not None:
+    if fits is not None:
         try:
-            collator.check_length(sample["messages"], sample["chat_template"])
+            fits(sample["messages"], sample["chat_template"])
         except _DATA_ERRORS as error:
-            raise unusable("malformed conversation", error) from error
+            raise bad_sample(error, "malformed conversation") from error
     try:
         sample["images"] = [open_image(image, source.image_root) for image in sample["images"]]
     except (OSError, ValueError) as error:
-        raise unusable("corrupt image", error) from error
+        raise bad_sample(error, "corrupt image") from error
     return sample
 
 
@@ -238,12 +103,12 @@ def read_record(source: Source, index: int):
     """Record `index` as its reader gives it.
 
     Raises:
-        UnusableRecordError: it cannot be read.
+        BadSampleError: it cannot be read.
     """
     try:
         return source.records[index]
     except _DATA_ERRORS as error:
-        raise unusable("malformed record", error) from error
+        raise bad_sample(error, "malformed record") from error
 
 
 def make_sample(source: Source, index: int, record, rng: random.Random) -> dict:
@@ -251,19 +116,19 @@ def make_sample(source: Source, index: int, record, rng: random.Random) -> dict:
 
     Returns:
         `messages` with content as items; `images` as the record has them; `chat_template`; `dataset` and `index`; and
-        `skipped`, the reasons of turns that were left out.
+        `skipped`, the reason of each turn that is left out.
 
     Raises:
-        UnusableRecordError: nothing can be learned from the record.
+        BadSampleError: nothing can be learned from the record.
     """
     try:
         sample = source.render(record, rng)
     except _DATA_ERRORS as error:
-        raise unusable("malformed record", error) from error
+        raise bad_sample(error, "malformed record") from error
     try:
         messages, images = normalize_conversation(sample)
     except _DATA_ERRORS as error:
-        raise unusable("malformed conversation", error) from error
+        raise bad_sample(error, "malformed conversation") from error
     return {
         "messages": messages,
         "images": images,
@@ -274,20 +139,16 @@ def make_sample(source: Source, index: int, record, rng: random.Random) -> dict:
     }
 
 
-def unusable(stage: str, error: Exception) -> UnusableRecordError:
-    """The error with its reason: what it says itself, what its kind says, or else `stage`."""
-    reason = getattr(error, "reason", None)
+def bad_sample(error: Exception, otherwise: str) -> BadSampleError:
+    """The error as a BadSampleError, its message behind its reason: the error's own, its kind's, or `otherwise`."""
+    reason = getattr(error, "reason", None)  # a UnicodeError has one, too
     if isinstance(error.__cause__, DecompressionBombError):
         reason = "decompression bomb"
     if reason not in REASONS:
-        kinds = {
-            FileNotFoundError: "missing image",
-            EmptyAnswerError: "empty answer",
-            TooLongError: "too long",
-            OSError: "corrupt image",
-        }
-        reason = next((reason for kind, reason in kinds.items() if isinstance(error, kind)), stage)
-    return UnusableRecordError(reason, f"{type(error).__name__}: {error}")
+        kinds = {FileNotFoundError: "missing image", OSError: "corrupt image"}
+        reason = next((reason for kind, reason in kinds.items() if isinstance(error, kind)), otherwise)
+    said = str(error) if isinstance(error, BadSampleError) else f"{type(error).__name__}: {error}"
+    return BadSampleError(f"{reason}: {said}", reason)
 
 
 def _generator(*key) -> np.random.Generator:
@@ -298,18 +159,18 @@ def _generator(*key) -> np.random.Generator:
 class Mixture(torch.utils.data.Dataset):
     """`num_samples` samples drawn from the sources by weight.
 
-    A source is drawn with replacement; its records come each once an epoch, in a new order each epoch. A record that
-    is of no use is counted, and the next one in its source's order takes its place. Read it in order (a
-    `SequentialSampler`): anything else is right too, but slow where there are streams.
+    Sources are drawn with replacement. Of a source each record comes once an epoch, in a new order each epoch. A record
+    that is of no use is counted, and the next one of its source takes its place. Read the mixture in order (with a
+    `SequentialSampler`); another order gives the same samples, but is slow where there are streams.
 
     Args:
         sources: with unique names.
-        weights: (sources,) shares, see [`sampling_weights`].
+        weights: (sources,) shares, see `balancing.sampling_weights`.
         num_samples: draws in the run: steps times global batch.
         seed: of everything.
-        max_bad_fraction: reading stops when of the records of a source, or of the turns of those that are used, more
-            than this are of no use: 20 or more of them read, and more than two standard deviations above it.
-        collator: see [`read_sample`]; may be set later, before the first sample is read.
+        max_bad_fraction: reading stops when more than this share of a source's records is of no use, or of the turns in
+            the used ones. It is judged from 20 records or turns on, with two standard deviations of tolerance.
+        fits: refuses samples that the run cannot use, see [`Fits`].
 
     Raises:
         ValueError: sources without records, names given twice.
@@ -323,7 +184,7 @@ class Mixture(torch.utils.data.Dataset):
         num_samples: int,
         seed: int = 0,
         max_bad_fraction: float = 0.1,
-        collator: HoneybeeDataCollator | None = None,
+        fits: Fits | None = None,
     ):
         names = [source.name for source in sources]
         if len(set(names)) < len(names):
@@ -331,9 +192,9 @@ class Mixture(torch.utils.data.Dataset):
         if empty := [source.name for source in sources if source.size == 0]:
             raise ValueError(f"no records in {', '.join(empty)}; check the files or leave the datasets out")
         self.sources, self.weights, self.num_samples, self.seed = sources, weights, num_samples, seed
-        self.max_bad_fraction, self.collator = max_bad_fraction, collator
+        self.max_bad_fraction, self.fits = max_bad_fraction, fits
         self._bounds = np.cumsum(weights)
-        # What rounding leaves of the sum goes to the last source that has a weight.
+        # The last source with a weight gets what rounding leaves of the sum.
         self._bounds[np.flatnonzero(weights)[-1] :] = np.inf
         self._counts_before = [np.zeros(len(sources), dtype=np.int64)]  # draws of each source before each block
         self._block = (-1, None, None)
@@ -354,8 +215,8 @@ class Mixture(torch.utils.data.Dataset):
             index, epoch = self._record_at(number, position)
             rng = sample_random(self.seed, source.name, index, epoch)
             try:
-                sample = read_sample(source, index, rng, self.collator)
-            except UnusableRecordError as error:
+                sample = read_sample(source, index, rng, self.fits)
+            except BadSampleError as error:
                 self._count(number, _UNUSABLE)
                 self._skip(number, index, error.reason, error)
                 continue
@@ -369,7 +230,7 @@ class Mixture(torch.utils.data.Dataset):
         """Sample number `draw` as [`make_sample`] gives it, images unread, nothing counted.
 
         Raises:
-            UnusableRecordError: its record is of no use; reading the sample finds another.
+            BadSampleError: its record is of no use; reading the sample finds another.
         """
         number, visit = self._draw(draw)
         source = self.sources[number]
@@ -377,9 +238,22 @@ class Mixture(torch.utils.data.Dataset):
         rng = sample_random(self.seed, source.name, index, epoch)
         return make_sample(source, index, read_record(source, index), rng)
 
+    def read_ahead(self, window: int) -> "Mixture":
+        """The same draws, to [`glance`] at a window of them before this mixture reads it in another order.
+
+        Its streams are its own, and the streams of this mixture keep `window` records from now on.
+        """
+        sources = []
+        for source in self.sources:
+            if isinstance(source.records, Stream):
+                source.records.keep(window)
+                source = replace(source, records=source.records.anew())
+            sources.append(source)
+        return Mixture(sources, self.weights, self.num_samples, self.seed)
+
     def schedule(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """What the draws from `start` to `stop` read, without reading it: source numbers and record indices (draws,),
-        bad records not replaced."""
+        """What the draws from `start` to `stop` read if no record is bad: source numbers and record indices, (draws,)
+        each."""
         blocks = [np.stack(self._drawn(block)) for block in range(start // _BLOCK, -(-stop // _BLOCK))]
         sources, indices = np.concatenate(blocks, axis=1)[:, start % _BLOCK :][:, : stop - start]
         for number, source in enumerate(self.sources):
@@ -393,7 +267,7 @@ class Mixture(torch.utils.data.Dataset):
         return sources, indices
 
     def as_dataset(self) -> datasets.Dataset:
-        """The mixture as what TRL's trainer accepts: a `datasets.Dataset` of draw numbers, made samples on access."""
+        """As a `datasets.Dataset`, which TRL's trainer asks for. It holds draw numbers; reading one makes the sample."""
         draws = datasets.Dataset.from_dict({"draw": np.arange(self.num_samples, dtype=np.uint32)})
         draws.set_transform(self._columns)
         return draws
@@ -405,14 +279,14 @@ class Mixture(torch.utils.data.Dataset):
     # Draws
 
     def _draw(self, draw: int) -> tuple[int, int]:
-        """The number of the source of a draw, and how often that source was drawn before."""
+        """What a draw reads: the number of its source, and how often that was drawn before."""
         if not 0 <= draw < self.num_samples:
             raise IndexError(f"draw {draw} is outside of 0..{self.num_samples - 1}")
         sources, visits = self._drawn(draw // _BLOCK)
         return int(sources[draw % _BLOCK]), int(visits[draw % _BLOCK])
 
     def _drawn(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each draw of a block its source and how often that source was drawn before, (65536,) each."""
+        """The same for each draw of a block, (65536,) each."""
         if self._block[0] == block:
             return self._block[1:]
         while len(self._counts_before) <= block:
@@ -471,8 +345,8 @@ class Mixture(torch.utils.data.Dataset):
                 )
 
     def skipped(self) -> dict[str, dict[str, int]]:
-        """How many records and turns were skipped, by dataset and reason, in this process and its workers. A record is
-        counted each time that it is read."""
+        """Dataset -> reason -> records and turns that this process and its workers skipped. A record counts each time
+        that it is read."""
         counts = self._counts.numpy().sum(axis=0)
         return {
             source.name: {reason: int(n) for reason, n in zip(REASONS, row[_REASONS:]) if n}
@@ -497,14 +371,14 @@ class Mixture(torch.utils.data.Dataset):
         return {"seed": self.seed, "sources": sources}
 
     def state_dict(self) -> dict:
-        """What was mixed and what was skipped; the position is the sampler's, in `trainer_state.json`."""
+        """What was mixed and what was skipped. The position is not in it: the trainer keeps it."""
         return {**self._identity(), "counts": self._counts.numpy().sum(axis=0).tolist()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up the counts.
+        """Goes on with the counts of a checkpoint.
 
         Raises:
-            ValueError: the state is of another mixture, whose samples would be others.
+            ValueError: the checkpoint is of another mixture, which gives other samples.
         """
         for key, now in self._identity().items():
             if state[key] != now:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recipe's settings become a mixture: each dataset read, its turns merged, its wording bound to it."""
+"""A recipe becomes a mixture: its datasets are read, their turns merged, and each gets its wording."""
 
 import random
 from functools import partial
@@ -7,12 +7,14 @@ from functools import partial
 from datasets import IterableDataset
 from datasets.exceptions import DatasetsError
 
-from training.collator import HoneybeeDataCollator
 from training.conversations import image_root, load_conversations
-from training.recipe.config import DATASETS, OwnDataset, Recipe, RecipeError
+from training.recipe.balancing import sampling_weights
+from training.recipe.catalogue import DATASETS
+from training.recipe.config import OwnDataset, Recipe, RecipeError
 from training.recipe.instructize import Instructions, instructize
-from training.recipe.mixture import Mixture, Source, Stream, sampling_weights
-from training.recipe.readers import read
+from training.recipe.mixture import Fits, Mixture, Source
+from training.recipe.records import read
+from training.recipe.stream import Stream
 from training.recipe.turns import choose_turns, merge_turns
 
 SHUFFLE_BUFFER = 1000  # records of a stream, undecoded, in each worker
@@ -21,7 +23,7 @@ SHUFFLE_BUFFER = 1000  # records of a stream, undecoded, in each worker
 def render_record(
     record: dict, rng: random.Random, *, instructions: Instructions, deduplicate: str | None, keep: str
 ) -> dict:
-    """A record in the words of the recipe; what is drawn, duplicates first, is drawn from `rng`."""
+    """A record in the words of the recipe. First one of each set of duplicates is drawn, then the words."""
     if deduplicate is not None and record.get("turns"):
         record = {**record, "turns": choose_turns(record["turns"], deduplicate, keep, rng)}
     return instructize(record, instructions, rng)
@@ -63,20 +65,18 @@ def _open(name: str, own: OwnDataset | None, recipe: Recipe, instructions: Instr
         records = Stream(records.shuffle(seed=recipe.seed, buffer_size=SHUFFLE_BUFFER))
     else:
         records = merge_turns(records, recipe.turns.max_turns.get(name, 1), deduplicate)
-    return Source(name, DATASETS[name], records, render)
+    return Source(name, DATASETS[name].task, records, render)
 
 
-def open_mixture(
-    recipe: Recipe, num_samples: int, path: str = "the recipe", collator: HoneybeeDataCollator | None = None
-) -> Mixture:
+def open_mixture(recipe: Recipe, num_samples: int, path: str = "the recipe", fits: Fits | None = None) -> Mixture:
     """The recipe's mixture for a run of `num_samples` samples: steps times global batch.
 
     Args:
-        collator: the trainer's; samples that do not fit into its `max_length` are counted and left out.
+        fits: refuses samples that the run cannot use; they are counted and left out.
 
     Raises:
         RecipeError: as [`open_sources`].
     """
     sources = open_sources(recipe, path)
     weights = sampling_weights(sources, recipe.balancing, recipe.weights)
-    return Mixture(sources, weights, num_samples, recipe.seed, recipe.max_bad_fraction, collator)
+    return Mixture(sources, weights, num_samples, recipe.seed, recipe.max_bad_fraction, fits)

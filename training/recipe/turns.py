@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The questions of one image become conversations.
 
-Two steps, because the second is drawn anew each epoch: `merge_turns` decides, once and cached, which questions belong
-to a conversation, duplicates included; `choose_turns` keeps one of each set of duplicates when it is read.
+This takes two steps, because the second is drawn anew in each epoch. `merge_turns` decides once which questions share a
+conversation, duplicates included, and is cached. `choose_turns` keeps one of each set of duplicates when a sample is read.
 """
 
 import random
@@ -12,11 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features
 
-# Their turns are questions of their own. Dialogues and captions stay as they are.
+from training.recipe.config import KEEPS, KEYS
+
+# Here each turn is a question of its own. Dialogues and captions stay as they are.
 MERGEABLE_TASKS = ("vqa-open", "vqa-multiple-choice", "referring-expression")
-# Ways to de-duplicate: what agrees, and which one stays.
-KEYS = ("answer", "bbox")
-KEEPS = ("draw", "first")
 
 
 def clusters(keys: list) -> list[list[int]]:
@@ -28,11 +27,11 @@ def clusters(keys: list) -> list[list[int]]:
 
 
 def choose_turns(turns: list[dict], key: str | None, keep: str, rng: random.Random) -> list[dict]:
-    """One of the turns with the same `key`, in order; all of them where `key` is None.
+    """Keeps one turn of each set with the same `key`, in order; without a `key` all of them.
 
     Args:
         key: "answer" or "bbox".
-        keep: "draw" takes any of them with equal chance, "first" the first.
+        keep: "draw" takes any turn of a set with equal chance, "first" the first.
 
     Raises:
         ValueError: another key or another way to keep.
@@ -51,14 +50,14 @@ def merge_turns(
 ) -> Dataset:
     """Conversations of up to `max_turns` questions about one image.
 
-    Images stand in the order of their first record and questions in theirs, also with `max_turns=1`. Records without an
-    image, or without turns, are merged with no other. Dialogues and captions come back as they are.
+    Images come in the order of their first records, and the questions of an image in the order of theirs, also with
+    `max_turns=1`. A record without an image or without turns stays alone. Dialogues and captions come back as they are.
 
     Args:
-        dataset: records of one dataset, as in `readers`.
+        dataset: records of one dataset, as in `catalogue`.
         max_turns: None for no limit; 1 keeps every question on its own, duplicates included.
-        key: "answer" or "bbox": turns with the same one count once against `max_turns` and stand in one conversation,
-            one behind the other, for `choose_turns` to keep one of them.
+        key: "answer" or "bbox": turns that agree in it count as one of `max_turns`. They follow one another in one
+            conversation, and `choose_turns` keeps one of them.
         shuffle_seed: shuffles the questions of each image before they are divided.
 
     Returns:
@@ -79,7 +78,7 @@ def merge_turns(
             _merge,
             batched=True,
             batch_size=None,
-            # Made anew: the cache goes by their pickle, which differs between a dataset just written and one loaded.
+            # Made anew, because the cache hashes their pickle: it differs between a dataset just written and one loaded.
             features=Features.from_dict(dataset.features.to_dict()),
             fn_kwargs={"max_turns": max_turns, "key": key if max_turns != 1 else None, "shuffle_seed": shuffle_seed},
             desc="Merging turns",
@@ -100,7 +99,7 @@ def _merge(table: pa.Table, max_turns: int | None, key: str | None, shuffle_seed
     ends = np.cumsum(pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False))
     starts = np.concatenate([[0], ends[:-1]])
     keys = turns.field(key).to_pylist() if key else None
-    # Codes are given in the order of first appearance; what has no image shares one.
+    # Images get codes in the order of their first appearance; records without an image share one.
     codes = images.dictionary_encode(null_encoding="encode").indices.to_numpy(zero_copy_only=False)
     by_image = np.argsort(codes, kind="stable")
     borders = np.flatnonzero(np.diff(codes[by_image])) + 1

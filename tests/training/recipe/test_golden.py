@@ -16,19 +16,17 @@ from training import preview
 from training.collator import HoneybeeDataCollator
 from training.recipe.config import Options, Recipe
 from training.recipe.instructize import Instructions, instructize
-from training.recipe.readers import TASKS, read
+from training.recipe.records import read
 from training.recipe.turns import choose_turns, clusters, merge_turns
 
 pytestmark = pytest.mark.skipif(not FULL.is_dir(), reason="the reference data is not beside this checkout")
 
 DATA = FULL / "data"
-FILES = {name: name for name in TASKS} | {
-    "coyo": "coyo100m",
-    "vqav2": "vqa",
-    "refcoco_plus": "refcocop",
-    "vg": "vgloc",
-    "sharegpt": "vicuna40k",
-}
+FILES = {
+    "coyo": "coyo100m", "blip": "blip", "vqav2": "vqa", "gqa": "gqa", "ocrvqa": "ocrvqa", "vsr": "vsr", "sqa": "sqa",
+    "aokvqa": "aokvqa", "refcoco": "refcoco", "refcoco_plus": "refcocop", "refcocog": "refcocog", "vg": "vgloc",
+    "llava150k": "llava150k", "sharegpt": "vicuna40k",
+}  # fmt: skip
 MAX_TURNS = {"vqav2": 10, "gqa": 10, "ocrvqa": 10}
 KEY = {"gqa": "answer"}
 SEEDS = 3000  # of the 24 orders and 9 marks of four options each is drawn, but for one chance in a million
@@ -82,7 +80,7 @@ STATEMENTS = {("vsr", 1), ("vsr", 2), ("vsr", 3), ("vsr", 4)}  # "is" split insi
 BRACKETS = {("sqa", 3)}  # "vitamin (B)" taken for an option
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", FILES)
 def test_every_line(name, collator):
     dataset = read(name, str(DATA / "raw" / "data"))
     records = list(dataset)
@@ -128,7 +126,7 @@ def test_every_line(name, collator):
 
 
 @pytest.mark.parametrize(
-    "datasets, epochs", [(["sqa", "aokvqa"], 300), ([name for name in TASKS if name not in ("sqa", "aokvqa")], 20)]
+    "datasets, epochs", [(["sqa", "aokvqa"], 300), ([name for name in FILES if name not in ("sqa", "aokvqa")], 20)]
 )
 def test_preview_writes_the_official_texts(datasets, epochs, tmp_path):
     config, file = tmp_path / "recipe.yaml", tmp_path / "samples.jsonl"

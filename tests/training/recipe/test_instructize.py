@@ -8,10 +8,12 @@ import yaml
 
 from processing.processing_honeybee import SYSTEM_BASE
 from training.conversations import normalize_conversation
+from training.recipe.catalogue import DATASETS, TURN
 from training.recipe.config import OPTION_MARKS, Options, Recipe
-from training.recipe.instructize import TEMPLATES, BadSampleError, Instructions, instructize
-from training.recipe.readers import TASKS, TURN
+from training.recipe.instructize import TEMPLATES, Instructions, instructize
+from training.samples import BadSampleError
 
+TASKS = {name: dataset.task for name, dataset in DATASETS.items()}
 SHORT = "Answer the question using a single word or phrase. "
 LOCATE = "Provide the bounding box coordinate of the region this sentence describes. "
 BOX = "[0.100,0.200,0.300,0.400]"

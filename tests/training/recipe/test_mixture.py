@@ -13,21 +13,19 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerState
 from trl import SFTConfig
 
 from tests.tiny import picture, tiny_model, tiny_processor
 from training.collator import HoneybeeDataCollator
-from training.recipe.mixture import (
-    Mixture,
-    Source,
-    Stream,
-    TooManyBadSamplesError,
-    sample_random,
-    sampling_weights,
-)
-from training.recipe.trainer import MixtureCallback, MixtureTrainer
+from training.recipe.balancing import BALANCINGS, sampling_weights
+from training.recipe.callback import MixtureCallback
+from training.recipe.config import parse_recipe
+from training.recipe.mixture import Mixture, Source, sample_random
+from training.recipe.stream import Stream
+from training.samples import TooManyBadSamplesError
+from training.trainer.trainer import HoneybeeTrainer
 
 SIZES = {"tiny": 7, "small": 900, "medium": 40_000, "large": 160_000, "huge": 3_000_000}
 TASKS = {"tiny": "a", "small": "a", "medium": "b", "large": "b", "huge": "b"}
@@ -264,6 +262,23 @@ def test_a_source_with_nothing_usable_ends(tmp_path):
         mixture[0]
 
 
+def test_reading_ahead_gives_the_same_samples_from_streams_of_its_own():
+    mixture = small_mixture()
+    ahead = mixture.read_ahead(500)
+    streams = [one.sources[-1].records for one in (mixture, ahead)]
+    seen = [key(ahead.glance(draw)) for draw in range(300)]
+    assert [stream._next > 0 for stream in streams] == [False, True]
+    assert seen == [key(mixture[draw]) for draw in range(300)]
+    assert streams[0].look_back == 500 > streams[1].look_back
+
+
+def test_a_balancing_is_a_function_and_a_name(monkeypatch):
+    monkeypatch.setitem(BALANCINGS, "by-name", lambda sources, tuned: [len(source.name) for source in sources])
+    recipe = parse_recipe({"data_root": "", "balancing": "by-name"})
+    sources = [numbered("x", 3), numbered("yyy", 3)]
+    assert sampling_weights(sources, recipe.balancing, recipe.weights).tolist() == [0.25, 0.75]
+
+
 def test_mixtures_that_cannot_be():
     with pytest.raises(ValueError, match="x: a name is there twice"):
         Mixture([numbered("x", 3), numbered("x", 4)], np.ones(2) / 2, 10)
@@ -295,9 +310,10 @@ def train(folder, source, max_steps, checkpoint=None, workers=0, max_bad_fractio
         remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=False,
         disable_tqdm=True, gradient_checkpointing=False, lr_scheduler_type="constant",
     )  # fmt: skip
-    trainer = MixtureTrainer(
-        model=tiny_model(config={"image_token_id": tiny_processor().image_token_id}), args=args, data_collator=collate, train_dataset=mixture.as_dataset(),
-        processing_class=tiny_processor(), callbacks=[MixtureCallback(mixture, checkpoint)],
+    dataset = mixture.as_dataset()
+    trainer = HoneybeeTrainer(
+        model=tiny_model(config={"image_token_id": tiny_processor().image_token_id}), args=args, data_collator=collate, train_dataset=dataset,
+        processing_class=tiny_processor(), callbacks=[MixtureCallback(mixture, checkpoint)], sampler=SequentialSampler(dataset),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer, mixture, seen

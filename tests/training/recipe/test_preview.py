@@ -2,6 +2,7 @@
 """What the preview prints and writes, on small sources."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -13,7 +14,8 @@ from tests.tiny import REPOSITORY, picture, run_script, tiny_processor
 from training import preview
 from training.collator import HoneybeeDataCollator
 from training.quickstart import recipe_data
-from training.recipe.mixture import Source, Stream
+from training.recipe.mixture import Source
+from training.recipe.stream import Stream
 
 
 def question(record, rng):
@@ -133,6 +135,14 @@ def test_mean_tokens_are_the_collators(sources, tmp_path, capsys):
     mean = np.mean([len(row["input_ids"]) for row in batch])
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("vqav2"))
     assert row.split()[-2:] == ["300.00", f"{mean:.0f}"]
+
+
+def test_a_start_of_training_loads_nothing_of_the_preview():
+    command = "import sys, training.run.launch; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    loaded = set(result.stdout.split())
+    assert "training.recipe.table" in loaded
+    assert not loaded & {"training.preview", "training.recipe.page", "training.quickstart.digit_scenes"}
 
 
 def test_errors_end_the_script_with_all_problems(tmp_path):

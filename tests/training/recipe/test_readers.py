@@ -4,16 +4,22 @@ import tarfile
 from io import BytesIO
 
 import pytest
+import yaml
 from datasets import Dataset, Image, IterableDataset, load_from_disk
 
+from processing.lettered_options import split_options
 from tests.tiny import picture
 from training.conversations import load_conversations, normalize_conversation
+from training.recipe.catalogue import DATASETS, TURN, Entry, annotation_files
+from training.recipe.catalogue import as_question as question
 from training.recipe.config import parse_recipe
-from training.recipe.files import FILES, annotation_files
-from training.recipe.readers import FEATURES, GENERATORS, TASKS, read, split_options
-from training.recipe.readers import as_question as question
+from training.recipe.instructize import TEMPLATES
+from training.recipe.json_stream import stream_json
+from training.recipe.records import FEATURES, read
 from training.recipe.sources import open_mixture
 from training.recipe.turns import merge_turns
+
+FILES = {name: dataset.files for name, dataset in DATASETS.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +39,8 @@ def turns(record) -> list[dict]:
 
 
 def test_every_dataset_has_a_reader_a_task_and_files():
-    assert GENERATORS.keys() == TASKS.keys() == FILES.keys()
-    assert len(GENERATORS) == 14
+    assert all(dataset.read and dataset.task and dataset.files for dataset in DATASETS.values())
+    assert len(DATASETS) == 14
 
 
 @pytest.mark.parametrize(
@@ -75,7 +81,7 @@ def test_missing_files_are_all_named(tmp_path):
         read("vqav2", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"blip_laion/\*\.tar"):
         read("blip", str(tmp_path))
-    with pytest.raises(ValueError, match="'vqa' has no reader; there are blip"):
+    with pytest.raises(ValueError, match="'vqa' has no reader; there are coyo, blip"):
         annotation_files("vqa", str(tmp_path))
 
 
@@ -127,7 +133,7 @@ def test_rows_that_cannot_be_understood_stay_as_records_without_turns(name, tmp_
     dataset = read(name, str(tmp_path))
     assert isinstance(dataset, Dataset) and dataset.features == FEATURES
     assert [len(record["turns"]) for record in dataset] == [0, 0, 1]
-    assert {(record["dataset"], record["task"]) for record in dataset} == {(name, TASKS[name])}
+    assert {(record["dataset"], record["task"]) for record in dataset} == {(name, DATASETS[name].task)}
 
 
 def test_vg_rows_that_cannot_be_understood(tmp_path):
@@ -179,6 +185,30 @@ def test_the_second_start_reads_the_cache_and_an_edited_file_is_read_again(tmp_p
     assert read("gqa", str(tmp_path)).cache_files == first.cache_files
     path.write_text(json.dumps({"a": {"imageId": 1, "question": "a new one", "answer": "a"}}))
     assert read("gqa", str(tmp_path))[0]["turns"][0]["question"] == "a new one"
+
+
+def test_a_new_dataset_is_a_row_with_its_reader_and_its_words(tmp_path, monkeypatch):
+    def read_tallies(name, root, paths):
+        for row in stream_json(paths[0]):
+            turn = {**dict.fromkeys(TURN), "question": row["asked"], "answer": str(row["count"])}
+            yield {"dataset": name, "task": "vqa-open", "image": row["image"], "turns": [turn]}
+
+    monkeypatch.setitem(DATASETS, "tallies", Entry("vqa-open", ("Tallies/train.json",), read_tallies))
+    write(tmp_path, "Tallies/train.json", [{"asked": "How many dogs?", "count": 3, "image": "a.jpg"}])
+    templates = yaml.safe_load(TEMPLATES.read_text(encoding="utf-8"))
+    templates["datasets"]["tallies"] = {"name": "Tallies", "fine": templates["datasets"]["vqav2"]["fine"]}
+    write(tmp_path, "templates.yaml", yaml.safe_dump(templates))
+    recipe = parse_recipe(
+        {
+            "data_root": str(tmp_path),
+            "datasets": ["tallies"],
+            "templates": str(tmp_path / "templates.yaml"),
+            "balancing": "per-task",
+        }
+    )
+    sample = open_mixture(recipe, 1).glance(0)
+    assert sample["images"] == ["a.jpg"] and sample["messages"][-1]["content"][0]["text"] == "3"
+    assert "How many dogs?" in sample["messages"][1]["content"][1]["text"]
 
 
 def test_tars_stream(tmp_path):

@@ -1,15 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe's settings: the shipped ones, the paper's rows as overrides of them, and what is said of wrong ones."""
 
+import subprocess
+import sys
+
 import pytest
 import yaml
 
 from tests.tiny import REPOSITORY
-from training.recipe.config import DATASETS, TASKS, Recipe, RecipeError, load_recipe, parse_recipe
+from training.recipe.catalogue import DATASETS, TASKS
+from training.recipe.config import Recipe, RecipeError, load_recipe, parse_recipe
 
 FOLDER = REPOSITORY / "training" / "configs" / "recipes"
 SETTINGS = yaml.safe_load((FOLDER / "recipe.yaml").read_text())["mixture"]
 ROWS = yaml.safe_load((FOLDER / "paper_rows.yaml").read_text())
+
+
+def test_settings_are_read_without_the_libraries_that_read_data():
+    command = "import sys, training.recipe.config; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    loaded = set(result.stdout.split())
+    assert "training.recipe.catalogue" in loaded
+    assert not loaded & {"torch", "transformers", "datasets", "pyarrow", "PIL", "processing", "training.recipe.mixture"}
 
 
 def changed(recipe):
@@ -43,12 +55,14 @@ def test_the_rows_cover_every_axis_and_value():
     assert {r.identifiers for r in recipes} == {"none", "dataset-name", "task-name"}
     assert {r.granularity for r in recipes} == {"fine", "coarse"}
     assert {r.diversity for r in recipes} == {"single", "multi", "multi+flip"}
-    assert {frozenset(TASKS) - {DATASETS[n] for n in r.chosen()} for r in recipes} >= {frozenset([t]) for t in TASKS}
+    assert {frozenset(TASKS) - {DATASETS[n].task for n in r.chosen()} for r in recipes} >= {
+        frozenset([t]) for t in TASKS
+    }
     assert scores["balancing=per-task"] == 67.4 and scores["turns.deduplicate={}"] == 69.6 and scores[None] == 70.6
 
 
-def test_the_readme_lists_every_row():
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+def test_the_documentation_lists_every_row():
+    text = (REPOSITORY / "docs" / "recipe.md").read_text(encoding="utf-8")
     for row in ROWS:
         override = f"`{row['override']}`" if row["override"] else "none"
         assert f"| {row['axis']} | {row['row']} | {override} | {row.get('average', '')} |" in text

@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader
 
 from tests.tiny import picture, tiny_processor
 from training import preview
-from training.collator import HoneybeeDataCollator, TooLongError
+from training.collator import HoneybeeDataCollator
 from training.recipe.config import RecipeError, load_recipe
 from training.recipe.sources import open_mixture, open_sources
+from training.samples import BadSampleError
 
 
 def write_jsonl(path, rows):
@@ -145,7 +146,7 @@ def test_bad_files_are_counted_by_dataset_and_reason(tmp_path, monkeypatch):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"mixture": settings}))
     collator = HoneybeeDataCollator(tiny_processor(), max_length=512)
-    mixture = open_mixture(load_recipe(str(path)), 160, str(path), collator)
+    mixture = open_mixture(load_recipe(str(path)), 160, str(path), collator.check_length)
     samples = list(map(mixture.__getitem__, range(160)))
     good = {f"Is the cat {i}?" for i in [0, *range(9, 40)]}
     asked = [s["messages"][1]["content"][-1]["text"] for s in samples if s["dataset"] == "vsr"]
@@ -173,7 +174,7 @@ def test_what_does_not_fit_is_named():
     answer = [label != -100 for label in row["labels"]].index(True)
     image = row["input_ids"].index(processor.image_token_id) + processor.num_image_tokens
     HoneybeeDataCollator(processor, max_length=answer + 1).check_length(messages, "default")
-    with pytest.raises(TooLongError, match="nothing of the answer is left"):
+    with pytest.raises(BadSampleError, match="nothing of the answer is left"):
         HoneybeeDataCollator(processor, max_length=answer).check_length(messages, "default")
-    with pytest.raises(TooLongError, match="cut an image"):
+    with pytest.raises(BadSampleError, match="cut an image"):
         HoneybeeDataCollator(processor, max_length=image - 1).check_length(messages, "default")

@@ -7,7 +7,8 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from training.recipe.readers import FEATURES, TURN
+from training.recipe.catalogue import TURN
+from training.recipe.records import FEATURES
 from training.recipe.turns import choose_turns, clusters, merge_turns
 
 ROWS = st.lists(

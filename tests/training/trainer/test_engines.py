@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every launcher is run: DDP, FSDP2, ZeRO-2 and ZeRO-3 in two processes, each against the same run in one process.
+
+Every tensor is compared, not the loss: a head with a wrong gradient hides behind an equal loss. HONEYBEE_ALL_ENGINES=1 runs
+the cells of the table that add least, too.
+"""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.integrations.deepspeed import is_deepspeed_available
+
+from modeling_honeybee import HoneybeeForConditionalGeneration
+from processing import processor_from_vision_text_pretrained
+from tests.tiny import REPOSITORY, run_script, sample, save_clip, save_llama, save_qwen2, write_dataset
+from tests.training.run.test_wrong_inputs import PROJECTOR
+from tests.training.test_sft_mixture import write_mixture
+from training.run.settings import parse_arguments
+
+LAUNCHERS = REPOSITORY / "training" / "configs" / "accelerate"
+# Name -> (file for `accelerate launch`, what accelerate makes of it); json: `--deepspeed FILE.json` under torchrun.
+ENGINES = {
+    "ddp": ("ddp.yaml", "MULTI_CPU"),
+    "fsdp2": ("fsdp2.yaml", "FSDP"),
+    "zero2": ("zero2.yaml", "DEEPSPEED"),
+    "zero3": ("zero3.yaml", "DEEPSPEED"),
+    "zero2-json": ("ddp.yaml", "DEEPSPEED"),
+    "zero3-json": ("ddp.yaml", "DEEPSPEED"),
+}
+RUNS = ["align", "instruct", "lora", "mixture", "killed"]
+MORE_RUNS = ["tied", "tied-lora", "grouped"]
+CELLS = [(engine, run) for engine in ("ddp", "fsdp2", "zero2", "zero3") for run in RUNS]
+CELLS += [("zero2-json", "align"), ("zero3-json", "instruct"), ("zero3-json", "lora"), ("fsdp2", "tied-lora")]
+if os.environ.get("HONEYBEE_ALL_ENGINES"):
+    CELLS = [(engine, run) for engine in ENGINES for run in RUNS + MORE_RUNS]
+if not is_deepspeed_available():
+    without = pytest.mark.skip(reason="deepspeed is not installed")
+    CELLS = [pytest.param(*cell, marks=without) if "zero" in cell[0] else cell for cell in CELLS]
+
+SHORT = [
+    "--learning_rate", 1e-3, "--adam_epsilon", 1e-6, "--logging_steps", 1, "--bf16", "False", "--report_to", "none",
+    "--dataloader_pin_memory", "False", "--save_strategy", "no", "--max_steps", 3,
+]  # fmt: skip
+LORA = ["--use_peft", "--lora_r", 4, "--lora_dropout", 0.0, "--merge", "--lora_modules_to_save", "lm_head"]
+
+
+def arguments_of(run: str, root) -> list:
+    data = ["--dataset", root / "data" / "data.jsonl", "--model_name_or_path"]
+    new = ["--vision_model", root / "vision", "--text_model", root / "text", "--projector", json.dumps(PROJECTOR)]
+    return {
+        "align": ["--stage", "align", *data[:2], *new],
+        "instruct": [*data, root / "text-model", "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2],
+        "lora": [*data, root / "text-model", *LORA],
+        "mixture": ["--mixture", root / "mixture" / "recipe.yaml", "--model_name_or_path", root / "tied-model"],
+        "tied": [*data, root / "tied-model"],
+        "tied-lora": [*data, root / "tied-model", *LORA],
+        "grouped": [*data, root / "text-model", "--batching", "grouped"],
+    }["instruct" if run == "killed" else run]
+
+
+def job(engine: str | None, run: str, root, shards: bool = False) -> list[dict]:
+    """The starts of one cell of the table, as run_engines.py takes them.
+
+    Args:
+        engine: None for one process.
+        shards: with a launcher's file that saves shards, in place of a model.
+    """
+    file, distributed_type = ENGINES[engine] if engine else (None, "NO")
+    out = root / (engine or "one") / ("shards" if shards else run)
+    # Steps of four samples, two of them accumulated.
+    batch = ["--global_batch_size", 4, "--per_device_train_batch_size", 1 if engine else 2]
+    arguments = [*SHORT, *arguments_of(run, root), *batch, "--output_dir", out]
+    if engine and engine.endswith("json"):
+        arguments += ["--deepspeed", root / f"{engine}.json"]
+    start = {
+        "engine": file and str((root if shards else LAUNCHERS) / file),
+        "distributed_type": distributed_type,
+        "log": f"{out}.log",
+        "die_at": None,
+    }
+    starts = [arguments] if run != "killed" else [arguments, [*arguments, "--resume"]]
+    starts = [{**start, "arguments": list(map(str, words))} for words in starts]
+    starts[0]["die_at"] = 3 if run == "killed" else None
+    return starts
+
+
+def write_world(root) -> None:
+    vision = save_clip(root / "vision")
+    for name, text in (("text", save_llama(root / "text")), ("tied", save_qwen2(root / "tied"))):
+        model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(vision, text, **PROJECTOR)
+        model.save_pretrained(root / f"{name}-model")
+        processor_from_vision_text_pretrained(vision, text, 4).save_pretrained(root / f"{name}-model")
+    write_dataset(root / "data", [sample(i, image=i % 2 == 0) for i in range(16)])
+    write_mixture(root / "mixture")
+    auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping"), "auto")
+    zero2 = {**auto, "gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}}
+    (root / "zero2-json.json").write_text(json.dumps(zero2))
+    shutil.copy(REPOSITORY / "training" / "configs" / "deepspeed" / "zero3.json", root / "zero3-json.json")
+    for name, setting in (("fsdp2", "FULL_STATE_DICT"), ("zero3", "save_16bit_model: true")):
+        text = (LAUNCHERS / f"{name}.yaml").read_text()
+        assert setting in text
+        other = setting.replace("FULL", "SHARDED").replace("true", "false")
+        (root / f"{name}.yaml").write_text(text.replace(setting, other))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """All runs, in one family of processes, and how each ended."""
+    root = tmp_path_factory.mktemp("world")
+    write_world(root)
+    cells = [getattr(cell, "values", cell) for cell in CELLS if not getattr(cell, "marks", None)]
+    runs = sorted({run for _, run in cells} - {"killed"})
+    jobs = {f"{engine or 'one'}/{run}": job(engine, run, root) for engine, run in [(None, run) for run in runs] + cells}
+    for engine in ("fsdp2", "zero3") if is_deepspeed_available() else ("fsdp2",):
+        jobs[f"{engine}/shards"] = job(engine, "align", root, shards=True)
+    for engine in {name.split("/")[0] for name in jobs}:
+        (root / engine).mkdir(exist_ok=True)
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    one_thread = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    script = REPOSITORY / "tests" / "training" / "trainer" / "run_engines.py"
+    run_script(script, root / "jobs.json", env={**one_thread, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)})
+    return root, json.loads((root / "jobs.json.done").read_text())
+
+
+def files(folder) -> set[str]:
+    """Of a final folder, without its checkpoints."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {str(path) for path in paths if not path.parts[0].startswith("checkpoint-")}
+
+
+def losses(folder) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [row["loss"] for row in history if "loss" in row]
+
+
+def settings(file) -> dict:
+    return {name: value for name, value in json.loads(file.read_text()).items() if name != "base_model_name_or_path"}
+
+
+@pytest.mark.parametrize(("engine", "run"), CELLS)
+def test_an_engines_run_is_that_of_one_process(engine, run, world):
+    root, ended = world
+    *killed, end = ended[f"{engine}/{run}"]
+    assert end == [0, 0], (root / engine / f"{run}.log").read_text()[-4000:]
+    assert all(-signal.SIGKILL in statuses and 0 not in statuses for statuses in killed)
+    two, one = root / engine / run, root / "one" / ("instruct" if run == "killed" else run)
+    assert files(two) == files(one)
+    if run == "killed":
+        one = root / engine / "instruct"
+    weights = sorted(file for file in files(one) if file.endswith(".safetensors"))
+    assert weights == (
+        ["adapter_model.safetensors", "merged/model.safetensors"] if "lora" in run else ["model.safetensors"]
+    )
+    for file in weights:
+        here, there = load_file(two / file), load_file(one / file)
+        assert here.keys() == there.keys()
+        for tensor in there:
+            assert here[tensor].dtype == there[tensor].dtype
+            if run == "killed":
+                assert torch.equal(here[tensor], there[tensor]), tensor
+            torch.testing.assert_close(here[tensor], there[tensor], rtol=0, atol=1e-5, msg=f"{file}: {tensor}")
+    for file in sorted(files(one)):
+        if file.endswith("config.json"):
+            assert settings(two / file) == settings(one / file), file
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4) and len(losses(one)) >= 3
+
+
+def test_a_rank_had_no_image_where_the_other_had_some(world):
+    """In `instruct`, whichever the engine: all read the same samples."""
+    root, ended = world
+    for engine in {name.split("/")[0] for name in ended if name.endswith("/instruct")} - {"one"}:
+        ranks = [json.loads((root / engine / f"instruct.log.{rank}.images").read_text()) for rank in range(2)]
+        steps = list(zip(*ranks))
+        assert (0, 1) in steps or (1, 0) in steps, engine
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_settings_that_would_leave_no_model_are_refused(engine, world):
+    root, ended = world
+    if f"{engine}/shards" not in ended:
+        pytest.skip("deepspeed is not installed")
+    (statuses,) = ended[f"{engine}/shards"]
+    text = (root / engine / "shards.log").read_text()
+    assert 1 in statuses and "saves shards and no model" in text and "Traceback" not in text
+    assert "FULL_STATE_DICT" in text if engine == "fsdp2" else "zero3_save_16bit_model" in text
+
+
+def refused(*words) -> str:
+    with pytest.raises(ValueError) as error:
+        parse_arguments([*words, "--output_dir", "unused"])
+    return str(error.value)
+
+
+def test_a_deepspeed_file_that_cannot_be_used(tmp_path, monkeypatch):
+    file = tmp_path / "zero.json"
+    missing = refused("--deepspeed", str(file))
+    assert "No such file" in missing and "training/configs/deepspeed/zero3.json" in missing
+    file.write_text("{'stage': 2}")
+    assert "is not JSON" in refused("--deepspeed", str(file))
+    assert "is not JSON" in refused("--deepspeed", "{'stage': 2}")
+    file.write_text("[2]")
+    assert "zero_optimization" in refused("--deepspeed", str(file))
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    config = tmp_path / "run.yaml"
+    config.write_text(f"deepspeed: {file}\n")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr("transformers.integrations.deepspeed.is_deepspeed_available", lambda: True)
+    assert "torchrun --nproc_per_node 1" in refused("--config", str(config))
+    monkeypatch.setattr("transformers.integrations.deepspeed.is_deepspeed_available", lambda: False)
+    assert "pip install deepspeed" in refused("--config", str(config))

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mixture as an HTML page: its table and some samples, with their images in the file."""
+
+import base64
+import html
+import io
+
+from processing import HoneybeeProcessor, open_image
+from training.recipe.mixture import bad_sample
+from training.recipe.texts import rendered
+
+THUMBNAIL = 224
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse}td,th{padding:.2rem .8rem;border-bottom:1px solid #ddd;text-align:right}
+td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}h2{margin:2rem 0 .5rem}h2 small{font-weight:normal;color:#777}
+article{display:flex;gap:1.2rem;margin:.6rem 0;padding:.8rem;border:1px solid #ddd;border-radius:6px;align-items:start}
+figure{margin:0;flex:0 0 160px}img{width:160px;border-radius:3px}figcaption,.none{color:#777;font-size:.8rem;overflow-wrap:anywhere}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font:inherit}mark{background:#bfe8bf;padding:0 .15em;border-radius:3px}
+.no{color:#b00}"""
+
+
+def html_page(
+    table: list[list[str]],
+    shown: dict[str, list[dict]],
+    roots: dict[str, str],
+    processor: HoneybeeProcessor | None = None,
+) -> str:
+    """The page; what is learned is marked in it.
+
+    Args:
+        table: of `mixture_table`.
+        shown: dataset -> its samples, in the order of the table.
+        roots: dataset -> folder of relative image paths.
+        processor: whose templates words the samples; ours without one.
+    """
+    head, *rows = [[html.escape(cell) for cell in row] for row in table]
+    body = [
+        "<!doctype html><meta charset=utf-8><title>Recipe preview</title>",
+        f"<style>{STYLE}</style><h1>Recipe preview</h1>",
+        "<p>What is learned is <mark>marked</mark>, and so is the end of each marked part. The model sees the images resized to "
+        "its square.</p>",
+        "<table><tr><th>" + "<th>".join(head) + "".join("<tr><td>" + "<td>".join(row) for row in rows) + "</table>",
+    ]
+    for (name, samples), (_, task, *_) in zip(shown.items(), rows):
+        body.append(f"<h2>{html.escape(name)} <small>{task}</small></h2>")
+        for sample in samples:
+            figures = (
+                "".join(_figure(image, roots[name]) for image in sample["images"]) or '<p class="none">no image</p>'
+            )
+            text = "".join(
+                f"<mark>{html.escape(part)}</mark>" if learned else html.escape(part)
+                for part, learned in rendered(sample, processor)
+            )
+            label = f"<figcaption>sample {sample['index']}</figcaption>"
+            body.append(f"<article><figure>{figures}{label}</figure><pre>{text}</pre></article>")
+    return "\n".join(body) + "\n"
+
+
+def _figure(image, root: str) -> str:
+    try:
+        image = open_image(image, root)
+    except Exception as error:  # whatever it is, the page shows it in the image's place
+        return f'<p class="no">{html.escape(str(bad_sample(error, "corrupt image")))}</p>'
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of a training run that TRL does not have, and a parser that is strict about YAML files."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, get_origin, get_type_hints
+
+from trl import TrlParser
+
+from training.stages import TRAINED
+from training.yaml_file import is_of_type, parts_of
+
+BATCHINGS = ("packed", "grouped", "padded")
+
+
+@dataclass
+class HoneybeeArguments:
+    """What is trained on what; the rest is `SFTConfig` and TRL's `ModelConfig`."""
+
+    stage: str = field(
+        default="instruct",
+        metadata={"help": "`align` trains the projector, `instruct` the projector and the LLM; the tower never.",
+                  "choices": list(TRAINED)},
+    )  # fmt: skip
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Hub name or local path of a dataset with `messages` and `images`."},
+    )
+    batching: str = field(
+        default="packed",
+        metadata={"help": "`packed`: the samples of a batch in one row without padding; `grouped`: padded batches of "
+                  "samples of about one length; `padded`: batches in random order, padded to their longest sample.",
+                  "choices": list(BATCHINGS)},
+    )  # fmt: skip
+    mixture: dict | str | None = field(
+        default=None,
+        metadata={"help": "Instead of --dataset: a YAML file with a `mixture:` section, or that section in --config."},
+    )
+    mixture_settings: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Settings of the mixture to change, as setting=value.", "aliases": ["--set"]},
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    vision_model: str | None = field(
+        default=None, metadata={"help": "Vision tower of a new model, instead of --model_name_or_path."}
+    )
+    text_model: str | None = field(default=None, metadata={"help": "Language model of a new model."})
+    vision_feature_layer: list[int] | None = field(
+        default=None,
+        metadata={"help": "Layer of the tower that a new projector reads (d-abs: or several); default: -2."},
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Image size of a new model, where it is not the tower's own."}
+    )
+    projector: dict | str | None = field(
+        default=None,
+        metadata={"help": "Settings of a new projector, as JSON or a YAML mapping: fields of HoneybeeProjectorConfig."},
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Samples in one step of all processes; gradient_accumulation_steps follows from it."},
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the last checkpoint: --resume_from_checkpoint true."}
+    )
+    merge: bool = field(
+        default=False, metadata={"help": "After LoRA, also write the whole model, in output_dir/merged."}
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Check everything, print what would be trained and an estimate of the memory, and stop."},
+    )
+
+    def __post_init__(self):
+        if isinstance(self.projector, str):
+            try:
+                self.projector = json.loads(self.projector)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"--projector {self.projector!r} is not JSON ({error})") from error
+        if not isinstance(self.projector, (dict, type(None))):
+            raise ValueError(f"--projector {self.projector!r} is not a mapping of settings to values")
+
+
+@dataclass
+class EngineArguments:
+    """Of `SFTConfig`, what is checked before that is made, which starts the engine."""
+
+    deepspeed: dict | str | None = None
+
+
+def in_words(hint) -> str:
+    """A type in words: `mapping or str` of `dict | str | None`."""
+    names = [str(part) if get_origin(part) else part.__name__ for part in parts_of(hint) if part is not type(None)]
+    return " or ".join(names).replace("dict", "mapping")
+
+
+class Parser(TrlParser):
+    """Reads one value where a setting is a list, and refuses values of the YAML file that argparse does not look at,
+    such as a list in place of a name. Text it reads as from the command line."""
+
+    def set_defaults_with_config(self, **settings) -> list[str]:
+        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        for name, value in settings.items():
+            hint = hints.get(name, Any)
+            takes_list = any(get_origin(part) is list for part in parts_of(hint))
+            text = isinstance(value, str) and not takes_list
+            # The trainer takes true for "the last one", though its type says text.
+            if text or is_of_type(value, hint) or name == "resume_from_checkpoint":
+                continue
+            if takes_list and is_of_type([value], hint):
+                settings[name] = [value]
+            else:
+                raise ValueError(
+                    f"{name}: {value!r} in the YAML file should be {in_words(hint)}; correct it (true, no, 7 and the like "
+                    "are text in quotes only)"
+                )
+        return super().set_defaults_with_config(**settings)

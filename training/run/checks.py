@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is refused before a weight is read: settings that cannot be, and models and data that do not fit them."""
+
+import glob
+import math
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from huggingface_hub import HfApi
+from safetensors import SafetensorError, safe_open
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig, Trainer, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import SaveStrategy
+from trl import ModelConfig, SFTConfig
+
+from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
+from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS
+from modeling_honeybee.model_folder import NetworkError, read_model_config
+from processing import HoneybeeProcessor, check_processor
+from training.recipe.mixture import Mixture
+from training.run.arguments import BATCHINGS, HoneybeeArguments
+from training.run.loading import DTYPES
+from training.run.lora import check_lora_settings
+from training.run.saving import check_savable
+from training.run.settings import Settings, is_set
+from training.samples import BadSampleError
+from training.stages import TRAINED
+from training.trainer.packed_attention import PACKABLE
+
+SEARCHED_FOR_AN_IMAGE = 256  # samples of a mixture
+
+OF_TRL = (
+    "it is for data and models that TRL prepares; here the model's own processor prepares the samples, and it would change "
+    "nothing; leave it out"
+)
+PACKING = (
+    "TRL's packing and padding_free are not available for samples with images; leave them out and use --batching packed"
+)
+NO_EVALUATION = "nothing is evaluated while training; leave it out, and score checkpoints with evaluation/run.py"
+GROUPING = "the trainer's group_by_length does not know how long a sample is; use --batching grouped"
+# Settings that ask for what a run does not do, and why. What would change nothing is in `settings.WITHOUT_EFFECT`.
+REFUSED = {
+    "chat_template_path": OF_TRL,
+    "completion_only_loss": OF_TRL,
+    "eos_token": OF_TRL,
+    "eval_strategy": NO_EVALUATION,
+    "group_by_length": GROUPING,  # of transformers 4
+    "load_best_model_at_end": NO_EVALUATION,
+    "lora_target_parameters": "LoRA goes into the LLM's linear layers; name them with --lora_target_modules",
+    "lora_task_type": "a Honeybee is a CAUSAL_LM; leave it out",
+    "model_init_kwargs": OF_TRL,
+    "packing": PACKING,
+    "padding_free": PACKING,
+    "truncation_mode": OF_TRL,
+    "trust_remote_code": "towers and LLMs with code of their own are not supported, because a saved Honeybee carries its own "
+    "code alone; leave it out",
+}
+# The same, where one value alone asks for it.
+REFUSED_VALUES = {
+    ("save_strategy", "best"): NO_EVALUATION,
+    ("train_sampling_strategy", "group_by_length"): GROUPING,  # of transformers 5
+}
+CHOICES = {"batching": BATCHINGS, "dtype": [name for name in DTYPES if name], "stage": list(TRAINED)}
+MORE_THAN_0 = "more than 0"
+# Setting -> what it must be, and whether it is, given all settings of its class.
+RANGES: dict[str, tuple[str, Callable]] = {
+    "gradient_accumulation_steps": (MORE_THAN_0, lambda s: s.gradient_accumulation_steps > 0),
+    "image_size": ("at least one patch; leave it out for the tower's own", lambda s: s.image_size is None or s.image_size >= 1),
+    "label_smoothing_factor": ("from 0 to below 1", lambda s: 0 <= s.label_smoothing_factor < 1),
+    "learning_rate": ("more than 0 and finite; stage 1 uses 3e-4, stage 2 2e-5", lambda s: 0 < s.learning_rate < math.inf),
+    "logging_steps": (MORE_THAN_0, lambda s: s.logging_steps > 0),
+    "lora_alpha": (f"{MORE_THAN_0}; use twice lora_r, for instance", lambda s: not s.use_peft or s.lora_alpha > 0),
+    "max_grad_norm": ("at least 0 (0: no clipping)", lambda s: s.max_grad_norm >= 0),
+    "max_length": ("at least 1, or none", lambda s: s.max_length is None or s.max_length >= 1),
+    "max_steps": (f"{MORE_THAN_0}, or -1 for --num_train_epochs", lambda s: s.max_steps > 0 or s.max_steps == -1),
+    "num_train_epochs": ("more than 0 and finite, or give --max_steps",
+                         lambda s: s.max_steps > 0 or 0 < s.num_train_epochs < math.inf),
+    "per_device_train_batch_size": (MORE_THAN_0, lambda s: s.per_device_train_batch_size > 0),
+    "save_steps": (f"{MORE_THAN_0}, or --save_strategy no",
+                   lambda s: s.save_strategy != SaveStrategy.STEPS or s.save_steps > 0),
+}  # fmt: skip
+
+
+def check_settings(settings: Settings) -> None:
+    """Everything that can be wrong before a file is read.
+
+    Raises:
+        ValueError, FileNotFoundError: with the value and the remedy.
+    """
+    for part in (settings.honeybee, settings.training, settings.model):
+        _check_values(part)
+    _check_data(settings)
+    _check_model(settings.honeybee, settings.model)
+    check_lora_settings(settings)
+    _check_learning_rate(settings.training)
+    _check_optimizer(settings.training)
+    _check_processes(settings.training)
+    _check_trackers(settings.training)
+    _check_hub(settings.training)
+
+
+def _check_values(part: HoneybeeArguments | SFTConfig | ModelConfig) -> None:
+    """Each setting by itself: see the tables above."""
+    values = vars(part)
+    for name, choices in CHOICES.items():
+        if name in values and values[name] not in (*choices, None):
+            raise ValueError(f"{name}={values[name]!r} is unknown; use one of {', '.join(choices)}")
+    refused = {name: why for name, why in REFUSED.items() if name in values and is_set(part, name)}
+    refused |= {name: why for (name, value), why in REFUSED_VALUES.items() if values.get(name) == value}
+    for name, why in refused.items():
+        raise ValueError(f"{name}={getattr(values[name], 'value', None) or repr(values[name])}: {why}")
+    for name, (bounds, holds) in RANGES.items():
+        if name in values and not holds(part):
+            raise ValueError(f"{name}={values[name]} must be {bounds}")
+
+
+def _check_data(settings: Settings) -> None:
+    own, training = settings.honeybee, settings.training
+    if own.dataset is None and own.mixture is None:
+        raise ValueError(
+            "no data: give --dataset a Hub name or a path, or --mixture a recipe (or no arguments at all for the quickstart)"
+        )
+    if own.mixture is None:
+        if own.mixture_settings:
+            raise ValueError(
+                f"--set {' '.join(own.mixture_settings)} changes a mixture, and there is none; give --mixture"
+            )
+        return
+    if own.dataset is not None:
+        raise ValueError(f"--dataset {own.dataset} and --mixture: give one; a mixture takes datasets under `own`")
+    if own.dataset_split != "train":
+        raise ValueError(
+            f"--dataset_split {own.dataset_split} is for --dataset; a mixture's own datasets have a `split` each"
+        )
+    if training.max_steps <= 0:
+        raise ValueError(
+            f"max_steps={training.max_steps}: a mixture has no end; give --max_steps the length of the run"
+        )
+    if training.ignore_data_skip:
+        raise ValueError("ignore_data_skip would read the mixture from its start after resuming; leave it out")
+
+
+def _check_model(own: HoneybeeArguments, model: ModelConfig) -> None:
+    path = model.model_name_or_path
+    if path:
+        new = (own.vision_model, own.text_model, own.image_size, own.vision_feature_layer, own.projector or None)
+        if any(value is not None for value in new):
+            raise ValueError(
+                f"--model_name_or_path {path} already has a tower, an LLM and a projector; leave out --vision_model, "
+                "--text_model, --projector, --image_size and --vision_feature_layer, or leave it out to start a new model"
+            )
+        _check_model_folder(path)
+        return
+    if not (own.vision_model and own.text_model):
+        raise ValueError(
+            "no model: give --model_name_or_path a Honeybee checkpoint, or both --vision_model and --text_model "
+            "to join them with a new projector"
+        )
+    if is_set(model, "model_revision"):
+        raise ValueError(
+            f"model_revision={model.model_revision!r} is for --model_name_or_path; download the parts that you want "
+            "and give their folders"
+        )
+    settings = own.projector or {}
+    example = 'such as --projector \'{"projector_type": "c-abs", "num_query_tokens": 144}\''
+    if "projector_type" not in settings:
+        raise ValueError(f"--projector {settings}: a new model needs the setting projector_type; give it, {example}")
+    HoneybeeProjectorConfig.from_settings(settings)
+    if settings["projector_type"] not in PIXELWISE_PROJECTORS and settings.get("num_query_tokens") is None:
+        raise ValueError(
+            f"--projector {settings}: num_query_tokens, the visual tokens of an image, is missing; give it, {example}"
+        )
+
+
+def _check_model_folder(path: str) -> None:
+    if not os.path.isdir(path):
+        if os.path.isabs(path) or path.startswith("."):
+            raise ValueError(f"{path!r} does not exist; give the output folder of a finished stage, or a Hub name")
+        return
+    read_model_config(Path(path), repr(path), "to start from its parts give --vision_model and --text_model")
+
+
+def _check_learning_rate(training: SFTConfig) -> None:
+    for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs"):
+        if not isinstance(getattr(training, name), (dict, type(None))):
+            raise ValueError(f"{name}={getattr(training, name)!r} is not a mapping of settings to values")
+    schedule, rate = training.lr_scheduler_kwargs or {}, training.learning_rate
+    floor, share = schedule.get("min_lr", 0), schedule.get("min_lr_rate") or 0
+    if not isinstance(floor, (int, float)) or not floor >= 0:
+        raise ValueError(
+            f"lr_scheduler_kwargs: the floor min_lr={floor!r} must be a number of at least 0 (in YAML 1.0e-6, with a point)"
+        )
+    if not 0 <= share <= 1:
+        raise ValueError(f"lr_scheduler_kwargs: min_lr_rate={share} must be a share of learning_rate, from 0 to 1")
+    if floor > rate:
+        raise ValueError(
+            f"lr_scheduler_kwargs: the floor min_lr={floor} is above learning_rate={rate}; lower it, for instance to "
+            f"{rate / 30:.1e}"
+        )
+    steps, warmup = training.max_steps, training.get_warmup_steps(max(training.max_steps, 0))
+    if 0 < steps <= warmup:
+        raise ValueError(
+            f"the warm-up of {warmup} steps does not end within max_steps={steps}; lower --warmup_steps, for instance "
+            f"to {steps // 25}"
+        )
+
+
+def _check_optimizer(training: SFTConfig) -> None:
+    optimizer, schedule = training.optim.value, training.lr_scheduler_type.value
+    try:
+        if not optimizer.removeprefix("paged_").startswith("adamw"):
+            with suppress(ValueError):  # some want to see the model
+                Trainer.get_optimizer_cls_and_kwargs(training)
+            return
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(training)
+        settings = {**settings, "weight_decay": training.weight_decay}
+        get_scheduler(
+            schedule,
+            kind([torch.zeros(1, requires_grad=True)], **settings),
+            num_warmup_steps=0,
+            num_training_steps=max(training.max_steps, 1),
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+        )
+    except (ImportError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"optim={optimizer} with betas, epsilon and weight_decay, or lr_scheduler_type={schedule} with "
+            f"lr_scheduler_kwargs={training.lr_scheduler_kwargs} cannot be: {error}; correct what it names"
+        ) from error
+
+
+def _check_processes(training: SFTConfig) -> None:
+    DataLoader(  # torch says what is wrong with these
+        [0],
+        num_workers=training.dataloader_num_workers,
+        prefetch_factor=training.dataloader_prefetch_factor,
+        persistent_workers=training.dataloader_persistent_workers,
+    )
+    if training.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "accelerator_config: dispatch_batches cuts batches by rows, and samples have different numbers of images; leave "
+            "it out"
+        )
+    if training.n_gpu > 1:
+        raise ValueError(
+            f"{training.n_gpu} GPUs are visible to one process; start one process for each with `accelerate launch` "
+            "(training/configs/README.md), or show it one with CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def _check_trackers(training: SFTConfig) -> None:
+    try:
+        for callback in get_reporting_integration_callbacks(training.report_to):
+            callback()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(f"report_to={training.report_to}: {error} Or give --report_to none") from error
+
+
+def _check_hub(training: SFTConfig) -> None:
+    if not training.push_to_hub:
+        return
+    try:
+        HfApi(token=training.hub_token).whoami()
+    except (NetworkError, OSError) as error:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"push_to_hub: the Hub cannot be used ({said}); log in with `hf auth login`, or leave it out and upload the "
+            "finished model with hub_upload/push.py"
+        ) from error
+
+
+def check_model_files(settings: Settings, config: HoneybeeConfig, processor: HoneybeeProcessor) -> None:
+    """Whether config and processor belong together, can be saved, and suit the run; weights are looked at elsewhere.
+
+    Raises:
+        ValueError: with the value and the remedy.
+    """
+    check_processor(config, processor)
+    check_savable(config, processor)
+    if settings.model.model_name_or_path:
+        check_generation_config(settings.model)
+    max_length, model_type = settings.training.max_length, config.text_config.model_type
+    if max_length is not None and processor.num_image_tokens >= max_length:
+        raise ValueError(
+            f"max_length={max_length} leaves no room for text: an image is {processor.num_image_tokens} visual tokens; "
+            "raise it"
+        )
+    if settings.honeybee.batching == "packed" and model_type not in PACKABLE:
+        raise ValueError(
+            f"batching=packed is known to keep conversations apart in {', '.join(PACKABLE)}, and this LLM is of type "
+            f"{model_type!r}; use --batching grouped"
+        )
+
+
+def check_generation_config(model_args: ModelConfig) -> None:
+    """Raises a ValueError where the model's generation_config.json cannot be loaded."""
+    path = model_args.model_name_or_path
+    try:
+        GenerationConfig.from_pretrained(path, revision=model_args.model_revision or "main")
+    except OSError:
+        pass  # there is none, and none is needed
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the generation_config.json of {path!r} cannot be loaded ({error}); correct what it names, or remove the file"
+        ) from error
+
+
+def check_weights(path: str, skeleton: HoneybeeForConditionalGeneration) -> None:
+    """Compares the names and shapes in the safetensors files of a folder with what its config makes.
+
+    Raises:
+        ValueError: no weights, tensors that are missing, or of other shapes.
+    """
+    if not os.path.isdir(path) or getattr(skeleton.config, "quantization_config", None):
+        return
+    files = glob.glob(os.path.join(glob.escape(path), "*.safetensors"))
+    if not files:
+        if not glob.glob(os.path.join(glob.escape(path), "*.bin")):
+            raise ValueError(f"{path!r} has no weights (*.safetensors); give the output folder of a finished stage")
+        return
+    shapes = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                names = tensors.keys()
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in names}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file!r} cannot be read ({error}); copy or save it again") from error
+    needed = {name: list(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    if skeleton.config.tie_word_embeddings:
+        needed.pop("lm_head.weight")
+    wrong = [f"{name} is {shapes[name]} and should be {shape}" for name, shape in needed.items()
+             if name in shapes and shapes[name] != shape]  # fmt: skip
+    wrong += [f"{name} is missing" for name in needed if name not in shapes]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"the weights in {path!r} do not belong to its config.json: {'; '.join(wrong[:3])}{more}; give the folder "
+            "as a finished stage left it"
+        )
+
+
+def check_number(dataset: Dataset, settings: Settings) -> None:
+    """Raises a ValueError where `dataloader_drop_last` leaves no batch."""
+    at_once = settings.samples_at_once
+    if settings.training.dataloader_drop_last and len(dataset) < at_once:
+        raise ValueError(
+            f"dataloader_drop_last leaves nothing of {len(dataset)} samples in batches of {at_once}; leave it out "
+            "or lower --per_device_train_batch_size"
+        )
+
+
+def check_images(mixture: Mixture) -> None:
+    """Raises a ValueError where alignment would see no image."""
+    draws = range(min(SEARCHED_FOR_AN_IMAGE, len(mixture)))
+    images = []
+    for draw in draws:
+        with suppress(BadSampleError):
+            images.append(mixture.glance(draw)["images"])
+    if images and not any(images):
+        raise ValueError(
+            f"none of the mixture's first {len(draws)} samples has an image, and alignment trains the projector alone, "
+            "which reads nothing else; add a captioning dataset, or use --stage instruct"
+        )

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run would do, without doing it: `python training/sft.py --dry_run ...`."""
+
+from dataclasses import dataclass
+
+from trl import SFTConfig
+
+from training.conversations import normalize_conversation
+from training.run.checkpoints import gigabytes
+from training.run.plan import Plan, make_plan, state_bytes
+from training.run.settings import Settings
+from training.stages import parts_table
+
+MEASURED = 64  # samples whose tokens are counted
+DEVICES = 8  # over which the estimate shards, where only one process is running
+
+
+@dataclass
+class Tokens:
+    """How long the measured samples are, in tokens.
+
+    Args:
+        mean, longest: of a sample.
+        visual, learned: in a sample, on average.
+        samples: how many were measured.
+    """
+
+    mean: float
+    longest: int
+    visual: float
+    learned: float
+    samples: int
+
+
+def dry_run(settings: Settings) -> str:
+    """Checks the run and describes it. Reads settings, configs, tokenizer and data, and leaves nothing behind.
+
+    Raises:
+        ValueError, OSError: what [`make_plan`] refuses.
+    """
+    plan, training = make_plan(settings), settings.training
+    tokens = measure_tokens(plan)
+    batch, devices = settings.global_batch_size, training.world_size
+    vision, projector = plan.config.vision_config, plan.config.projector_config
+    steps = training.max_steps
+    if steps <= 0:
+        steps = round(-(-len(plan.dataset) // batch) * training.num_train_epochs)
+    lines = [
+        f"Stage {settings.honeybee.stage}" + (f", going on from {plan.checkpoint}" if plan.checkpoint else ""),
+        *(f"  {line}" for line in parts_table(plan.parameters)),
+        f"  {'all':<15} {sum(n for n, _ in plan.parameters.values()):>15,} parameters, "
+        f"{sum(n for _, n in plan.parameters.values()):,} trained",
+        f"Image {vision.image_size} px, {plan.config.num_patches} patches -> {projector.projector_type} -> "
+        f"{plan.config.num_image_tokens} visual tokens",
+        f"Data: {data_line(settings, plan)}",
+        f"A step: {batch} samples = {training.train_batch_size} a device x "
+        f"{training.gradient_accumulation_steps} accumulated x {devices} "
+        f"{'process' if devices == 1 else 'processes'}; about {batch * tokens.mean:,.0f} tokens, "
+        f"{batch * tokens.visual:,.0f} of them visual and {batch * tokens.learned:,.0f} learned",
+        f"  ({tokens.samples} samples read: {tokens.mean:,.0f} tokens on average, {tokens.longest:,} at most)",
+        f"The run: {steps:,} steps, {steps * batch:,} samples, about {steps * batch * tokens.mean:,.0f} tokens",
+        f"Learning rate: {learning_rate_line(training, steps)}",
+        "Memory of a device, estimated (activations roughly):",
+        *memory_lines(settings, plan, tokens),
+        f"Disk: {gigabytes(plan.disk_bytes)} for checkpoints and the model in {training.output_dir}",
+        *not_shown_lines(settings),
+        "Dry run: nothing was written, nothing was trained.",
+    ]
+    return "\n".join(lines)
+
+
+def not_shown_lines(settings: Settings) -> list[str]:
+    """What only the start of a run can show, because a dry run reads no weights."""
+    own = settings.honeybee
+    if settings.model.model_name_or_path:
+        return []
+    return [
+        f"Not shown here: that {own.text_model} answers and {own.vision_model} sees in the new model as they do alone; the "
+        "run's start compares them, once the weights are read"
+    ]
+
+
+def data_line(settings: Settings, plan: Plan) -> str:
+    if plan.mixture is None:
+        return f"{settings.honeybee.dataset}, {len(plan.dataset):,} samples"
+    shares = ", ".join(f"{s.name} {w:.1%}" for s, w in zip(plan.mixture.sources, plan.mixture.weights))
+    return f"a mixture of {len(plan.mixture.sources)} datasets: {shares}"
+
+
+def learning_rate_line(training: SFTConfig, steps: int) -> str:
+    floor = (training.lr_scheduler_kwargs or {}).get("min_lr")
+    schedule = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+    return f"{schedule}, {training.get_warmup_steps(steps):,} steps of warm-up to {training.learning_rate:g}" + (
+        f", then down to {floor:g}" if floor is not None else ""
+    )
+
+
+def measure_tokens(plan: Plan) -> Tokens:
+    """Counts the run's first samples. Those of a mixture are read with their images, so that missing files are noticed."""
+    samples = []
+    for index in range(min(MEASURED, len(plan.dataset))):
+        sample = plan.mixture[index] if plan.mixture is not None else plan.dataset[index]
+        samples.append((normalize_conversation(sample)[0], sample.get("chat_template") or "default"))
+    rows = plan.collator.tokenize(samples)
+    image_token, number = plan.collator.processor.image_token_id, len(rows)
+    learned = [sum(label != -100 for label in row["labels"]) for row in rows]
+    lengths = [len(row["input_ids"]) for row in rows]
+    return Tokens(
+        mean=sum(lengths) / number,
+        longest=max(lengths),
+        visual=sum(row["input_ids"].count(image_token) for row in rows) / number,
+        learned=sum(learned) / number,
+        samples=number,
+    )
+
+
+def memory_lines(settings: Settings, plan: Plan, tokens: Tokens) -> list[str]:
+    """An estimate of what a device holds, alone and with everything sharded over several.
+
+    Weights and optimizer: see [`state_bytes`]; gradients as the trained weights. Activations of T tokens (a micro-batch;
+    padded, each sample as long as the longest measured), L layers, widths D and I, a bytes a number: T * D * L * a with
+    gradient checkpointing, and T * (12 D + 4 I) * a for each layer that is held at once (one with, L without); logits
+    T * V * (a + 4), as if all of the tokens were learned.
+    """
+    training = settings.training
+    half = 2 if training.bf16 or training.fp16 else 4
+    sizes = state_bytes(plan.parameters, plan.config, settings)
+    text = plan.config.text_config
+    samples = training.per_device_train_batch_size
+    count = samples * (tokens.mean if plan.collator.pack else tokens.longest)
+    layer = count * (12 * text.hidden_size + 4 * getattr(text, "intermediate_size", 4 * text.hidden_size)) * half
+    layers = text.num_hidden_layers
+    checkpointed = training.gradient_checkpointing
+    activations = count * text.hidden_size * layers * half + layer if checkpointed else layer * layers
+    activations += count * text.vocab_size * (half + 4)
+    devices = training.world_size if training.world_size > 1 else DEVICES
+    states = {"weights": sizes["weights"], "gradients": sizes["trained"], "optimizer": sizes["optimizer"]}
+    lines = [f"  {name:<12} {gigabytes(size):>12}" for name, size in {**states, "activations": activations}.items()]
+    total = sum(states.values())
+    return [
+        *lines,
+        f"  {'in all':<12} {gigabytes(total + activations):>12}; {gigabytes(total / devices + activations)} with "
+        f"everything sharded over {devices} devices (FSDP2, ZeRO-3)",
+    ]

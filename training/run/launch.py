@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training run from its settings to the saved model."""
+
+import logging
+import os
+import shlex
+import signal
+import sys
+
+import yaml
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import TrainerCallback
+
+from modeling_honeybee import HoneybeeForConditionalGeneration
+from modeling_honeybee.model_folder import NetworkError
+from modeling_honeybee.processes import leave_processes
+from training.recipe.callback import MixtureCallback
+from training.run.checkpoints import check_output_dir, copy_model, is_finished, mark_run
+from training.run.dry_run import dry_run
+from training.run.loading import load_model
+from training.run.lora import freeze_for_lora, merge_adapter
+from training.run.plan import Plan, make_plan
+from training.run.report import Report
+from training.run.saving import prove_saving, push
+from training.run.settings import Settings
+from training.samples import TooManyBadSamplesError
+from training.stages import freeze_for_stage, keep_trained_in_float32, parts_table
+from training.trainer.interruption import StopOnSignal
+from training.trainer.length_grouping import grouped_sampler
+from training.trainer.packed_attention import use_packed_attention
+from training.trainer.trainer import HoneybeeTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def launch(settings: Settings) -> None:
+    """Describes the run (`--dry_run`), or prepares it, trains, saves, uploads and merges.
+
+    Raises:
+        SystemExit: with a sentence, for what is wrong with the input or went wrong after the model was saved; with code 0
+            after a signal.
+    """
+    try:
+        if settings.honeybee.dry_run:
+            print(dry_run(settings))
+            return
+        trainer, checkpoint = prepare(settings)
+    except (ValueError, OSError, ImportError, yaml.YAMLError, TooManyBadSamplesError, NetworkError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted before the first step")
+    try:
+        run(trainer, checkpoint)
+    except TooManyBadSamplesError as error:
+        # A worker's comes with the whole of its traceback in front.
+        sys.exit(f"error: {str(error).rpartition(f'{TooManyBadSamplesError.__name__}: ')[2]}")
+    if trainer.is_world_process_zero():
+        finish(trainer, settings)
+    leave_processes(trainer.accelerator.num_processes)
+
+
+def prepare(settings: Settings) -> tuple[HoneybeeTrainer, str | None]:
+    """A trainer that is ready to run, and the checkpoint to resume from. What is wrong with the input is found here.
+
+    Raises:
+        ValueError, FileNotFoundError: with the value, the limit and the remedy.
+    """
+    plan, training = make_plan(settings), settings.training
+    existing = check_output_dir(training.output_dir)  # the trainer makes the folder
+    model = load_model(settings)
+    freeze(model, settings, plan)
+    if settings.honeybee.batching == "packed":
+        use_packed_attention(model.model.language_model)
+    trainer = HoneybeeTrainer(
+        model=model,
+        args=training,
+        data_collator=plan.collator,
+        train_dataset=plan.dataset,
+        processing_class=plan.collator.processor,
+        peft_config=plan.lora,
+        callbacks=callbacks(settings, plan),
+        sampler=choose_sampler(settings, plan),
+    )
+    if training.bf16 or training.fp16:
+        keep_trained_in_float32(trainer.model)  # now, because TRL casts what is trained beside quantized weights
+    prove_saving(trainer, existing)
+    # Marked only now: a start that failed leaves the folder as it was, and every rank has seen it without the mark.
+    trainer.accelerator.wait_for_everyone()
+    if plan.checkpoint is None and trainer.is_world_process_zero():
+        mark_run(plan.identity, training)
+    return trainer, plan.checkpoint
+
+
+def freeze(model: HoneybeeForConditionalGeneration, settings: Settings, plan: Plan) -> None:
+    """Freezes what the run does not train, and logs what it does."""
+    stage = settings.honeybee.stage
+    if plan.lora is None:
+        freeze_for_stage(model, stage)
+        return
+    freeze_for_lora(model)
+    logger.info("Stage %s with LoRA of rank %s:", stage, plan.lora.r)
+    for line in parts_table(plan.parameters):
+        logger.info("  %s", line)
+
+
+def callbacks(settings: Settings, plan: Plan) -> list[TrainerCallback]:
+    """What stops a run, reports on it, and keeps a mixture's counts."""
+    of_mixture = [] if plan.mixture is None else [MixtureCallback(plan.mixture, plan.checkpoint)]
+    return [StopOnSignal(), Report(settings, plan), *of_mixture]
+
+
+def choose_sampler(settings: Settings, plan: Plan) -> Sampler | None:
+    """The order in which samples are read; None for a random one."""
+    training = settings.training
+    if settings.honeybee.batching == "grouped":
+        seed = training.seed if training.data_seed is None else training.data_seed
+        return grouped_sampler(plan.dataset, plan.mixture, plan.collator, settings.global_batch_size, seed)
+    # A mixture is shuffled already. (transformers 5 has a setting for this, 4 has nothing.)
+    return None if plan.mixture is None else SequentialSampler(plan.dataset)
+
+
+def callback_of(trainer: HoneybeeTrainer, kind: type):
+    return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind))
+
+
+def train(trainer: HoneybeeTrainer, checkpoint: str | None) -> None:
+    """Trains. What fails after the last step, such as a tracker that cannot close, is a warning: the model is to be saved."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception:
+        if not trainer.state.global_step >= trainer.state.max_steps > 0:
+            raise
+        logger.warning("All steps are done, and this failed after them:", exc_info=True)
+
+
+def run(trainer: HoneybeeTrainer, checkpoint: str | None, how_to_go_on: str = "the same command with --resume") -> None:
+    """Trains, saves model, processor and trainer state in the output folder, and then writes the report there.
+
+    Args:
+        how_to_go_on: said where a signal stops the run.
+
+    Raises:
+        SystemExit: with code 0, after a SIGTERM or SIGINT and the checkpoint that it asked for.
+    """
+    folder, stop = trainer.args.output_dir, callback_of(trainer, StopOnSignal)
+    if checkpoint is not None and is_finished(checkpoint, trainer.args):
+        if trainer.is_world_process_zero():
+            copy_model(checkpoint, folder)
+        end(trainer, f"Nothing was left to train; saved {folder} from {checkpoint}")
+        return
+    try:
+        train(trainer, checkpoint)
+        if stop.stopped_at is None:
+            trainer.save_model(folder, _internal_call=True)  # a call of ours would upload it as well
+            trainer.save_state()
+        if trainer.is_world_process_zero():
+            callback_of(trainer, Report).write(trainer.state)
+    finally:
+        if stop.stopped_at is None:
+            stop.restore()
+    if stop.stopped_at is None:
+        end(trainer, f"Finished after {trainer.state.global_step} steps; saved {folder}")
+        return
+    name = signal.Signals(stop.signal).name if stop.signal else "a signal to another process"
+    saved = os.path.join(folder, f"checkpoint-{stop.stopped_at}")
+    end(
+        trainer,
+        f"Stopped by {name} after step {stop.stopped_at} of {trainer.state.max_steps}; saved {saved}. Go on from there: "
+        f"{how_to_go_on}.",
+    )
+    stop.ignore()
+    leave_processes(trainer.accelerator.num_processes)
+    sys.exit(0)
+
+
+def end(trainer: HoneybeeTrainer, said: str) -> None:
+    """Says how it went, once, and ends the processes' work together."""
+    if trainer.is_world_process_zero():
+        print(said, flush=True)
+    trainer.end()
+
+
+def finish(trainer: HoneybeeTrainer, settings: Settings) -> None:
+    """Uploads and merges, where that was asked for. One that fails keeps neither the saved model nor the other from us.
+
+    Raises:
+        SystemExit: with a sentence for each that failed.
+    """
+    folder, errors = settings.training.output_dir, []
+
+    def failed(what: str, error: Exception, remedy: str) -> None:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        errors.append(f"error: {folder} is saved, but {what} ({type(error).__name__}: {said}); {remedy}")
+
+    if settings.training.push_to_hub:
+        try:
+            push(trainer)
+        except Exception as error:
+            command = (
+                f"python hub_upload/push.py --model {shlex.quote(folder)} --repo_id {trainer.hub_model_id} --update"
+            )
+            failed("not uploaded", error, f"upload it with `{command}`")
+    if settings.honeybee.merge:
+        try:
+            print("Merged model:", merge_adapter(settings))
+        except Exception as error:
+            failed("not merged with its base model", error, "merge it with the same command and --resume")
+    if errors:
+        sys.exit("\n".join(errors))

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is left to read when a run ends: a plot of the loss, and a page that says what was trained, on what, and how."""
+
+import logging
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, TrainerState
+from trl import SFTConfig
+
+from training.recipe.table import mixture_table
+from training.run.checkpoints import RECORDED
+from training.run.plan import Plan
+from training.run.settings import Settings
+from training.stages import parts_table
+
+logger = logging.getLogger(__name__)
+
+PLOT, SUMMARY = "loss.png", "run_summary.md"
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes", "deepspeed")
+
+
+class Report(TrainerCallback):
+    """Writes [`loss_plot`] and [`run_summary`] into the output folder. The trainer only carries it, and whoever has saved the
+    model calls `write`: a callback's own turn, the end of training, comes before that."""
+
+    def __init__(self, settings: Settings, plan: Plan):
+        self.settings, self.plan = settings, plan
+
+    def write(self, state: TrainerState) -> None:
+        """Writes both; a failure is only a warning."""
+        writers = {
+            PLOT: lambda path: loss_plot(state, path),
+            SUMMARY: lambda path: Path(path).write_text(run_summary(self.settings, self.plan, state), encoding="utf-8"),
+        }
+        for name, write in writers.items():
+            try:
+                write(os.path.join(self.settings.training.output_dir, name))
+            except Exception as error:  # plotting and its fonts, the disk, the table: none is worth a run
+                logger.warning("%s could not be written (%s: %s)", name, type(error).__name__, error)
+
+
+def _logged(state: TrainerState) -> list[dict]:
+    return [row for row in state.log_history if "loss" in row]
+
+
+def loss_plot(state: TrainerState, path: str) -> None:
+    """Loss and learning rate over the steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = _logged(state)
+    steps = [row["step"] for row in rows]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, [row["loss"] for row in rows], label="loss")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    rates = axes.twinx()
+    rates.plot(steps, [row.get("learning_rate") for row in rows], color="grey", linestyle=":", label="learning rate")
+    rates.set_ylabel("learning rate")
+    figure.legend(loc="upper right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _table(rows: list[list[str]]) -> str:
+    head, *body = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
+
+
+def run_summary(settings: Settings, plan: Plan, state: TrainerState) -> str:
+    """One page of Markdown."""
+    own, rows = settings.honeybee, _logged(state)
+    finished = state.global_step >= state.max_steps
+    start = settings.model.model_name_or_path or f"{own.vision_model} + {own.text_model} + {own.projector}"
+    state_words = f"finished after {state.global_step} steps" if finished else (
+        f"stopped after {state.global_step} of {state.max_steps} steps; the same command with `--resume` goes on"
+    )  # fmt: skip
+    samples = state.global_step * settings.global_batch_size
+    sections = {
+        "Model": f"From {start}.\n\n```\n" + "\n".join(parts_table(plan.parameters)) + "\n```",
+        "Data": _data(settings, plan, samples),
+        "Loss": _losses(rows),
+        "Throughput": _throughput(rows),
+        "Settings": _table([["setting", "value"], *([name, _setting(settings.training, name)] for name in RECORDED)]),
+        "Versions": ", ".join([f"Python {platform.python_version()}", *_versions()]) + f"; {_device()}",
+    }
+    page = [f"# Stage {own.stage}: {state_words}"]
+    page += [f"## {title}\n\n{text}" for title, text in sections.items()]
+    return "\n\n".join(page) + "\n"
+
+
+def _setting(training_args: SFTConfig, name: str) -> str:
+    value = getattr(training_args, name)
+    return str(getattr(value, "value", value))
+
+
+def _data(settings: Settings, plan: Plan, samples: int) -> str:
+    if plan.mixture is None:
+        return f"`{settings.honeybee.dataset}`: {samples:,} draws of {len(plan.dataset):,} samples."
+    table = mixture_table(plan.mixture.sources, plan.mixture.weights, samples)
+    return f"{_table(table)}\n\nSkipped by the first process: {plan.mixture.report()}."
+
+
+def _losses(rows: list[dict]) -> str:
+    if not rows:
+        return "Nothing was logged; lower `logging_steps`."
+    losses = [row["loss"] for row in rows]
+    last = losses[-max(1, len(losses) // 10) :]
+    text = f"{losses[0]:.4f} at step {rows[0]['step']}, {losses[-1]:.4f} at step {rows[-1]['step']}, "
+    text += f"{sum(last) / len(last):.4f} on average over the last tenth.\n\n![Loss]({PLOT})"
+    return text
+
+
+def _throughput(rows: list[dict]) -> str:
+    names = ("samples_per_second", "tokens_per_second", "padding_share", "visual_tokens_per_step")
+    rows = [row for row in rows if "samples_per_second" in row]
+    if not rows:
+        return "Nothing was logged; lower `logging_steps`."
+    body = []
+    for name in names:
+        values = sorted(row[name] for row in rows)
+        body.append([name.replace("_", " "), f"{values[len(values) // 2]:,.4g}", f"{rows[-1][name]:,.4g}"])
+    return _table([["over all processes", "median", "last"], *body])
+
+
+def _versions() -> list[str]:
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TRL's SFTTrainer, its head applied where a label is learned, and its speed in the log."""
+
+import time
+
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader, Sampler
+from trl import SFTTrainer
+
+from training.trainer.engines import (
+    check_saves_whole_models,
+    gather_head_before_use,
+    saved_as_one_process,
+    untie_originals,
+)
+from training.trainer.interruption import protect_workers
+from training.trainer.length_grouping import LengthGroupedSampler
+
+
+def learned_only(inputs: dict) -> dict:
+    """The inputs for TRL's head, (1, learned) `shift_labels` and where to take hidden states for them; unchanged where
+    nothing is learned."""
+    next_labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    learned = next_labels != -100
+    if not learned.any():
+        return inputs
+    return {**inputs, "states_to_keep": learned, "shift_labels": next_labels[learned][None]}
+
+
+def count_batch(inputs: dict[str, torch.Tensor], image_token_id: int) -> torch.Tensor:
+    """Counts a batch: samples, tokens without padding, tokens with it, and visual tokens, (4,) int64.
+
+    A sample is a row, or in a packed row what begins at a `position_ids` of 0.
+    """
+    input_ids, mask, positions = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
+    padded = torch.tensor(input_ids.numel(), device=input_ids.device)
+    samples = torch.tensor(len(input_ids), device=input_ids.device) if positions is None else (positions == 0).sum()
+    tokens = padded if mask is None else mask.sum()
+    return torch.stack([samples, tokens, padded, (input_ids == image_token_id).sum()])
+
+
+class HoneybeeTrainer(SFTTrainer):
+    """TRL scores hidden states without ever holding all logits, but on anything without Triton it scores every
+    position, and most of a row (images, questions, padding) is never learned. Here it gets the others only. The loss
+    is the same.
+
+    Each line of the log says, for all processes together since the line before: `samples_per_second`,
+    `tokens_per_second` (without padding), `padding_share` and `visual_tokens_per_step`.
+
+    Args:
+        sampler: the order in which samples are read; None for the library's own, which is random. The other arguments are
+            SFTTrainer's.
+    """
+
+    def __init__(self, *args, sampler: Sampler | None = None, **kwargs):
+        self.sampler = sampler
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.epoch = lambda: int(self.state.epoch or 0)
+        self._counts = self._counted_since = None
+        super().__init__(*args, **kwargs)
+        # The model declines it, because a count of labels made before it masks placeholders would be wrong. Our collator
+        # masks them itself, so that accumulation steps can weigh by their tokens. (Sequence parallelism counts alone.)
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        self.model_accepts_loss_kwargs = not getattr(parallelism, "sp_enabled", False)
+        check_saves_whole_models(self.accelerator.state)
+        gather_head_before_use(self.model)
+        if self.is_fsdp_enabled:
+            untie_originals(self.model)
+        if isinstance(self.model, PeftModel):
+            # peft writes its card before the adapter, which a card that fails would lose; hub_upload/push.py writes ours.
+            self.model.create_or_update_model_card = lambda folder: None
+
+    def _get_train_sampler(self, *args, **kwargs) -> Sampler | None:
+        return super()._get_train_sampler(*args, **kwargs) if self.sampler is None else self.sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        # accelerate reads batches from the one inside, and makes another of the outer one's settings to skip batches.
+        for each in (loader, getattr(loader, "base_dataloader", None)):
+            if each is not None:
+                protect_workers(each)
+        return loader
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        counts = count_batch(inputs, self.processing_class.image_token_id)
+        # On the batch's device, and read when the log is written: reading would wait for the device.
+        self._counts = counts if self._counts is None else self._counts + counts
+        if self._counted_since is None:
+            self._counted_since = time.perf_counter(), self.state.global_step
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        # Every process writes a line at the same time, as the trainer itself relies on.
+        if "loss" in logs and self._counts is not None:
+            start, first_step = self._counted_since
+            samples, tokens, padded, visual = self.accelerator.reduce(self._counts.to(self.args.device), "sum").tolist()
+            seconds = time.perf_counter() - start
+            logs |= {
+                "samples_per_second": round(samples / seconds, 3),
+                "tokens_per_second": round(tokens / seconds, 1),
+                "padding_share": round(1 - tokens / padded, 4),
+                "visual_tokens_per_step": round(visual / max(1, self.state.global_step - first_step), 1),
+            }
+            self._counts = self._counted_since = None
+        super().log(logs, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # These read logits of all positions; and a batch split along its tokens brings its own labels.
+        reads_all = return_outputs or self.label_smoother is not None or self.compute_loss_func is not None
+        if not reads_all and "shift_labels" not in inputs:
+            inputs = learned_only(inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with saved_as_one_process(self.model, state_dict):
+            super()._save(output_dir, state_dict)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Writes none: TRL's tells how to ask a text model. `hub_upload/push.py` writes ours."""
+
+    def end(self) -> None:
+        """Leaves the other processes, once all is saved, and lets go of what only training needs."""
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
