@@ -71,11 +71,14 @@ class Answer(StoppingCriteria):
             torch.seed()
         else:
             torch.manual_seed(self.request.seed)
+        # A checkpoint's own stop strings want the tokenizer.
+        settings |= {"stopping_criteria": [self], "tokenizer": self.processor.tokenizer}
         with torch.inference_mode():
-            ids = self.model.generate(**inputs, **settings, stopping_criteria=[self])[0, self.prompt_tokens :].tolist()
+            ids = self.model.generate(**inputs, **settings)[0, self.prompt_tokens :].tolist()
         self.read(ids, final=True)
         ends = self.model.generation_config.eos_token_id
-        if self.stopped or ids[-1] in (ends if isinstance(ends, list) else [ends]):
+        ended = ids[-1] in (ends if isinstance(ends, list) else [ends])
+        if self.stopped or ended or len(ids) < settings["max_new_tokens"]:
             self.finish_reason = "stop"
 
     def prepare(self) -> tuple[dict, dict]:

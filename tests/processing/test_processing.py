@@ -9,7 +9,7 @@ import transformers
 from jinja2 import Environment
 from PIL import Image
 
-from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
+from processing import HoneybeeProcessor, prepare_tokenizer, processor_from_vision_text_pretrained
 from processing.processing_honeybee import CAPTION_TEMPLATE, CHAT_TEMPLATE
 from tests.tiny import byte_tokenizer, image_processor, picture, save_clip, save_llama, tiny_processor, word_tokenizer
 
@@ -254,8 +254,9 @@ def test_save_and_load(kind, tmp_path):
 
 def test_named_templates_survive_saving(tmp_path):
     own = "{{ messages[0].content[0].text }}, in short:"
-    processor = HoneybeeProcessor(image_processor(), word_tokenizer(), 4, named_chat_templates={"short": own})
-    message = [user("What is it?")]
+    tokenizer = prepare_tokenizer(word_tokenizer())
+    processor = HoneybeeProcessor(image_processor(), tokenizer, 4, named_chat_templates={"short": own})
+    message = [user(text("What is it?"))]
     assert processor.apply_chat_template(message, chat_template="short") == "What is it?, in short:"
     assert processor.apply_chat_template(message, chat_template=own) == "What is it?, in short:"
     processor.save_pretrained(tmp_path / "now")

@@ -213,6 +213,16 @@ def test_logit_bias(world):
     assert ask(world, logit_bias={"0": 100}).usage.completion_tokens == 6
 
 
+def test_a_checkpoints_own_stop_strings_end_the_answer(world, monkeypatch):
+    long = {"max_tokens": 40, "logit_bias": {str(EOS): -100}}
+    text = said(world, **long)
+    monkeypatch.setattr(world.model.generation_config, "stop_strings", [text[3:6]])
+    reply = ask(world, **long).choices[0]
+    said_until = text.index(text[3:6]) + 3  # and on to the end of its token
+    assert text.startswith(reply.message.content) and said_until <= len(reply.message.content) < len(text)
+    assert reply.finish_reason == "stop"
+
+
 def test_stop_ends_the_answer_before_it(world):
     text, _ = generated(world, max_new_tokens=40, do_sample=False, sequence_bias=[[[EOS], -100.0]])
     long = {"max_tokens": 40, "logit_bias": {str(EOS): -100}}
