@@ -63,6 +63,65 @@ def saved(tmp_path):
     return tmp_path / "model"
 
 
+def step_of_trl(model, lora, processor, batch_size: int, folder):
+    """The trainer after a step, the state that it started from, (completion, reward) pairs of each row, and arguments and
+    log-probabilities of the forwards that it learned from."""
+    scored, forwards = defaultdict(list), []
+
+    def reward(completions, completion_ids, number, **columns):
+        given = [float(len(completion[0]["content"])) for completion in completions]
+        for which, ids, points in zip(number, completion_ids, given):
+            scored[which].append((ids, points))
+        return given
+
+    def keep(model, args, inputs, output):
+        if inputs.get("fused_lm_head") and torch.is_grad_enabled():
+            forwards.append((inputs, output.log_probs.detach()))
+
+    args = GRPOConfig(
+        str(folder), max_steps=1, per_device_train_batch_size=batch_size, num_generations=GENERATIONS,
+        gradient_accumulation_steps=len(PICTURES) * GENERATIONS // batch_size, max_completion_length=6, beta=0.1,
+        optim="sgd", learning_rate=LEARNING_RATE, lr_scheduler_type="constant", max_grad_norm=0, bf16=False,
+        logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    dataset = Dataset.from_list([row(number) for number in range(len(PICTURES))], features=FEATURES)
+    trainer = GRPOTrainer(model, reward, args=args, train_dataset=dataset, processing_class=processor, peft_config=lora)
+    start = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.model.register_forward_hook(keep, with_kwargs=True)
+    set_seed(0)
+    trainer.train()
+    assert [len(scored[number]) for number in range(len(PICTURES))] == [GENERATIONS] * len(PICTURES)
+    return trainer, start, scored, forwards
+
+
+def backward_by_hand(model, prompts: list[dict], scored: dict) -> tuple[float, dict]:
+    """The loss, whose gradients `model` has then, and the log-probabilities of each (row, completion)."""
+    by_hand, loss, surrogate = {}, 0, 0
+    for number, group in scored.items():
+        for (ids, _), advantage in zip(group, advantages([points for _, points in group])):
+            by_hand[number, tuple(ids)] = log_probs(model, prompts[number], ids)
+            loss -= advantage.item() * len(ids)
+            surrogate = surrogate - advantage * by_hand[number, tuple(ids)].sum()
+    learned = sum(len(ids) for group in scored.values() for ids, _ in group)
+    (surrogate / learned).backward()
+    return loss / learned, by_hand
+
+
+def check_forward(processor, prompts: list[dict], by_hand: dict, inputs: dict, learned: torch.Tensor) -> None:
+    """Each row has the log-probabilities by hand, and the pixels are those of the rows' pictures, in order."""
+    expected_pixels = []
+    for ids, mask, labels, got in zip(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], learned):
+        answered = labels != -100
+        prompt = ids[mask.bool() & ~answered]
+        number = int(re.search(r"What is (\d)", processor.decode(prompt)).group(1))
+        assert torch.equal(prompt, prompts[number]["input_ids"][0])
+        expected = by_hand[number, tuple(ids[answered].tolist())].detach()
+        torch.testing.assert_close(got[answered[1:]], expected, atol=1e-5, rtol=1e-5)
+        expected_pixels += list(prompts[number].get("pixel_values", ()))
+    assert len(inputs["pixel_values"]) == len(expected_pixels)
+    assert all(torch.equal(*pair) for pair in zip(inputs["pixel_values"], expected_pixels))
+
+
 # Rows one at a time, where one without a picture is a batch without pixels, and four at a time.
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
@@ -74,63 +133,18 @@ def test_a_step_is_the_step_by_hand(adapted, batch_size, saved, tmp_path):
 
     lora = LoraConfig(r=4, **lora_modules("instruct")) if adapted else None
     processor = HoneybeeProcessor.from_pretrained(saved)
-    scored, forwards = defaultdict(list), []
-
-    def reward(completions, completion_ids, number, **kwargs):
-        given = [float(len(completion[0]["content"])) for completion in completions]
-        for which, ids, points in zip(number, completion_ids, given):
-            scored[which].append((ids, points))
-        return given
-
-    args = GRPOConfig(
-        str(tmp_path / "grpo"), max_steps=1, per_device_train_batch_size=batch_size, num_generations=GENERATIONS,
-        gradient_accumulation_steps=len(PICTURES) * GENERATIONS // batch_size, max_completion_length=6, beta=0.1,
-        optim="sgd", learning_rate=LEARNING_RATE, lr_scheduler_type="constant", max_grad_norm=0, bf16=False,
-        logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, dataloader_pin_memory=False,
-    )  # fmt: skip
-    dataset = Dataset.from_list([row(number) for number in range(len(PICTURES))], features=FEATURES)
-    trainer = GRPOTrainer(
-        load(), reward, args=args, train_dataset=dataset, processing_class=processor, peft_config=lora
-    )
-    start = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-
-    def keep(model, given, inputs, output):
-        if inputs.get("fused_lm_head") and torch.is_grad_enabled():  # what is learned from
-            forwards.append((inputs, output.log_probs.detach()))
-
-    trainer.model.register_forward_hook(keep, with_kwargs=True)
-    set_seed(0)
-    trainer.train()
-    assert sorted(map(len, scored.values())) == [GENERATIONS] * len(PICTURES)
+    trainer, start, scored, forwards = step_of_trl(load(), lora, processor, batch_size, tmp_path / "grpo")
 
     model = get_peft_model(load(), lora) if adapted else load()
     model.load_state_dict(start)
     prompts = [prompt_inputs(processor, number) for number in range(len(PICTURES))]
-    by_hand, loss = {}, 0
-    for number, group in scored.items():
-        for (ids, _), advantage in zip(group, advantages([points for _, points in group])):
-            by_hand[number, tuple(ids)] = log_probs(model, prompts[number], ids)
-            loss = loss - advantage * by_hand[number, tuple(ids)].sum()
-    loss = loss / sum(len(ids) for group in scored.values() for ids, _ in group)
-    loss.backward()
-
-    seen = 0
+    loss, by_hand = backward_by_hand(model, prompts, scored)
     for inputs, learned in forwards:
-        expected_pixels = []
-        for ids, mask, labels, got in zip(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], learned):
-            answered = labels != -100
-            prompt = ids[mask.bool() & ~answered]
-            number = int(re.search(r"What is (\d)", processor.decode(prompt)).group(1))
-            assert torch.equal(prompt, prompts[number]["input_ids"][0])
-            expected = by_hand[number, tuple(ids[answered].tolist())].detach()
-            torch.testing.assert_close(got[answered[1:]], expected, atol=1e-5, rtol=1e-5)
-            expected_pixels += list(prompts[number].get("pixel_values", ()))
-            seen += 1
-        assert len(inputs["pixel_values"]) == len(expected_pixels)
-        assert all(torch.equal(*pair) for pair in zip(inputs["pixel_values"], expected_pixels))
-    assert seen == GENERATIONS * len(PICTURES)
+        check_forward(processor, prompts, by_hand, inputs, learned)
+    assert sum(len(inputs["input_ids"]) for inputs, _ in forwards) == GENERATIONS * len(PICTURES)
 
     log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(loss, abs=1e-4)
     assert log["kl"] == pytest.approx(0, abs=1e-5)  # the model that it starts from is the reference
     moved = set()
     after = dict(trainer.model.named_parameters())
