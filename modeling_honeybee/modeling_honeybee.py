@@ -457,6 +457,9 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None and len(pixel_values) == 0:
+            # A trainer that splits a batch by images (TRL's GRPO) gives rows without one a tensor of none. No tower takes it.
+            pixel_values = None
         if pixel_values is not None or encoded is not None:
             visual_tokens, mask = self._place_images(input_ids, inputs_embeds, pixel_values, encoded)
             mask, placed = mask.to(inputs_embeds.device), visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -484,7 +487,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         """
         Args:
             input_ids: (B, T), each image as M placeholders. Or `inputs_embeds` (B, T, D_lm), not both.
-            pixel_values: (I, 3, S, S), images of all rows in order of appearance; None where no row has one.
+            pixel_values: (I, 3, S, S), images of all rows in order of appearance; None or I = 0 where no row has one.
             attention_mask: (B, T), 0 at padding.
             position_ids: (B, T). Several conversations packed into a row start at 0 each, and none sees another; this
                 needs `attention_mask=None` and no cache.

@@ -176,12 +176,13 @@ def test_inputs_embeds_stand_for_input_ids():
 
 
 @pytest.mark.parametrize("trained", [["model.projector"], ["model.projector", "model.language_model", "lm_head"]])
-def test_batches_without_images_train(trained):
+@pytest.mark.parametrize("pixel_values", [None, torch.zeros(0, 3, IMAGE_SIZE, IMAGE_SIZE)], ids=["None", "empty"])
+def test_batches_without_images_train(pixel_values, trained):
     model = tiny_model().train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(tuple(trained)))
     ids = torch.tensor([[1, 5, 6, 7]])
-    loss = model(input_ids=ids, labels=ids).loss
+    loss = model(input_ids=ids, pixel_values=pixel_values, labels=ids).loss
     loss.backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
