@@ -22,6 +22,7 @@ from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, 
 from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS
 from modeling_honeybee.model_folder import NetworkError, read_model_config
 from processing import HoneybeeProcessor, check_processor
+from training.recipe.config import Recipe
 from training.recipe.mixture import Mixture
 from training.run.arguments import BATCHINGS, HoneybeeArguments
 from training.run.loading import DTYPES
@@ -98,7 +99,6 @@ def check_settings(settings: Settings) -> None:
     for part in (settings.honeybee, settings.training, settings.model):
         _check_values(part)
     _check_data(settings)
-    _check_evaluation(settings)
     _check_model(settings.honeybee, settings.model)
     check_lora_settings(settings)
     _check_learning_rate(settings.training)
@@ -141,6 +141,11 @@ def _check_data(settings: Settings) -> None:
         raise ValueError(
             f"--dataset_split {own.dataset_split} is for --dataset; a mixture's own datasets have a `split` each"
         )
+    if own.eval_split_size is not None:
+        raise ValueError(
+            f"--eval_split_size {own.eval_split_size} is a share of --dataset; a mixture has a share for each dataset "
+            "under `eval`, or give --eval_dataset"
+        )
     if training.max_steps <= 0:
         raise ValueError(
             f"max_steps={training.max_steps}: a mixture has no end; give --max_steps the length of the run"
@@ -149,9 +154,17 @@ def _check_data(settings: Settings) -> None:
         raise ValueError("ignore_data_skip would read the mixture from its start after resuming; leave it out")
 
 
-def _check_evaluation(settings: Settings) -> None:
+def check_evaluation(settings: Settings, recipe: Recipe | None) -> None:
+    """Whether there is something to evaluate if, and only if, the settings ask for it.
+
+    Raises:
+        ValueError: with the value and the remedy.
+    """
     own, training = settings.honeybee, settings.training
-    if own.eval_dataset is None and own.eval_split_size is None:
+    given = [f"--{name}" for name in ("eval_dataset", "eval_split_size") if getattr(own, name) is not None]
+    kept = recipe.eval if recipe is not None else {}
+    given += ["the recipe's eval"] if kept else []
+    if not given:
         asking = [name for name in ("eval_strategy", "load_best_model_at_end", "metric_for_best_model", "eval_on_start")
                   if is_set(training, name)]  # fmt: skip
         asking += [name for name in ("early_stopping_patience", "eval_dataset_split") if is_set(own, name)]
@@ -161,13 +174,8 @@ def _check_evaluation(settings: Settings) -> None:
                 "keep for it, --eval_split_size 0.01, or leave it out"
             )
         return
-    if own.eval_dataset is not None and own.eval_split_size is not None:
-        raise ValueError(f"--eval_dataset and --eval_split_size {own.eval_split_size}: give one of them")
-    if own.eval_split_size is not None and own.mixture is not None:
-        raise ValueError(
-            f"--eval_split_size {own.eval_split_size} is a share of --dataset, and a mixture has no such share; give "
-            "--eval_dataset"
-        )
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}: give one of them")
     if own.eval_dataset is None and is_set(own, "eval_dataset_split"):
         raise ValueError(f"--eval_dataset_split {own.eval_dataset_split} is for --eval_dataset; leave it out")
     names = own.eval_dataset
@@ -175,13 +183,13 @@ def _check_evaluation(settings: Settings) -> None:
         raise ValueError(f"--eval_dataset {names}: each name needs a path or a Hub name, such as validation: val.jsonl")
     if training.eval_strategy == IntervalStrategy.NO:
         raise ValueError(
-            "--eval_dataset or --eval_split_size alone evaluates nothing; say when: --eval_strategy steps --eval_steps "
-            "100, or --eval_strategy epoch"
+            f"{given[0]} alone evaluates nothing; say when: --eval_strategy steps --eval_steps 100, or --eval_strategy epoch"
         )
-    _check_best_model(settings)
+    _check_best_model(settings, list(names) if isinstance(names, dict) else list(kept))
 
 
-def _check_best_model(settings: Settings) -> None:
+def _check_best_model(settings: Settings, names: list[str]) -> None:
+    """`names`: of the datasets, if they have any."""
     own, training = settings.honeybee, settings.training
     if own.early_stopping_patience is not None and not training.load_best_model_at_end:
         raise ValueError(
@@ -190,10 +198,7 @@ def _check_best_model(settings: Settings) -> None:
         )
     metric = training.metric_for_best_model
     if metric is not None:
-        several = isinstance(own.eval_dataset, dict)
-        found = (
-            [f"eval_{name}_loss" for name in own.eval_dataset] if several else ["eval_loss", "eval_mean_token_accuracy"]
-        )
+        found = [f"eval_{name}_loss" for name in names] or ["eval_loss", "eval_mean_token_accuracy"]
         if metric.removeprefix("eval_") not in [name.removeprefix("eval_") for name in found]:
             raise ValueError(
                 f"metric_for_best_model={metric!r} is not evaluated; with --metric_for_best_model use {' or '.join(found)}"

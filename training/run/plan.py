@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run is going to do, worked out and checked before a weight is read."""
 
-import math
 from dataclasses import dataclass
 
 import datasets
@@ -13,9 +12,16 @@ from training.collator import HoneybeeDataCollator
 from training.conversations import check_dataset, image_root, load_conversations, with_images_opened
 from training.recipe.config import Recipe, load_recipe
 from training.recipe.mixture import Mixture
-from training.recipe.sources import open_mixture
+from training.recipe.sources import keep_share, open_mixture
 from training.run.checkpoints import check_disk, check_output_dir, find_checkpoint, identity_of
-from training.run.checks import check_images, check_model_files, check_number, check_settings, check_weights
+from training.run.checks import (
+    check_evaluation,
+    check_images,
+    check_model_files,
+    check_number,
+    check_settings,
+    check_weights,
+)
 from training.run.loading import DTYPES, load_config_and_processor
 from training.run.lora import lora_config, parameter_counts_with
 from training.run.settings import Settings
@@ -63,6 +69,7 @@ def make_plan(settings: Settings) -> Plan:
     check_settings(settings)
     check_output_dir(training.output_dir)
     recipe = load_recipe(own.mixture, own.mixture_settings) if own.mixture is not None else None
+    check_evaluation(settings, recipe)
     identity = identity_of(settings, recipe)
     checkpoint = find_checkpoint(identity, settings)
 
@@ -78,7 +85,7 @@ def make_plan(settings: Settings) -> Plan:
 
     collator = HoneybeeDataCollator(processor, max_length=training.max_length, pack=own.batching == "packed")
     dataset, mixture = open_data(settings, recipe, collator)
-    dataset, evaluation = open_evaluation(settings, dataset, collator)
+    dataset, evaluation = open_evaluation(settings, dataset, mixture, collator)
     check_number(dataset, settings)
     return Plan(identity, checkpoint, dataset, mixture, evaluation, collator, config, lora, parameters, disk_bytes)
 
@@ -124,28 +131,28 @@ def open_data(
 
 
 def open_evaluation(
-    settings: Settings, dataset: datasets.Dataset, collator: HoneybeeDataCollator
+    settings: Settings, dataset: datasets.Dataset, mixture: Mixture | None, collator: HoneybeeDataCollator
 ) -> tuple[datasets.Dataset, datasets.Dataset | dict[str, datasets.Dataset] | None]:
-    """What is left of a dataset to train on, and what is evaluated: a share of it, other datasets, or nothing.
+    """What is left of a dataset to train on, and what is evaluated: a share of it, what a mixture keeps, other datasets, or
+    nothing.
 
     Raises:
         ValueError, FileNotFoundError: samples that cannot be evaluated, or nothing is left to train on.
     """
     own, training = settings.honeybee, settings.training
     if own.eval_split_size is not None:
-        if math.ceil(own.eval_split_size * len(dataset)) >= len(dataset):
-            raise ValueError(
-                f"eval_split_size={own.eval_split_size} of {len(dataset)} samples leaves none to train on; lower it, or "
-                "give an --eval_dataset"
-            )
+        # Also what a resumed run has not trained on: both seeds are part of what makes it the same run.
+        seed = training.seed if training.data_seed is None else training.data_seed
         with training.main_process_first(desc="splitting the data"):
-            # Also what a resumed run has not trained on: both seeds are part of what makes it the same run.
-            seed = training.seed if training.data_seed is None else training.data_seed
-            parts = dataset.train_test_split(test_size=own.eval_split_size, seed=seed)
-        check_number(parts["test"], settings, "eval")
-        return parts["train"], parts["test"]
+            dataset, kept = keep_share(dataset, own.eval_split_size, seed)
+        check_number(kept, settings, "eval")
+        return dataset, kept
     if own.eval_dataset is None:
-        return dataset, None
+        held_out = {} if mixture is None else mixture.held_out()
+        held_out = {name: part.as_dataset() for name, part in held_out.items()}
+        for part in held_out.values():
+            check_number(part, settings, "eval")
+        return dataset, held_out or None
 
     def opened(name: str) -> datasets.Dataset:
         root = image_root(name)

@@ -142,7 +142,9 @@ def _evaluation(settings: Settings, plan: Plan, state: TrainerState) -> str:
     for name, points in _evaluated(state).items():
         step, lowest = min(points, key=lambda point: point[1])
         losses = [f"{points[0][1]:.4f}", f"{lowest:.4f}", step, f"{points[-1][1]:.4f}"]
-        table.append([name or "evaluation", f"{len(datasets[name]):,}", *losses])
+        # A run may be resumed with other datasets.
+        samples = f"{len(datasets[name]):,}" if name in datasets else "not here"
+        table.append([name or "evaluation", samples, *losses])
     if len(table) == 1:
         return "Nothing was evaluated; lower `eval_steps`."
     text = _table(table)

@@ -242,6 +242,60 @@ def test_a_share_is_kept_from_training(world, tmp_path):
     assert [row["messages"] for row in other.evaluation] != kept
 
 
+def test_a_mixture_keeps_a_share_of_each_dataset(world, tmp_path):
+    recipe = {"data_root": "", "datasets": [], "balancing": "per-dataset", "eval": {"data": 0.2, "chance": 0.3}}
+    recipe["own"] = [{"name": name, "path": str(world / name / "data.jsonl")} for name in ("data", "chance", "other")]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"mixture": recipe}))
+    model = ["--model_name_or_path", world / "model", *SHORT, "--max_steps", 100, "--output_dir", tmp_path / "out"]
+    run = [*model, "--mixture", tmp_path / "recipe.yaml", "--eval_strategy", "steps", "--eval_steps", 50]
+
+    def texts(rows):
+        return [
+            str([item["text"] for turn in row["messages"] for item in turn["content"] if item.get("text")])
+            for row in rows
+        ]
+
+    plan = make_plan(parse_arguments(list(map(str, run))))
+    kept = {name: texts(part) for name, part in plan.evaluation.items()}
+    assert {name: len(rows) for name, rows in kept.items()} == {"data": 4, "chance": 5}
+    trained = set(texts(plan.dataset))
+    rows = {name: (world / name / "data.jsonl").read_text().splitlines() for name in ("data", "chance", "other")}
+    every = {name: texts(map(json.loads, lines)) for name, lines in rows.items()}
+    assert trained == set(sum(every.values(), [])) - set(sum(kept.values(), [])), "over several epochs"
+    assert {name: texts(part) for name, part in plan.evaluation.items()} == kept, "the same each time"
+
+    run_script(SFT, *run, "--dataloader_num_workers", 1)
+    for name, chosen in kept.items():
+        path = world / name / "kept.jsonl"
+        path.write_text("".join(f"{line}\n" for line, text in zip(rows[name], every[name]) if text in chosen))
+        found = history(tmp_path / "out", f"eval_{name}_loss")
+        assert list(found) == [50, 100] and found[100] == pytest.approx(
+            loss_from_logits(tmp_path / "out", path), abs=1e-5
+        )
+    assert "| chance | 5 |" in (tmp_path / "out" / "run_summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["eval={data: 0}"], ["eval.data=0", "between 0 and 1"]),
+        (["eval={date: 0.1}"], ["eval='date'", "data, other"]),
+        (["eval={other: 0.9}"], ["other: a share of 0.9", "3 samples", "lower it"]),
+        (["eval={data: 0.2}"], ["the recipe's eval alone evaluates nothing", "--eval_strategy"]),
+        (["eval={coyo: 0.1}", "datasets=[coyo]"], ["eval.coyo=0.1", "stream"]),
+    ],
+)
+def test_wrong_shares_of_a_mixture(settings, words, world, tmp_path):
+    own = [{"name": name, "path": str(world / name / "data.jsonl")} for name in ("data", "other")]
+    recipe = {"data_root": "", "datasets": [], "balancing": "per-dataset", "own": own}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"mixture": recipe}))
+    run = ["--model_name_or_path", world / "model", "--mixture", tmp_path / "recipe.yaml", *SHORT, "--max_steps", 4]
+    run += [] if "alone" in words[0] else ["--eval_strategy", "epoch"]
+    with pytest.raises(ValueError) as error:
+        make_plan(parse_arguments([*map(str, run), "--output_dir", str(tmp_path / "out"), "--set", *settings]))
+    assert all(word in str(error.value) for word in words), error.value
+
+
 def test_a_dry_run_says_what_is_evaluated_when(world, tmp_path):
     best = ["--load_best_model_at_end", "--save_strategy", "steps", "--save_steps", 5, "--early_stopping_patience", 3]
     run = [*arguments(world), "--max_steps", 22, *best, "--output_dir", tmp_path / "out", "--dry_run"]
