@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 
 from datasets import Audio, Dataset, DatasetDict, Image, Video, load_dataset, load_from_disk
@@ -308,6 +309,18 @@ def undecoded(dataset: Dataset) -> Dataset:
         elif isinstance(getattr(column, "feature", None), Image):
             dataset = dataset.cast_column(name, type(column)(Image(decode=False)))
     return dataset
+
+
+def _with_images_opened(rows: dict[str, list], root: str) -> dict[str, list]:
+    def opened(images) -> list | None:
+        return None if images is None else [open_image(image, root) for image in flat_images(images)]
+
+    return {name: list(map(opened, column)) if name in ("images", "image") else column for name, column in rows.items()}
+
+
+def with_images_opened(dataset: Dataset, root: str) -> Dataset:
+    """The dataset with images that are opened when a row is read, for a collator that has another `image_root`."""
+    return dataset.with_transform(partial(_with_images_opened, root=root))
 
 
 def check_dataset(

@@ -112,6 +112,7 @@ class Recipe:
         own: the user's own datasets.
         balancing: a name out of `BALANCINGS`.
         weights: dataset -> weight, read by `per-dataset-tuned`.
+        eval: dataset -> share of its records that is evaluated while training, and never trained on.
         granularity: templates by dataset (`fine`) or by task (`coarse`).
         diversity: `single` for one wording, `multi` for several, `multi+flip` for several and one in which question and
             answer swap roles.
@@ -133,6 +134,7 @@ class Recipe:
     own: list[OwnDataset] = field(default_factory=list)
     balancing: str = "per-dataset-tuned"
     weights: dict[str, float] = field(default_factory=lambda: dict(TUNED_WEIGHTS))
+    eval: dict[str, float] = field(default_factory=dict)
     granularity: str = "fine"
     diversity: str = "single"
     identifiers: str = "none"
@@ -171,6 +173,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _turn_problems(recipe)
     if not 0 <= recipe.max_bad_fraction < 1:
         yield f"max_bad_fraction={recipe.max_bad_fraction} is not a fraction; use 0 or more and less than 1"
+    yield from _eval_problems(recipe)
     yield from _weight_problems(recipe)
 
 
@@ -224,6 +227,17 @@ def _turn_problems(recipe: Recipe) -> Iterator[str]:
             yield _unknown("turns.deduplicate", name, mergeable)
         if key not in CHOICES["deduplicate"]:
             yield _unknown(f"turns.deduplicate.{name}", key, CHOICES["deduplicate"])
+
+
+def _eval_problems(recipe: Recipe) -> Iterator[str]:
+    chosen = recipe.chosen() if DATASETS.keys() >= set(recipe.datasets) else recipe.eval
+    for name, share in recipe.eval.items():
+        if name not in chosen:
+            yield _unknown("eval", name, chosen)
+        elif name in DATASETS and DATASETS[name].task == "captioning":
+            yield f"eval.{name}={share}: captions are a stream, of which nothing can be kept; leave it out"
+        if not 0 < share < 1:
+            yield f"eval.{name}={share} is not a share; use one between 0 and 1, for instance 0.01"
 
 
 def _weight_problems(recipe: Recipe) -> Iterator[str]:

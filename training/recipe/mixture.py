@@ -61,6 +61,7 @@ class Source:
             of each turn that is left out, one of `REASONS`. Pure: it draws from the `random.Random` that it is given.
             Raises a ValueError, best a [`BadSampleError`], where the record is of no use.
         image_root: folder of relative image paths.
+        held_out: records that are not mixed but evaluated, or None.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Source:
     records: Sequence | Stream
     render: Callable[[Any, random.Random], dict]
     image_root: str = ""
+    held_out: Sequence | None = None
 
     @property
     def size(self) -> int | None:
@@ -250,6 +252,21 @@ class Mixture(torch.utils.data.Dataset):
                 source = replace(source, records=source.records.anew())
             sources.append(source)
         return Mixture(sources, self.weights, self.num_samples, self.seed)
+
+    def held_out(self) -> dict[str, "Mixture"]:
+        """What is kept from training, by source: each record once, always in the same words."""
+        return {
+            source.name: Mixture(
+                [replace(source, records=source.held_out, held_out=None)],
+                np.ones(1),
+                len(source.held_out),
+                self.seed,
+                self.max_bad_fraction,
+                self.fits,
+            )
+            for source in self.sources
+            if source.held_out is not None
+        }
 
     def schedule(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """What the draws from `start` to `stop` read if no record is bad: source numbers and record indices, (draws,)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recipe becomes a mixture: its datasets are read, their turns merged, and each gets its wording."""
 
+import math
 import random
 from functools import partial
 
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetsError
 
 from training.conversations import image_root, load_conversations
@@ -57,15 +58,31 @@ def open_sources(recipe: Recipe, path: str = "the recipe") -> list[Source]:
 def _open(name: str, own: OwnDataset | None, recipe: Recipe, instructions: Instructions) -> Source:
     deduplicate = recipe.turns.deduplicate.get(name)
     render = partial(render_record, instructions=instructions, deduplicate=deduplicate, keep=recipe.turns.keep)
+    share = recipe.eval.get(name)
     if own is not None:
-        dataset = load_conversations(own.path, own.split, own.columns)
-        return Source(name, own.task, dataset, render, image_root(own.path))
-    records = read(name, recipe.data_root)
+        dataset, held_out = keep_share(load_conversations(own.path, own.split, own.columns), share, recipe.seed)
+        return Source(name, own.task, dataset, render, image_root(own.path), held_out)
+    records, held_out = read(name, recipe.data_root), None
     if isinstance(records, IterableDataset):
         records = Stream(records.shuffle(seed=recipe.seed, buffer_size=SHUFFLE_BUFFER))
     else:
         records = merge_turns(records, recipe.turns.max_turns.get(name, 1), deduplicate)
-    return Source(name, DATASETS[name].task, records, render)
+        records, held_out = keep_share(records, share, recipe.seed)
+    return Source(name, DATASETS[name].task, records, render, held_out=held_out)
+
+
+def keep_share(dataset: Dataset, share: float | None, seed: int) -> tuple[Dataset, Dataset | None]:
+    """A dataset without a share of its rows, and these rows; the same for the same seed.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    if share is None:
+        return dataset, None
+    if math.ceil(share * len(dataset)) >= len(dataset):
+        raise ValueError(f"a share of {share} to evaluate leaves none of {len(dataset)} samples to train on; lower it")
+    parts = dataset.train_test_split(test_size=share, seed=seed)
+    return parts["train"], parts["test"]
 
 
 def open_mixture(recipe: Recipe, num_samples: int, path: str = "the recipe", fits: Fits | None = None) -> Mixture:

@@ -41,6 +41,20 @@ class HoneybeeArguments:
         metadata={"help": "Settings of the mixture to change, as setting=value.", "aliases": ["--set"]},
     )
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_dataset: dict | str | None = field(
+        default=None,
+        metadata={"help": "What --eval_strategy evaluates: as --dataset, or a name for each of several, as JSON or a YAML "
+                  "mapping."},
+    )  # fmt: skip
+    eval_dataset_split: str = field(default="train", metadata={"help": "Split of --eval_dataset."})
+    eval_split_size: float | None = field(
+        default=None,
+        metadata={"help": "Instead of --eval_dataset: the share of --dataset that is evaluated and not trained on."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after this many evaluations in a row without a better metric_for_best_model."},
+    )
     vision_model: str | None = field(
         default=None, metadata={"help": "Vision tower of a new model, instead of --model_name_or_path."}
     )
@@ -73,19 +87,27 @@ class HoneybeeArguments:
 
     def __post_init__(self):
         if isinstance(self.projector, str):
-            try:
-                self.projector = json.loads(self.projector)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"--projector {self.projector!r} is not JSON ({error})") from error
+            self.projector = from_json("projector", self.projector)
+        if isinstance(self.eval_dataset, str) and self.eval_dataset.startswith("{"):
+            self.eval_dataset = from_json("eval_dataset", self.eval_dataset)
         if not isinstance(self.projector, (dict, type(None))):
             raise ValueError(f"--projector {self.projector!r} is not a mapping of settings to values")
 
 
 @dataclass
-class EngineArguments:
-    """Of `SFTConfig`, what is checked before that is made, which starts the engine."""
+class EarlyArguments:
+    """Of `SFTConfig`, what is checked before that is made: it starts the engine, and reads 0 steps as none given."""
 
     deepspeed: dict | str | None = None
+    eval_steps: float | None = None
+
+
+def from_json(name: str, text: str):
+    """Raises a ValueError where the text of a setting is not JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{name} {text!r} is not JSON ({error})") from error
 
 
 def in_words(hint) -> str:

@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from dataclasses import asdict
 
-from transformers import TrainerState
+from transformers import EarlyStoppingCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig
 
@@ -31,7 +31,9 @@ CHANGEABLE = (
     "gradient_checkpointing",
 )  # fmt: skip
 TRIAL = "_save_trial"  # what a start saves to see that it can, and removes
-NOT_THE_RUN = ("mixture_settings", "resume", "merge", "dry_run")
+NOT_THE_RUN = (
+    "mixture_settings", "resume", "merge", "dry_run", "eval_dataset", "eval_dataset_split", "early_stopping_patience",
+)  # fmt: skip
 
 
 def identity_of(settings: Settings, recipe: Recipe | None) -> dict:
@@ -93,15 +95,40 @@ def is_finished(folder: str, training_args: SFTConfig) -> bool:
     return os.path.isfile(path) and 0 < training_args.max_steps <= TrainerState.load_from_json(path).global_step
 
 
-def copy_model(checkpoint: str, folder: str) -> None:
+def early_stopping_of(folder: str) -> dict:
+    """What the trainer state in a folder keeps of early stopping, empty if nothing: `args` and `attributes`."""
+    return TrainerState.load_from_json(os.path.join(folder, STATE_FILE)).stateful_callbacks.get(
+        EarlyStoppingCallback.__name__, {}
+    )
+
+
+def has_stopped_early(folder: str, patience: int | None) -> bool:
+    """Whether an output folder holds the model of a run that ended before its last step, with no less patience."""
+    path = os.path.join(folder, STATE_FILE)
+    if patience is None or not os.path.isfile(path):
+        return False
+    state, stopping = TrainerState.load_from_json(path), early_stopping_of(folder)
+    return state.global_step < state.max_steps and patience <= stopping.get("args", {}).get(
+        "early_stopping_patience", 0
+    )
+
+
+def copy_model(checkpoint: str, folder: str, best: bool = False) -> None:
     """Copies a checkpoint's model or adapter and its processor, without what only resuming needs. Does nothing where the
-    checkpoint is the folder itself."""
+    checkpoint is the folder itself.
+
+    Args:
+        best: copy the model of the best checkpoint until then.
+    """
     if os.path.abspath(checkpoint) == os.path.abspath(folder):
         return
+    state = os.path.join(checkpoint, STATE_FILE)
+    if best:
+        checkpoint = TrainerState.load_from_json(state).best_model_checkpoint or checkpoint
     ignored = shutil.ignore_patterns("optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*", STATE_FILE)
     shutil.copytree(checkpoint, folder, ignore=ignored, dirs_exist_ok=True)
     # Last, as the trainer does: it says that the rest is whole.
-    shutil.copy(os.path.join(checkpoint, STATE_FILE), folder)
+    shutil.copy(state, folder)
 
 
 def find_checkpoint(identity: dict, settings: Settings) -> str | None:
@@ -124,7 +151,13 @@ def find_checkpoint(identity: dict, settings: Settings) -> str | None:
                 "--resume (--resume_from_checkpoint true), or give another folder"
             )
         return None
-    if merge and is_finished(folder, training):
+    stopped_early = has_stopped_early(folder, settings.honeybee.early_stopping_patience)
+    if stopped_early and not merge:
+        raise ValueError(
+            f"--resume: {folder!r} holds the model of a run that stopped early; raise --early_stopping_patience (now "
+            f"{settings.honeybee.early_stopping_patience}) or leave it out to train on"
+        )
+    if merge and (stopped_early or is_finished(folder, training)):
         checkpoint = folder
     elif str(resume).lower() in ("true", "last"):
         checkpoint = last_whole_checkpoint(folder, processes)
@@ -155,7 +188,9 @@ def changes_since(identity: dict, training_args: SFTConfig) -> list[str]:
         return []
     with open(mark, encoding="utf-8") as file:
         before = json.load(file)
-    before |= before.get("training", {})
+    before = {"eval_split_size": None, **before, **before.get("training", {})}  # the first is younger than some marks,
+    if before.get("mixture"):
+        before["mixture"] = {"eval": {}, **before["mixture"]}  # and so is this
     now = {**identity, **recorded(training_args)}
     changed = sorted(key for key in now if key not in CHANGEABLE and before.get(key, now[key]) != now[key])
     return [f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed]

@@ -15,13 +15,14 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from trl import ModelConfig, SFTConfig
 
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
 from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS
 from modeling_honeybee.model_folder import NetworkError, read_model_config
 from processing import HoneybeeProcessor, check_processor
+from training.recipe.config import Recipe
 from training.recipe.mixture import Mixture
 from training.run.arguments import BATCHINGS, HoneybeeArguments
 from training.run.loading import DTYPES
@@ -41,16 +42,14 @@ OF_TRL = (
 PACKING = (
     "TRL's packing and padding_free are not available for samples with images; leave them out and use --batching packed"
 )
-NO_EVALUATION = "nothing is evaluated while training; leave it out, and score checkpoints with evaluation/run.py"
 GROUPING = "the trainer's group_by_length does not know how long a sample is; use --batching grouped"
 # Settings that ask for what a run does not do, and why. What would change nothing is in `settings.WITHOUT_EFFECT`.
 REFUSED = {
     "chat_template_path": OF_TRL,
     "completion_only_loss": OF_TRL,
     "eos_token": OF_TRL,
-    "eval_strategy": NO_EVALUATION,
+    "eval_packing": PACKING,
     "group_by_length": GROUPING,  # of transformers 4
-    "load_best_model_at_end": NO_EVALUATION,
     "lora_target_parameters": "LoRA goes into the LLM's linear layers; name them with --lora_target_modules",
     "lora_task_type": "a Honeybee is a CAUSAL_LM; leave it out",
     "model_init_kwargs": OF_TRL,
@@ -62,13 +61,17 @@ REFUSED = {
 }
 # The same, where one value alone asks for it.
 REFUSED_VALUES = {
-    ("save_strategy", "best"): NO_EVALUATION,
+    ("save_strategy", "best"): "a run that is stopped between its best steps could not go on from there; use "
+    "--load_best_model_at_end with --save_total_limit 2, which keeps the best checkpoint and the last",
     ("train_sampling_strategy", "group_by_length"): GROUPING,  # of transformers 5
 }
 CHOICES = {"batching": BATCHINGS, "dtype": [name for name in DTYPES if name], "stage": list(TRAINED)}
 MORE_THAN_0 = "more than 0"
 # Setting -> what it must be, and whether it is, given all settings of its class.
 RANGES: dict[str, tuple[str, Callable]] = {
+    "early_stopping_patience": ("at least 1", lambda s: s.early_stopping_patience is None or s.early_stopping_patience >= 1),
+    "eval_split_size": ("between 0 and 1, for instance 0.01",
+                        lambda s: s.eval_split_size is None or 0 < s.eval_split_size < 1),
     "gradient_accumulation_steps": (MORE_THAN_0, lambda s: s.gradient_accumulation_steps > 0),
     "image_size": ("at least one patch; leave it out for the tower's own", lambda s: s.image_size is None or s.image_size >= 1),
     "label_smoothing_factor": ("from 0 to below 1", lambda s: 0 <= s.label_smoothing_factor < 1),
@@ -80,6 +83,7 @@ RANGES: dict[str, tuple[str, Callable]] = {
     "max_steps": (f"{MORE_THAN_0}, or -1 for --num_train_epochs", lambda s: s.max_steps > 0 or s.max_steps == -1),
     "num_train_epochs": ("more than 0 and finite, or give --max_steps",
                          lambda s: s.max_steps > 0 or 0 < s.num_train_epochs < math.inf),
+    "per_device_eval_batch_size": (MORE_THAN_0, lambda s: s.per_device_eval_batch_size > 0),
     "per_device_train_batch_size": (MORE_THAN_0, lambda s: s.per_device_train_batch_size > 0),
     "save_steps": (f"{MORE_THAN_0}, or --save_strategy no",
                    lambda s: s.save_strategy != SaveStrategy.STEPS or s.save_steps > 0),
@@ -137,12 +141,82 @@ def _check_data(settings: Settings) -> None:
         raise ValueError(
             f"--dataset_split {own.dataset_split} is for --dataset; a mixture's own datasets have a `split` each"
         )
+    if own.eval_split_size is not None:
+        raise ValueError(
+            f"--eval_split_size {own.eval_split_size} is a share of --dataset; a mixture has a share for each dataset "
+            "under `eval`, or give --eval_dataset"
+        )
     if training.max_steps <= 0:
         raise ValueError(
             f"max_steps={training.max_steps}: a mixture has no end; give --max_steps the length of the run"
         )
     if training.ignore_data_skip:
         raise ValueError("ignore_data_skip would read the mixture from its start after resuming; leave it out")
+
+
+def check_evaluation(settings: Settings, recipe: Recipe | None) -> None:
+    """Whether there is something to evaluate if, and only if, the settings ask for it.
+
+    Raises:
+        ValueError: with the value and the remedy.
+    """
+    own, training = settings.honeybee, settings.training
+    given = [f"--{name}" for name in ("eval_dataset", "eval_split_size") if getattr(own, name) is not None]
+    kept = recipe.eval if recipe is not None else {}
+    given += ["the recipe's eval"] if kept else []
+    if not given:
+        asking = [name for name in ("eval_strategy", "load_best_model_at_end", "metric_for_best_model", "eval_on_start")
+                  if is_set(training, name)]  # fmt: skip
+        asking += [name for name in ("early_stopping_patience", "eval_dataset_split") if is_set(own, name)]
+        if asking:
+            raise ValueError(
+                f"{', '.join(asking)}: there is nothing to evaluate; give --eval_dataset, or the share of --dataset to "
+                "keep for it, --eval_split_size 0.01, or leave it out"
+            )
+        return
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}: give one of them")
+    if own.eval_dataset is None and is_set(own, "eval_dataset_split"):
+        raise ValueError(f"--eval_dataset_split {own.eval_dataset_split} is for --eval_dataset; leave it out")
+    names = own.eval_dataset
+    if isinstance(names, dict) and not (names and all(isinstance(path, str) and path for path in names.values())):
+        raise ValueError(f"--eval_dataset {names}: each name needs a path or a Hub name, such as validation: val.jsonl")
+    if training.eval_strategy == IntervalStrategy.NO:
+        raise ValueError(
+            f"{given[0]} alone evaluates nothing; say when: --eval_strategy steps --eval_steps 100, or --eval_strategy epoch"
+        )
+    _check_best_model(settings, list(names) if isinstance(names, dict) else list(kept))
+
+
+def _check_best_model(settings: Settings, names: list[str]) -> None:
+    """`names`: of the datasets, if they have any."""
+    own, training = settings.honeybee, settings.training
+    if own.early_stopping_patience is not None and not training.load_best_model_at_end:
+        raise ValueError(
+            f"early_stopping_patience={own.early_stopping_patience} would save the last model, which is not the best; give "
+            "--load_best_model_at_end as well"
+        )
+    metric = training.metric_for_best_model
+    if metric is not None:
+        found = [f"eval_{name}_loss" for name in names] or ["eval_loss", "eval_mean_token_accuracy"]
+        if metric.removeprefix("eval_") not in [name.removeprefix("eval_") for name in found]:
+            raise ValueError(
+                f"metric_for_best_model={metric!r} is not evaluated; with --metric_for_best_model use {' or '.join(found)}"
+            )
+        if training.greater_is_better != (not metric.endswith("loss")):
+            raise ValueError(f"greater_is_better={training.greater_is_better} is wrong for {metric}; leave it out")
+    if not training.load_best_model_at_end:
+        return
+    if training.save_strategy == SaveStrategy.STEPS and training.save_steps != training.eval_steps:
+        raise ValueError(
+            f"load_best_model_at_end needs a checkpoint of each step that is evaluated, and save_steps={training.save_steps} "
+            f"with eval_steps={training.eval_steps}; give them the same number"
+        )
+    if training.save_total_limit == 1:
+        raise ValueError(
+            "save_total_limit=1 with load_best_model_at_end leaves no checkpoint to go on from but the best; use "
+            "--save_total_limit 2 for the best and the last"
+        )
 
 
 def _check_model(own: HoneybeeArguments, model: ModelConfig) -> None:
@@ -344,13 +418,14 @@ def check_weights(path: str, skeleton: HoneybeeForConditionalGeneration) -> None
         )
 
 
-def check_number(dataset: Dataset, settings: Settings) -> None:
-    """Raises a ValueError where `dataloader_drop_last` leaves no batch."""
-    at_once = settings.samples_at_once
-    if settings.training.dataloader_drop_last and len(dataset) < at_once:
+def check_number(dataset: Dataset, settings: Settings, kind: str = "train") -> None:
+    """Raises a ValueError where `dataloader_drop_last` leaves no batch to `kind`, "train" or "eval"."""
+    training = settings.training
+    at_once = getattr(training, f"{kind}_batch_size") * training.world_size
+    if training.dataloader_drop_last and len(dataset) < at_once:
         raise ValueError(
             f"dataloader_drop_last leaves nothing of {len(dataset)} samples in batches of {at_once}; leave it out "
-            "or lower --per_device_train_batch_size"
+            f"or lower --per_device_{kind}_batch_size"
         )
 
 

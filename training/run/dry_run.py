@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run would do, without doing it: `python training/sft.py --dry_run ...`."""
 
+import math
 from dataclasses import dataclass
 
+from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
 from training.conversations import normalize_conversation
@@ -60,6 +62,7 @@ def dry_run(settings: Settings) -> str:
         f"  ({tokens.samples} samples read: {tokens.mean:,.0f} tokens on average, {tokens.longest:,} at most)",
         f"The run: {steps:,} steps, {steps * batch:,} samples, about {steps * batch * tokens.mean:,.0f} tokens",
         f"Learning rate: {learning_rate_line(training, steps)}",
+        *evaluation_lines(settings, plan, steps),
         "Memory of a device, estimated (activations roughly):",
         *memory_lines(settings, plan, tokens),
         f"Disk: {gigabytes(plan.disk_bytes)} for checkpoints and the model in {training.output_dir}",
@@ -85,6 +88,28 @@ def data_line(settings: Settings, plan: Plan) -> str:
         return f"{settings.honeybee.dataset}, {len(plan.dataset):,} samples"
     shares = ", ".join(f"{s.name} {w:.1%}" for s, w in zip(plan.mixture.sources, plan.mixture.weights))
     return f"a mixture of {len(plan.mixture.sources)} datasets: {shares}"
+
+
+def evaluation_lines(settings: Settings, plan: Plan, steps: int) -> list[str]:
+    """What is evaluated, when, and what follows from it; none where nothing is."""
+    own, training = settings.honeybee, settings.training
+    if plan.evaluation is None:
+        return []
+    if isinstance(plan.evaluation, dict):
+        what = ", ".join(f"{name} ({len(dataset):,} samples)" for name, dataset in plan.evaluation.items())
+    else:
+        kept = f"a share of {own.dataset} that is not trained on"
+        what = f"{own.eval_dataset or kept}, {len(plan.evaluation):,} samples"
+    when = "after each epoch"
+    if training.eval_strategy == IntervalStrategy.STEPS:
+        interval = training.eval_steps if training.eval_steps >= 1 else math.ceil(training.eval_steps * steps)
+        when = f"every {interval:,} of {steps:,} steps"
+    line = f"Evaluation: the loss on {what}, {when}"
+    if training.load_best_model_at_end:
+        line += f"; the model with the best {training.metric_for_best_model} is saved"
+    if own.early_stopping_patience is not None:
+        line += f"; the run stops after {own.early_stopping_patience} in a row without a better one"
+    return [line]
 
 
 def learning_rate_line(training: SFTConfig, steps: int) -> str:

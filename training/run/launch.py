@@ -9,13 +9,13 @@ import sys
 
 import yaml
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from modeling_honeybee.model_folder import NetworkError
 from modeling_honeybee.processes import leave_processes
 from training.recipe.callback import MixtureCallback
-from training.run.checkpoints import check_output_dir, copy_model, is_finished, mark_run
+from training.run.checkpoints import check_output_dir, copy_model, early_stopping_of, is_finished, mark_run
 from training.run.dry_run import dry_run
 from training.run.loading import load_model
 from training.run.lora import freeze_for_lora, merge_adapter
@@ -76,6 +76,7 @@ def prepare(settings: Settings) -> tuple[HoneybeeTrainer, str | None]:
         args=training,
         data_collator=plan.collator,
         train_dataset=plan.dataset,
+        eval_dataset=plan.evaluation,
         processing_class=plan.collator.processor,
         peft_config=plan.lora,
         callbacks=callbacks(settings, plan),
@@ -105,8 +106,20 @@ def freeze(model: HoneybeeForConditionalGeneration, settings: Settings, plan: Pl
 
 def callbacks(settings: Settings, plan: Plan) -> list[TrainerCallback]:
     """What stops a run, reports on it, and keeps a mixture's counts."""
-    of_mixture = [] if plan.mixture is None else [MixtureCallback(plan.mixture, plan.checkpoint)]
-    return [StopOnSignal(), Report(settings, plan), *of_mixture]
+    found = [StopOnSignal(), Report(settings, plan)]
+    if plan.mixture is not None:
+        found.append(MixtureCallback(plan.mixture, plan.checkpoint))
+    if settings.honeybee.early_stopping_patience is not None:
+        found.append(early_stopping(settings.honeybee.early_stopping_patience, plan.checkpoint))
+    return found
+
+
+def early_stopping(patience: int, checkpoint: str | None) -> EarlyStoppingCallback:
+    """Goes on counting where the checkpoint stopped. (The trainer would do so by setting, with the checkpoint's patience.)"""
+    callback = EarlyStoppingCallback(patience)
+    if checkpoint is not None:
+        vars(callback).update(early_stopping_of(checkpoint).get("attributes", {}))
+    return callback
 
 
 def choose_sampler(settings: Settings, plan: Plan) -> Sampler | None:
@@ -143,9 +156,9 @@ def run(trainer: HoneybeeTrainer, checkpoint: str | None, how_to_go_on: str = "t
         SystemExit: with code 0, after a SIGTERM or SIGINT and the checkpoint that it asked for.
     """
     folder, stop = trainer.args.output_dir, callback_of(trainer, StopOnSignal)
-    if checkpoint is not None and is_finished(checkpoint, trainer.args):
+    if checkpoint is not None and (checkpoint == folder or is_finished(checkpoint, trainer.args)):
         if trainer.is_world_process_zero():
-            copy_model(checkpoint, folder)
+            copy_model(checkpoint, folder, best=trainer.args.load_best_model_at_end)
         end(trainer, f"Nothing was left to train; saved {folder} from {checkpoint}")
         return
     try:
@@ -154,7 +167,7 @@ def run(trainer: HoneybeeTrainer, checkpoint: str | None, how_to_go_on: str = "t
             trainer.save_model(folder, _internal_call=True)  # a call of ours would upload it as well
             trainer.save_state()
         if trainer.is_world_process_zero():
-            callback_of(trainer, Report).write(trainer.state)
+            callback_of(trainer, Report).write(trainer.state, interrupted=stop.stopped_at is not None)
     finally:
         if stop.stopped_at is None:
             stop.restore()

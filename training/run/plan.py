@@ -9,12 +9,19 @@ from peft import LoraConfig
 
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
 from training.collator import HoneybeeDataCollator
-from training.conversations import check_dataset, image_root, load_conversations
+from training.conversations import check_dataset, image_root, load_conversations, with_images_opened
 from training.recipe.config import Recipe, load_recipe
 from training.recipe.mixture import Mixture
-from training.recipe.sources import open_mixture
+from training.recipe.sources import keep_share, open_mixture
 from training.run.checkpoints import check_disk, check_output_dir, find_checkpoint, identity_of
-from training.run.checks import check_images, check_model_files, check_number, check_settings, check_weights
+from training.run.checks import (
+    check_evaluation,
+    check_images,
+    check_model_files,
+    check_number,
+    check_settings,
+    check_weights,
+)
 from training.run.loading import DTYPES, load_config_and_processor
 from training.run.lora import lora_config, parameter_counts_with
 from training.run.settings import Settings
@@ -31,6 +38,7 @@ class Plan:
         checkpoint: to resume from, or None.
         dataset: what the trainer reads: conversations, or the draws of `mixture`.
         mixture: what is mixed, or None for a dataset.
+        evaluation: what is evaluated while training: a dataset, or several by name; or None.
         collator: makes batches of it, with the model's processor.
         config: of the model.
         lora: where LoRA goes, or None.
@@ -42,6 +50,7 @@ class Plan:
     checkpoint: str | None
     dataset: datasets.Dataset
     mixture: Mixture | None
+    evaluation: datasets.Dataset | dict[str, datasets.Dataset] | None
     collator: HoneybeeDataCollator
     config: HoneybeeConfig
     lora: LoraConfig | None
@@ -60,6 +69,7 @@ def make_plan(settings: Settings) -> Plan:
     check_settings(settings)
     check_output_dir(training.output_dir)
     recipe = load_recipe(own.mixture, own.mixture_settings) if own.mixture is not None else None
+    check_evaluation(settings, recipe)
     identity = identity_of(settings, recipe)
     checkpoint = find_checkpoint(identity, settings)
 
@@ -75,7 +85,9 @@ def make_plan(settings: Settings) -> Plan:
 
     collator = HoneybeeDataCollator(processor, max_length=training.max_length, pack=own.batching == "packed")
     dataset, mixture = open_data(settings, recipe, collator)
-    return Plan(identity, checkpoint, dataset, mixture, collator, config, lora, parameters, disk_bytes)
+    dataset, evaluation = open_evaluation(settings, dataset, mixture, collator)
+    check_number(dataset, settings)
+    return Plan(identity, checkpoint, dataset, mixture, evaluation, collator, config, lora, parameters, disk_bytes)
 
 
 def count_parameters(
@@ -108,7 +120,6 @@ def open_data(
             dataset = load_conversations(own.dataset, own.dataset_split)
             collator.image_root = image_root(own.dataset)
             check_dataset(dataset, collator.image_root, needs_images, collator.check_length)
-            check_number(dataset, settings)
             return dataset, None
         path = own.mixture if isinstance(own.mixture, str) else "mixture"
         mixture = open_mixture(
@@ -117,6 +128,46 @@ def open_data(
         if needs_images:
             check_images(mixture)
         return mixture.as_dataset(), mixture
+
+
+def open_evaluation(
+    settings: Settings, dataset: datasets.Dataset, mixture: Mixture | None, collator: HoneybeeDataCollator
+) -> tuple[datasets.Dataset, datasets.Dataset | dict[str, datasets.Dataset] | None]:
+    """What is left of a dataset to train on, and what is evaluated: a share of it, what a mixture keeps, other datasets, or
+    nothing.
+
+    Raises:
+        ValueError, FileNotFoundError: samples that cannot be evaluated, or nothing is left to train on.
+    """
+    own, training = settings.honeybee, settings.training
+    if own.eval_split_size is not None:
+        # Also what a resumed run has not trained on: both seeds are part of what makes it the same run.
+        seed = training.seed if training.data_seed is None else training.data_seed
+        with training.main_process_first(desc="splitting the data"):
+            dataset, kept = keep_share(dataset, own.eval_split_size, seed)
+        check_number(kept, settings, "eval")
+        return dataset, kept
+    if own.eval_dataset is None:
+        held_out = {} if mixture is None else mixture.held_out()
+        held_out = {name: part.as_dataset() for name, part in held_out.items()}
+        for part in held_out.values():
+            check_number(part, settings, "eval")
+        return dataset, held_out or None
+
+    def opened(name: str) -> datasets.Dataset:
+        root = image_root(name)
+        try:
+            evaluated = load_conversations(name, own.eval_dataset_split)
+            check_dataset(evaluated, root, check_length=collator.check_length)
+            check_number(evaluated, settings, "eval")
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"--eval_dataset {name}: {error}") from error
+        return evaluated if root == collator.image_root else with_images_opened(evaluated, root)
+
+    with training.main_process_first(desc="opening the data to evaluate"):
+        if isinstance(own.eval_dataset, dict):
+            return dataset, {name: opened(path) for name, path in own.eval_dataset.items()}
+        return dataset, opened(own.eval_dataset)
 
 
 def bytes_to_write(settings: Settings, parameters: dict[str, tuple[int, int]], config: HoneybeeConfig) -> int:

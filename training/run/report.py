@@ -4,6 +4,8 @@
 import logging
 import os
 import platform
+import re
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,11 +32,12 @@ class Report(TrainerCallback):
     def __init__(self, settings: Settings, plan: Plan):
         self.settings, self.plan = settings, plan
 
-    def write(self, state: TrainerState) -> None:
+    def write(self, state: TrainerState, interrupted: bool) -> None:
         """Writes both; a failure is only a warning."""
+        page = partial(run_summary, self.settings, self.plan, state, interrupted)
         writers = {
             PLOT: lambda path: loss_plot(state, path),
-            SUMMARY: lambda path: Path(path).write_text(run_summary(self.settings, self.plan, state), encoding="utf-8"),
+            SUMMARY: lambda path: Path(path).write_text(page(), encoding="utf-8"),
         }
         for name, write in writers.items():
             try:
@@ -47,8 +50,18 @@ def _logged(state: TrainerState) -> list[dict]:
     return [row for row in state.log_history if "loss" in row]
 
 
+def _evaluated(state: TrainerState) -> dict[str, list[tuple[int, float]]]:
+    """Dataset, "" where it has no name -> step and loss of each evaluation."""
+    found = {}
+    for row in state.log_history:
+        for key, loss in row.items():
+            if match := re.fullmatch(r"eval_(?:(.+)_)?loss", key):
+                found.setdefault(match[1] or "", []).append((row["step"], loss))
+    return found
+
+
 def loss_plot(state: TrainerState, path: str) -> None:
-    """Loss and learning rate over the steps, as a PNG."""
+    """Loss, of what is evaluated as well, and learning rate over the steps, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -58,6 +71,8 @@ def loss_plot(state: TrainerState, path: str) -> None:
     steps = [row["step"] for row in rows]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(steps, [row["loss"] for row in rows], label="loss")
+    for name, points in _evaluated(state).items():
+        axes.plot(*zip(*points), marker=".", label=f"eval loss {name}".strip())
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     rates = axes.twinx()
@@ -73,19 +88,23 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
 
 
-def run_summary(settings: Settings, plan: Plan, state: TrainerState) -> str:
+def run_summary(settings: Settings, plan: Plan, state: TrainerState, interrupted: bool = False) -> str:
     """One page of Markdown."""
     own, rows = settings.honeybee, _logged(state)
-    finished = state.global_step >= state.max_steps
     start = settings.model.model_name_or_path or f"{own.vision_model} + {own.text_model} + {own.projector}"
-    state_words = f"finished after {state.global_step} steps" if finished else (
-        f"stopped after {state.global_step} of {state.max_steps} steps; the same command with `--resume` goes on"
-    )  # fmt: skip
+    state_words = f"finished after {state.global_step} steps"
+    if interrupted:
+        state_words = (
+            f"stopped after {state.global_step} of {state.max_steps} steps; the same command with `--resume` goes on"
+        )
+    elif state.global_step < state.max_steps:
+        state_words += f" of {state.max_steps}, because the evaluation did not get better"
     samples = state.global_step * settings.global_batch_size
     sections = {
         "Model": f"From {start}.\n\n```\n" + "\n".join(parts_table(plan.parameters)) + "\n```",
         "Data": _data(settings, plan, samples),
         "Loss": _losses(rows),
+        **({"Evaluation": _evaluation(settings, plan, state)} if plan.evaluation is not None else {}),
         "Throughput": _throughput(rows),
         "Settings": _table([["setting", "value"], *([name, _setting(settings.training, name)] for name in RECORDED)]),
         "Versions": ", ".join([f"Python {platform.python_version()}", *_versions()]) + f"; {_device()}",
@@ -114,6 +133,24 @@ def _losses(rows: list[dict]) -> str:
     last = losses[-max(1, len(losses) // 10) :]
     text = f"{losses[0]:.4f} at step {rows[0]['step']}, {losses[-1]:.4f} at step {rows[-1]['step']}, "
     text += f"{sum(last) / len(last):.4f} on average over the last tenth.\n\n![Loss]({PLOT})"
+    return text
+
+
+def _evaluation(settings: Settings, plan: Plan, state: TrainerState) -> str:
+    datasets = plan.evaluation if isinstance(plan.evaluation, dict) else {"": plan.evaluation}
+    table = [["dataset", "samples", "first loss", "lowest", "at step", "last"]]
+    for name, points in _evaluated(state).items():
+        step, lowest = min(points, key=lambda point: point[1])
+        losses = [f"{points[0][1]:.4f}", f"{lowest:.4f}", step, f"{points[-1][1]:.4f}"]
+        # A run may be resumed with other datasets.
+        samples = f"{len(datasets[name]):,}" if name in datasets else "not here"
+        table.append([name or "evaluation", samples, *losses])
+    if len(table) == 1:
+        return "Nothing was evaluated; lower `eval_steps`."
+    text = _table(table)
+    if settings.training.load_best_model_at_end and state.best_model_checkpoint:
+        metric, best = settings.training.metric_for_best_model, os.path.basename(state.best_model_checkpoint)
+        text += f"\n\nThe best model is that of {best}: {metric} {state.best_metric:.4f}."
     return text
 
 

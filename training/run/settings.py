@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from training.run.arguments import EngineArguments, HoneybeeArguments, Parser
+from training.run.arguments import EarlyArguments, HoneybeeArguments, Parser
 from training.yaml_file import read_yaml
 
 if TYPE_CHECKING:  # these and torch load for seconds, which a wrong setting of ours should not wait for
@@ -127,8 +127,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Settings:
         if twice:
             raise ValueError(f"{path}: {'; '.join(twice)}")
     # Without its own --help, which would list these settings alone.
-    parser = Parser((HoneybeeArguments, EngineArguments), add_help=False)
-    own, engine, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    parser = Parser((HoneybeeArguments, EarlyArguments), add_help=False)
+    own, early, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)
 
     if {"-h", "--help"} & set(arguments):
         # transformers 5 loads it with its settings, for seconds; they are listed without it, and the process ends.
@@ -136,10 +136,12 @@ def parse_arguments(arguments: list[str] | None = None) -> Settings:
     import torch
     from trl import ModelConfig, SFTConfig
 
-    if engine.deepspeed is not None:
+    if early.eval_steps is not None and not early.eval_steps > 0:
+        raise ValueError(f"eval_steps={early.eval_steps:g} must be more than 0, or leave it out for logging_steps")
+    if early.deepspeed is not None:
         from training.trainer.engines import check_deepspeed
 
-        check_deepspeed(engine.deepspeed)
+        check_deepspeed(early.deepspeed)
     if own.dry_run and not torch.cuda.is_available():
         arguments += ["--use_cpu", "True"]  # bf16 is refused where there is neither a GPU nor this
     parser = Parser((HoneybeeArguments, SFTConfig, ModelConfig))

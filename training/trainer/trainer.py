@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRL's SFTTrainer, its head applied where a label is learned, and its speed in the log."""
 
+import math
 import time
 
 import torch
@@ -28,6 +29,16 @@ def learned_only(inputs: dict) -> dict:
     return {**inputs, "states_to_keep": learned, "shift_labels": next_labels[learned][None]}
 
 
+def learned_of_first(inputs: dict, samples: int) -> dict:
+    """The inputs with labels for that many samples and none for those behind them, padded or packed (see [`count_batch`])."""
+    labels, positions = inputs["labels"], inputs.get("position_ids")
+    if positions is None:
+        sample = torch.arange(len(labels), device=labels.device)[:, None]
+    else:
+        sample = (positions == 0).cumsum(dim=1) - 1
+    return {**inputs, "labels": labels.masked_fill(sample >= samples, -100)}
+
+
 def count_batch(inputs: dict[str, torch.Tensor], image_token_id: int) -> torch.Tensor:
     """Counts a batch: samples, tokens without padding, tokens with it, and visual tokens, (4,) int64.
 
@@ -40,6 +51,14 @@ def count_batch(inputs: dict[str, torch.Tensor], image_token_id: int) -> torch.T
     return torch.stack([samples, tokens, padded, (input_ids == image_token_id).sum()])
 
 
+def with_protected_workers(loader: DataLoader) -> DataLoader:
+    # accelerate reads batches from the one inside, and makes another of the outer one's settings to skip batches.
+    for each in (loader, getattr(loader, "base_dataloader", None)):
+        if each is not None:
+            protect_workers(each)
+    return loader
+
+
 class HoneybeeTrainer(SFTTrainer):
     """TRL scores hidden states without ever holding all logits, but on anything without Triton it scores every
     position, and most of a row (images, questions, padding) is never learned. Here it gets the others only. The loss
@@ -47,6 +66,9 @@ class HoneybeeTrainer(SFTTrainer):
 
     Each line of the log says, for all processes together since the line before: `samples_per_second`,
     `tokens_per_second` (without padding), `padding_share` and `visual_tokens_per_step`.
+
+    Evaluated is the loss alone, without logits: the mean over all learned tokens of a dataset, whatever shares a batch or
+    a process. It changes nothing in the training around it.
 
     Args:
         sampler: the order in which samples are read; None for the library's own, which is random. The other arguments are
@@ -75,12 +97,10 @@ class HoneybeeTrainer(SFTTrainer):
         return super()._get_train_sampler(*args, **kwargs) if self.sampler is None else self.sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        loader = super().get_train_dataloader()
-        # accelerate reads batches from the one inside, and makes another of the outer one's settings to skip batches.
-        for each in (loader, getattr(loader, "base_dataloader", None)):
-            if each is not None:
-                protect_workers(each)
-        return loader
+        return with_protected_workers(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        return with_protected_workers(super().get_eval_dataloader(*args, **kwargs))
 
     def training_step(self, model, inputs, *args, **kwargs):
         counts = count_batch(inputs, self.processing_class.image_token_id)
@@ -111,6 +131,31 @@ class HoneybeeTrainer(SFTTrainer):
         if not reads_all and "shift_labels" not in inputs:
             inputs = learned_only(inputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        state = self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0:
+            # accelerate fills the last batches of all processes with samples from the start, which count once.
+            number = state.active_dataloader.total_batch_size // self.accelerator.num_processes
+            inputs = learned_of_first(inputs, state.remainder - number * self.accelerator.process_index)
+        loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+        learned = (inputs["labels"][:, 1:] != -100).sum().item()
+        self._evaluated.append((loss.item() * learned, learned))
+        return loss, *rest
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        start, self._evaluated = time.perf_counter(), []
+        # The data loader draws seeds for its workers from the numbers that training goes on with.
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # The library's is a mean over batches, however many tokens they have.
+        sums = torch.tensor([math.fsum(column) for column in zip(*self._evaluated)], device=self.args.device)
+        loss, learned = self.accelerator.reduce(sums, "sum").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / max(learned, 1)
+        if self._counted_since is not None:
+            began, step = self._counted_since
+            self._counted_since = began + time.perf_counter() - start, step
+        return output
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with saved_as_one_process(self.model, state_dict):

@@ -98,6 +98,7 @@ GROUPED_BY_THE_TRAINER = (
     if "train_sampling_strategy" in SFTConfig.__dataclass_fields__
     else ["--group_by_length"]
 )
+EVALUATED = ["--eval_strategy", "steps", "--eval_steps", "2"]
 NEW = ["--vision_model", "{vision}", "--text_model", "{text}", "--model_name_or_path", None]
 
 
@@ -131,7 +132,53 @@ def new(**projector):
         (["--eos_token", "<eos>"], ["eos_token='<eos>'", "leave it out"]),
         (["--completion_only_loss", "False"], ["completion_only_loss=False", "leave it out"]),
         (GROUPED_BY_THE_TRAINER, ["group_by_length", "--batching grouped"]),
-        (["--eval_strategy", "steps"], ["eval", "evaluation/run.py"]),
+        # Evaluation
+        (["--eval_strategy", "steps"], ["eval_strategy", "--eval_dataset", "--eval_split_size"]),
+        (["--metric_for_best_model", "loss"], ["metric_for_best_model", "nothing to evaluate"]),
+        (["--early_stopping_patience", "2"], ["early_stopping_patience", "nothing to evaluate"]),
+        (["--eval_dataset", "{data}"], ["--eval_dataset", "evaluates nothing", "--eval_strategy steps"]),
+        (["--eval_split_size", "0.5"], ["--eval_split_size", "evaluates nothing", "--eval_strategy steps"]),
+        (["--eval_split_size", "0.5", "--eval_dataset", "{data}", *EVALUATED], ["--eval_dataset and --eval_split_size", "give one"]),
+        (["--eval_split_size", "0", *EVALUATED], ["eval_split_size=0.0", "between 0 and 1"]),
+        (["--eval_split_size", "1", *EVALUATED], ["eval_split_size=1.0", "between 0 and 1"]),
+        (["--eval_split_size", "0.9", *EVALUATED], ["share of 0.9", "4 samples", "lower it"]),
+        (["--eval_split_size", "0.5", "--eval_dataset_split", "test", *EVALUATED], ["--eval_dataset_split test", "leave it out"]),
+        (["--eval_split_size", "0.5", "--dataset", None, "--mixture", "no.yaml", *EVALUATED], ["mixture", "--eval_dataset"]),
+        (["--eval_dataset", "{data}", "--eval_strategy", "steps", "--eval_steps", "0"], ["eval_steps=0", "more than 0"]),
+        (["--eval_dataset", "{data}", "--eval_strategy", "steps", "--eval_steps=-3"], ["eval_steps=-3", "more than 0"]),
+        (["--eval_dataset", "{data}", "--eval_strategy", "often"], ["eval_strategy", "often", "epoch"]),
+        (["--eval_dataset", "no/such/val.jsonl", *EVALUATED], ["--eval_dataset no/such/val.jsonl", "does not exist"]),
+        (["--eval_dataset", "{missing}", *EVALUATED], ["--eval_dataset", "sample 1", "no_such.png"]),
+        (["--eval_dataset", "{many_images}", "--max_length", "70", *EVALUATED], ["--eval_dataset", "max_length=70"]),
+        (["--eval_dataset", '{"val": }', *EVALUATED], ["--eval_dataset", "not JSON"]),
+        (["--eval_dataset", '{"val": 3}', *EVALUATED], ["--eval_dataset", "'val': 3", "path or a Hub name"]),
+        (["--eval_dataset", "{data}", "--per_device_eval_batch_size", "0", *EVALUATED], ["per_device_eval_batch_size=0"]),
+        (["--eval_dataset", "{data}", "--dataloader_drop_last", *EVALUATED], ["drop_last", "--per_device_eval_batch_size"]),
+        (
+            ["--eval_dataset", "{data}", "--load_best_model_at_end", *EVALUATED],
+            ["load_best_model_at_end", "strategy to match", "SaveStrategy.NO"],
+        ),
+        (
+            ["--eval_dataset", "{data}", "--save_strategy", "steps", "--save_steps", "4", "--load_best_model_at_end", *EVALUATED],
+            ["load_best_model_at_end", "save_steps=4", "eval_steps=2", "same number"],
+        ),
+        (
+            ["--eval_dataset", "{data}", "--save_strategy", "steps", "--save_steps", "2", "--load_best_model_at_end",
+             "--save_total_limit", "1", *EVALUATED],
+            ["save_total_limit=1", "--save_total_limit 2"],
+        ),
+        (["--eval_dataset", "{data}", "--metric_for_best_model", "bleu", *EVALUATED], ["'bleu'", "not evaluated", "eval_loss"]),
+        (
+            ["--eval_dataset", '{"val": "v.jsonl"}', "--metric_for_best_model", "loss", *EVALUATED],
+            ["'loss'", "not evaluated", "eval_val_loss"],
+        ),
+        (
+            ["--eval_dataset", "{data}", "--metric_for_best_model", "loss", "--greater_is_better", "True", *EVALUATED],
+            ["greater_is_better=True", "loss"],
+        ),
+        (["--eval_dataset", "{data}", "--early_stopping_patience", "2", *EVALUATED], ["patience=2", "--load_best_model_at_end"]),
+        (["--eval_dataset", "{data}", "--early_stopping_patience", "0", *EVALUATED], ["early_stopping_patience=0", "at least 1"]),
+        (["--eval_packing", "True"], ["eval_packing", "--batching packed"]),
         # Model
         (["--model_name_or_path", None], ["no model", "--vision_model and --text_model"]),
         (["--model_name_or_path", "{not_a_model}"], ["not_a_model", "no config.json"]),
@@ -189,7 +236,7 @@ def new(**projector):
         (["--dataloader_num_workers=-1"], ["num_workers", "non-negative"]),
         (["--report_to", "carrier-pigeon"], ["report_to=", "carrier-pigeon", "--report_to none"]),
         (["--report_to", "swanlab"], ["report_to=", "pip install swanlab", "--report_to none"]),
-        (["--save_strategy", "best", "--metric_for_best_model", "loss"], ["save_strategy=best", "evaluation/run.py"]),
+        (["--save_strategy", "best", "--metric_for_best_model", "loss"], ["save_strategy=best", "--load_best_model_at_end"]),
         (
             ["--learning_rate", "1e-6", "--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-5}'],
             ["min_lr=1e-05", "learning_rate=1e-06", "lower it"],
@@ -274,6 +321,8 @@ def refusal(arguments, things, monkeypatch, capsys) -> str:
         ({"per_device_train_batch_size": [2]}, ["per_device_train_batch_size", "[2]", "int"]),
         ({"lora_target_modules": 5, "use_peft": True}, ["lora_target_modules", "5", "list[str]"]),
         ({"lr_scheduler_kwargs": 3}, ["lr_scheduler_kwargs", "3", "mapping"]),
+        ({"eval_dataset": {}, "eval_strategy": "epoch"}, ["--eval_dataset {}", "path or a Hub name"]),
+        ({"eval_dataset": ["a.jsonl"]}, ["eval_dataset", "['a.jsonl']", "mapping or str"]),
         ({"mixture_settings": "balancing=per-task"}, ["--set balancing=per-task", "--mixture"]),
     ],
 )

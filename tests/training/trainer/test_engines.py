@@ -33,9 +33,10 @@ ENGINES = {
     "zero3-json": ("ddp.yaml", "DEEPSPEED"),
 }
 RUNS = ["align", "instruct", "lora", "mixture", "killed"]
-MORE_RUNS = ["tied", "tied-lora", "grouped"]
+MORE_RUNS = ["tied", "tied-lora", "grouped", "evaluated"]
 CELLS = [(engine, run) for engine in ("ddp", "fsdp2", "zero2", "zero3") for run in RUNS]
 CELLS += [("zero2-json", "align"), ("zero3-json", "instruct"), ("zero3-json", "lora"), ("fsdp2", "tied-lora")]
+CELLS += [("fsdp2", "evaluated"), ("zero3", "evaluated")]
 if os.environ.get("HONEYBEE_ALL_ENGINES"):
     CELLS = [(engine, run) for engine in ENGINES for run in RUNS + MORE_RUNS]
 if not is_deepspeed_available():
@@ -52,11 +53,15 @@ LORA = ["--use_peft", "--lora_r", 4, "--lora_dropout", 0.0, "--merge", "--lora_m
 def arguments_of(run: str, root) -> list:
     data = ["--dataset", root / "data" / "data.jsonl", "--model_name_or_path"]
     new = ["--vision_model", root / "vision", "--text_model", root / "text", "--projector", json.dumps(PROJECTOR)]
+    kept = ["--set", "eval={text: 0.2, questions: 0.4}", "--metric_for_best_model", "eval_text_loss"]
+    best = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps", "--save_steps", 1]
+    mixture = ["--mixture", root / "mixture" / "recipe.yaml", "--model_name_or_path", root / "tied-model"]
     return {
         "align": ["--stage", "align", *data[:2], *new],
         "instruct": [*data, root / "text-model", "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2],
         "lora": [*data, root / "text-model", *LORA],
-        "mixture": ["--mixture", root / "mixture" / "recipe.yaml", "--model_name_or_path", root / "tied-model"],
+        "mixture": mixture,
+        "evaluated": [*mixture, *kept, *best, "--load_best_model_at_end", "--eval_on_start"],
         "tied": [*data, root / "tied-model"],
         "tied-lora": [*data, root / "tied-model", *LORA],
         "grouped": [*data, root / "text-model", "--batching", "grouped"],
@@ -134,8 +139,10 @@ def files(folder) -> set[str]:
 
 
 def losses(folder) -> list[float]:
+    """In the order of the log, of what is evaluated as well."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [row["loss"] for row in history if "loss" in row]
+    names = ("loss", "eval_text_loss", "eval_questions_loss")
+    return [row[name] for row in history for name in names if name in row]
 
 
 def settings(file) -> dict:
@@ -168,6 +175,7 @@ def test_an_engines_run_is_that_of_one_process(engine, run, world):
         if file.endswith("config.json"):
             assert settings(two / file) == settings(one / file), file
     assert losses(two) == pytest.approx(losses(one), abs=1e-4) and len(losses(one)) >= 3
+    assert run != "evaluated" or len(losses(one)) == 3 + 2 * 4
 
 
 def test_a_rank_had_no_image_where_the_other_had_some(world):
