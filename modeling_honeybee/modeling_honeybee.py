@@ -608,9 +608,8 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             shift_labels: (B, T), what each position predicts, where `labels` cannot be shifted here (a row that is split
                 between devices); `labels` are not read then.
             logits_to_keep: compute logits for this many last positions, or for the positions that it lists; 0 for all.
-                Default: all, except in training with `labels`. There the head runs where a label is learned and nowhere
-                else, the loss is the same, and `logits` is None: most of what a row holds (images, questions, padding)
-                is never learned, and logits of all of it can be the largest tensor of a step.
+                Default: all, except in training with `labels`. There the head runs only where a label is learned, and
+                `logits` is None. The loss is the same, without what can be the largest tensor of a step.
 
         The other arguments are those of [`HoneybeeModel`].
         """
