@@ -111,8 +111,15 @@ def check(folder: str, base: str | None) -> dict:
     return {
         "answer": answer,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "chat_templates": processor.chat_templates,
+        "chat_templates": templates_of(processor),
     }
+
+
+def templates_of(processor) -> dict[str, str]:
+    """All chat templates by name, also of a processor whose code is older than the property."""
+    template = processor.chat_template
+    by_name = template if isinstance(template, dict) else {"default": template}
+    return getattr(processor, "chat_templates", by_name)
 
 
 if __name__ == "__main__":

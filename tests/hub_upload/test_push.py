@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from hub_upload.export_check import CODE, ExportError, check_folder, is_pickle
+from hub_upload.load_check import templates_of
 from hub_upload.push import prepare_adapter
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from tests.hub_upload.fake_hub import Blob, FakeHub
@@ -165,6 +167,13 @@ def assert_same(result, model, root):
     assert result["chat_templates"] == processor.chat_templates
     assert set(processor.chat_templates) == {"default", "caption"} and isinstance(processor.chat_template, str)
     assert all(name.startswith("transformers_modules.") for name in result["modules"]), result["modules"]
+
+
+def test_templates_of_a_processor_of_before():
+    older = {"default": "a", "caption": "b"}
+    assert templates_of(SimpleNamespace(chat_template=older)) == older
+    assert templates_of(SimpleNamespace(chat_template="a")) == {"default": "a"}
+    assert templates_of(tiny_processor()) == tiny_processor().chat_templates
 
 
 @needs_others

@@ -9,7 +9,9 @@
 The loops here make the stand-ins only. The training of the Honeybee runs through `training/run/launch.py`.
 """
 
+import multiprocessing
 import os
+from contextlib import suppress
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -154,9 +156,30 @@ def make_language_model(folder: str, seed: int, steps: int = 1200, batch_size: i
 
 
 def make_stand_ins(folder: str, seed: int) -> tuple[str, str]:
-    """Paths of the vision tower and the language model below `folder`; what is there already is kept."""
-    makers = {"vision": make_vision_tower, "text": make_language_model}
-    for name, make in makers.items():
-        if not os.path.isfile(os.path.join(folder, name, "config.json")):
-            make(os.path.join(folder, name), seed)
-    return os.path.join(folder, "vision"), os.path.join(folder, "text")
+    """Paths of the vision tower and the language model below `folder`; what is there already is kept.
+
+    A second process makes the tower while this one makes the language model, which takes longer.
+
+    Raises:
+        RuntimeError: the second process failed; it has said why.
+    """
+    vision, text = os.path.join(folder, "vision"), os.path.join(folder, "text")
+    second = multiprocessing.get_context("spawn").Process(
+        target=_make_vision_tower, args=(vision, seed, torch.get_num_threads()), daemon=True
+    )
+    missing = [path for path in (vision, text) if not os.path.isfile(os.path.join(path, "config.json"))]
+    if vision in missing:
+        second.start()
+    if text in missing:
+        make_language_model(text, seed)
+    if vision in missing:
+        second.join()
+        if second.exitcode:
+            raise RuntimeError(f"the stand-in vision tower was not made; its process ended with code {second.exitcode}")
+    return vision, text
+
+
+def _make_vision_tower(folder: str, seed: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    with suppress(KeyboardInterrupt):  # the first process says so
+        make_vision_tower(folder, seed)

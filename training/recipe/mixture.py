@@ -35,6 +35,7 @@ Fits = Callable[[list[dict], str], None]
 # Columns of the counts: records used, answers in them, records not used; then the reasons, also of turns.
 _USED, _ANSWERS, _UNUSABLE, _REASONS = 0, 1, 2, 3
 
+MOST_IN_A_ROW = 100  # bad records, before reading stops whatever share is allowed
 _BLOCK = 1 << 16  # draws whose sources are drawn in one go
 _COUNTER_ROWS = 257  # the main process and up to 256 workers, so that no two processes write to the same row
 _DATA_ERRORS = (
@@ -214,6 +215,11 @@ class Mixture(torch.utils.data.Dataset):
         number, visit = self._draw(draw)
         source = self.sources[number]
         for position in itertools.count(visit):
+            if position - visit > max(MOST_IN_A_ROW, source.size or 0):
+                raise TooManyBadSamplesError(
+                    f"none of {position - visit} records of {source.name} in a row could be used: {self.report()}. Repair the "
+                    "files, or leave the dataset out"
+                )
             index, epoch = self._record_at(number, position)
             rng = sample_random(self.seed, source.name, index, epoch)
             try:
@@ -254,14 +260,15 @@ class Mixture(torch.utils.data.Dataset):
         return Mixture(sources, self.weights, self.num_samples, self.seed)
 
     def held_out(self) -> dict[str, "Mixture"]:
-        """What is kept from training, by source: each record once, always in the same words."""
+        """What is kept from training, by source: each record once, always in the same words. The next one takes the place of a
+        bad one."""
         return {
             source.name: Mixture(
                 [replace(source, records=source.held_out, held_out=None)],
                 np.ones(1),
                 len(source.held_out),
                 self.seed,
-                self.max_bad_fraction,
+                1.0,  # each evaluation reads and counts the same records again
                 self.fits,
             )
             for source in self.sources

@@ -3,6 +3,7 @@
 
 import glob
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -17,6 +18,8 @@ from modeling_honeybee.model_folder import RUN_FILE, STATE_FILE
 from training.recipe.config import Recipe
 from training.run.lora import LORA_SETTINGS
 from training.run.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 # Fields of `SFTConfig` that `RUN_FILE` records: for the model card, for the summary, and to resume with the same settings.
 RECORDED = [
@@ -39,6 +42,8 @@ NOT_THE_RUN = (
 def identity_of(settings: Settings, recipe: Recipe | None) -> dict:
     """What makes a run this run and not another; kept in its output folder."""
     own, model = settings.honeybee, settings.model
+    # Losses on other data, or another measure, would be compared with those of before.
+    best = [(own, "eval_dataset"), (own, "eval_dataset_split"), (settings.training, "metric_for_best_model")]
     return {
         **{name: value for name, value in asdict(own).items() if name not in NOT_THE_RUN},
         "mixture": asdict(recipe) if recipe else None,
@@ -46,6 +51,7 @@ def identity_of(settings: Settings, recipe: Recipe | None) -> dict:
         "model_revision": model.model_revision,
         "dtype": model.dtype,
         "use_peft": model.use_peft,
+        **({name: getattr(place, name) for place, name in best} if settings.training.load_best_model_at_end else {}),
         **({name: getattr(model, name) for name in LORA_SETTINGS} if model.use_peft else {}),
         "global_batch_size": settings.global_batch_size,
     }
@@ -95,11 +101,29 @@ def is_finished(folder: str, training_args: SFTConfig) -> bool:
     return os.path.isfile(path) and 0 < training_args.max_steps <= TrainerState.load_from_json(path).global_step
 
 
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' own, which goes on counting where a checkpoint stopped. (The trainer would do so by setting, with the
+    checkpoint's patience.)
+
+    Args:
+        checkpoint: folder that the run resumes from, or None.
+    """
+
+    def __init__(self, patience: int, checkpoint: str | None = None):
+        super().__init__(patience)
+        if checkpoint is not None:
+            vars(self).update(early_stopping_of(checkpoint).get("attributes", {}))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        # The trainer saves the state of callbacks that its own state names, and a checkpoint's need not name this one.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
+
 def early_stopping_of(folder: str) -> dict:
     """What the trainer state in a folder keeps of early stopping, empty if nothing: `args` and `attributes`."""
-    return TrainerState.load_from_json(os.path.join(folder, STATE_FILE)).stateful_callbacks.get(
-        EarlyStoppingCallback.__name__, {}
-    )
+    callbacks = TrainerState.load_from_json(os.path.join(folder, STATE_FILE)).stateful_callbacks
+    return callbacks.get(EarlyStopping.__name__, {})
 
 
 def has_stopped_early(folder: str, patience: int | None) -> bool:
@@ -123,8 +147,13 @@ def copy_model(checkpoint: str, folder: str, best: bool = False) -> None:
     if os.path.abspath(checkpoint) == os.path.abspath(folder):
         return
     state = os.path.join(checkpoint, STATE_FILE)
-    if best:
-        checkpoint = TrainerState.load_from_json(state).best_model_checkpoint or checkpoint
+    if best and (name := TrainerState.load_from_json(state).best_model_checkpoint):
+        # Beside this one: the whole run may have been moved.
+        path = os.path.join(os.path.dirname(os.path.abspath(checkpoint)), os.path.basename(name))
+        if os.path.isdir(path):
+            checkpoint = path
+        else:
+            logger.warning("The best checkpoint, %s, is gone; the model of %s is saved instead", path, checkpoint)
     ignored = shutil.ignore_patterns("optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*", STATE_FILE)
     shutil.copytree(checkpoint, folder, ignore=ignored, dirs_exist_ok=True)
     # Last, as the trainer does: it says that the rest is whole.
@@ -256,7 +285,7 @@ def check_disk(training_args: SFTConfig, model_bytes: int, optimizer_bytes: int,
         raise ValueError(
             f"output_dir {folder!r} has {gigabytes(free)} free, and the run writes {gigabytes(needed)}: {number} "
             f"checkpoints of {gigabytes(checkpoint)} and the model of {gigabytes(model_bytes)}; free some space, give "
-            "another folder, or keep fewer checkpoints (--save_total_limit 1, --save_steps)"
+            "another folder, or keep fewer checkpoints (--save_total_limit 2, --save_steps)"
         )
     return needed
 

@@ -9,13 +9,13 @@ import sys
 
 import yaml
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from modeling_honeybee.model_folder import NetworkError
 from modeling_honeybee.processes import leave_processes
 from training.recipe.callback import MixtureCallback
-from training.run.checkpoints import check_output_dir, copy_model, early_stopping_of, is_finished, mark_run
+from training.run.checkpoints import EarlyStopping, check_output_dir, copy_model, is_finished, mark_run
 from training.run.dry_run import dry_run
 from training.run.loading import load_model
 from training.run.lora import freeze_for_lora, merge_adapter
@@ -110,16 +110,8 @@ def callbacks(settings: Settings, plan: Plan) -> list[TrainerCallback]:
     if plan.mixture is not None:
         found.append(MixtureCallback(plan.mixture, plan.checkpoint))
     if settings.honeybee.early_stopping_patience is not None:
-        found.append(early_stopping(settings.honeybee.early_stopping_patience, plan.checkpoint))
+        found.append(EarlyStopping(settings.honeybee.early_stopping_patience, plan.checkpoint))
     return found
-
-
-def early_stopping(patience: int, checkpoint: str | None) -> EarlyStoppingCallback:
-    """Goes on counting where the checkpoint stopped. (The trainer would do so by setting, with the checkpoint's patience.)"""
-    callback = EarlyStoppingCallback(patience)
-    if checkpoint is not None:
-        vars(callback).update(early_stopping_of(checkpoint).get("attributes", {}))
-    return callback
 
 
 def choose_sampler(settings: Settings, plan: Plan) -> Sampler | None:

@@ -140,7 +140,8 @@ class HoneybeeTrainer(SFTTrainer):
             inputs = learned_of_first(inputs, state.remainder - number * self.accelerator.process_index)
         loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
         learned = (inputs["labels"][:, 1:] != -100).sum().item()
-        self._evaluated.append((loss.item() * learned, learned))
+        # Without a label in it, a smoothed loss is 0 / 0.
+        self._evaluated.append((loss.item() * learned if learned else 0.0, learned))
         return loss, *rest
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):

@@ -6,6 +6,7 @@ import itertools
 import json
 import pickle
 from collections import Counter
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -254,6 +255,18 @@ def test_too_many_bad_records_stop_with_the_counts(workers, tmp_path):
     assert 20 <= used + unusable < 400 and abs(unusable - sum(reasons)) <= workers
     counts = mixture.skipped()["p"]
     assert counts["corrupt image"] > counts["missing image"]
+
+
+def test_what_is_held_out_is_read_again_and_again(tmp_path):
+    good = with_images(tmp_path, ["good"] * 20)
+    few_bad = with_images(tmp_path, ["good"] * 16 + ["absent"] * 4).records
+    (evaluated,) = Mixture([replace(good, held_out=few_bad)], np.ones(1), 10).held_out().values()
+    rounds = [[evaluated[draw]["index"] for draw in range(20)] for _ in range(8)]
+    assert all(each == rounds[0] for each in rounds) and len(set(rounds[0])) == 16
+    all_bad = with_images(tmp_path, ["absent"] * 5).records
+    (evaluated,) = Mixture([replace(good, held_out=all_bad)], np.ones(1), 10).held_out().values()
+    with pytest.raises(TooManyBadSamplesError, match="none of 101 records of p in a row"):
+        evaluated[0]
 
 
 def test_a_source_with_nothing_usable_ends(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
@@ -15,7 +16,7 @@ from tests.tiny import REPOSITORY, picture, run_script, sample, save_clip, save_
 from tests.training.run.test_wrong_inputs import PROJECTOR
 from tests.training.test_sft_mixture import RUN_SFT, TWO, TWO_ON_CPU
 from training.collator import HoneybeeDataCollator
-from training.run.checkpoints import changes_since, mark_run
+from training.run.checkpoints import changes_since, copy_model, mark_run
 from training.run.plan import make_plan
 from training.run.settings import parse_arguments
 from training.trainer.trainer import learned_of_first
@@ -230,6 +231,57 @@ def test_the_best_adapter_is_kept_and_merged(world, tmp_path):
     (tmp_path / "out" / "trainer_state.json").unlink()
     run_script(SFT, *run, "--resume")
     assert same(tmp_path / "out" / name, tmp_path / "out" / f"checkpoint-{step}" / name)
+
+
+def test_early_stopping_may_be_added_on_resuming(world, tmp_path):
+    best = ["--load_best_model_at_end", "--save_strategy", "steps", "--save_steps", 2, "--output_dir", tmp_path / "run"]
+    run = [*arguments(world), *evaluating(world, 2), *best]
+    run_script(SFT, *run, "--max_steps", 2)
+    run_script(SFT, *run, "--max_steps", 6, "--early_stopping_patience", 2, "--resume")
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["global_step"] == 6
+    assert state["stateful_callbacks"]["EarlyStopping"]["args"]["early_stopping_patience"] == 2
+    again = run_script(
+        SFT, *run, "--max_steps", 6, "--resume", "--metric_for_best_model", "mean_token_accuracy", check=False
+    )
+    assert "metric_for_best_model was 'loss' and is 'mean_token_accuracy'" in again.stdout
+
+
+def test_the_best_model_of_a_run_that_was_moved_is_the_one_beside(tmp_path, caplog):
+    def checkpoint(step, best):
+        folder = tmp_path / "here" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text(str(step))
+        TrainerState(global_step=step, best_model_checkpoint=f"there/checkpoint-{best}").save_to_json(
+            str(folder / "trainer_state.json")
+        )
+        return str(folder)
+
+    checkpoint(5, 5), checkpoint(6, 4)
+    copy_model(checkpoint(10, 5), str(tmp_path / "here"), best=True)
+    assert (tmp_path / "here" / "model.safetensors").read_text() == "5" and not caplog.records
+    copy_model(str(tmp_path / "here" / "checkpoint-6"), str(tmp_path / "here"), best=True)
+    assert (tmp_path / "here" / "model.safetensors").read_text() == "6"
+    assert "checkpoint-4, is gone" in caplog.text
+
+
+def test_a_smoothed_loss_of_no_label_counts_nothing(world, tmp_path):
+    # 3 samples in batches of 3: the second process has nothing but filling.
+    run = [*arguments(world), *evaluating(world, 2, name="other"), "--max_steps", 2, "--label_smoothing_factor", 0.1]
+    run_script(SFT, *run, "--output_dir", tmp_path / "one")
+    two = [
+        SFT,
+        *run,
+        "--per_device_train_batch_size",
+        1,
+        "--per_device_eval_batch_size",
+        3,
+        "--output_dir",
+        tmp_path / "two",
+    ]
+    run_script(*TWO, *two, env=TWO_ON_CPU)
+    losses = history(tmp_path / "one")
+    assert losses[2] > 0 and history(tmp_path / "two") == pytest.approx(losses, abs=1e-5)
 
 
 def test_a_share_is_kept_from_training(world, tmp_path):
