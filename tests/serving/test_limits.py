@@ -129,5 +129,6 @@ def test_a_model_that_cannot_be_served_is_named(script, tmp_path, monkeypatch):
     assert "--model outputs/nonexist is no folder, and cannot be downloaded as a Hub name" in error("outputs/nonexist")
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "an adapter is merged first" in error(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert "is of type 'llama'" in error(tmp_path)
