@@ -17,3 +17,11 @@ def environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Folder of a tiny model with its processor."""
+    from tests.tiny import save_tiny  # loads torch
+
+    return save_tiny(tmp_path / "model")

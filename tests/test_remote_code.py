@@ -10,6 +10,7 @@ import torch
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
 from tests.tiny import (
+    NEW_PROJECTOR,
     NO_OTHER_PYTHONS,
     OTHER_PYTHONS,
     PROJECTORS,
@@ -27,7 +28,6 @@ from tests.tiny import (
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
-JOINED = {"projector_type": "c-abs", "num_query_tokens": 4, "hidden_size": 32, "depth": 1}
 SHIPPED = [
     REPOSITORY / "modeling_honeybee" / "configuration_honeybee.py",
     REPOSITORY / "modeling_honeybee" / "deformable_attention_honeybee.py",
@@ -53,7 +53,7 @@ def folders(tmp_path_factory):
     ):
         parts = save_vision(root / f"{name}-vision"), save_text(root / f"{name}-text")
         torch.manual_seed(0)
-        model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(*parts, **JOINED)
+        model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(*parts, **NEW_PROJECTOR)
         saved[name] = (model, processor_from_vision_text_pretrained(*parts, model.config.num_image_tokens))
     references = {}
     for name, (model, processor) in saved.items():
@@ -145,7 +145,7 @@ def test_the_code_in_a_folder_joins_parts(folders, tmp_path):
         "from transformers.dynamic_module_utils import get_class_from_dynamic_module as get_class\n"
         f"model_class = get_class('modeling_honeybee.HoneybeeForConditionalGeneration', {folder!r})\n"
         "torch.manual_seed(0)\n"
-        f"settings = {JOINED!r}\n"
+        f"settings = {NEW_PROJECTOR!r}\n"
         f"model = model_class.from_vision_text_pretrained(*{parts!r}, **settings)\n"
         f"config = model_class.config_from_vision_text_pretrained(*{parts!r}, **settings)\n"
         "assert type(config).__module__.startswith('transformers_modules.') and model.config.to_dict() == config.to_dict()\n"

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, projectors_honeybee
-from processing import HoneybeeProcessor, prepare_tokenizer
+from processing import HoneybeeProcessor, prepare_tokenizer, processor_from_vision_text_pretrained
 from processing.prepare_tokenizer import square_image_processor
 
 PROJECTORS = tuple(projectors_honeybee.PROJECTORS)
@@ -161,6 +161,14 @@ def tiny_processor(num_image_tokens: int = 4, tokenizer=None) -> HoneybeeProcess
     )
 
 
+def save_tiny(folder) -> Path:
+    """A model with random weights, and its processor."""
+    processor = tiny_processor()
+    tiny_model(config={"image_token_id": processor.image_token_id}).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return Path(folder)
+
+
 def picture(seed: int = 0, size: tuple[int, int] = (40, 24)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -217,6 +225,22 @@ def save_qwen2(folder) -> str:
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+# A new projector, and what a short run of training/sft.py is given.
+NEW_PROJECTOR = {"projector_type": "c-abs", "num_query_tokens": 4, "hidden_size": 32, "depth": 1}
+SHORT_RUN = [
+    "--per_device_train_batch_size", 2, "--learning_rate", 1e-2, "--bf16", "False", "--report_to", "none",
+    "--save_strategy", "no", "--dataloader_pin_memory", "False", "--use_cpu",
+]  # fmt: skip
+
+
+def save_joined(root) -> None:
+    """Pretrained parts in `vision` and `text`, and in `model` the model that they make, with its processor."""
+    vision, text = save_clip(root / "vision"), save_llama(root / "text")
+    model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(vision, text, **NEW_PROJECTOR)
+    model.save_pretrained(root / "model")
+    processor_from_vision_text_pretrained(vision, text, 4).save_pretrained(root / "model")
 
 
 def run_script(*arguments, python: str = sys.executable, cwd=None, check: bool = True, env=None):

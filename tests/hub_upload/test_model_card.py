@@ -12,18 +12,12 @@ from hub_upload.convert_official import convert
 from hub_upload.export_check import ExportError, check_folder
 from hub_upload.model_card import MARK, Part, choose_license, own_card, read_provenance, read_results, write_card
 from tests.golden import checkpoints
-from tests.tiny import tiny_model, tiny_processor
+from tests.tiny import save_tiny, tiny_model
 
 
 def run_file(folder, **settings):
     folder.mkdir(exist_ok=True)
     (folder / "honeybee_run.json").write_text(json.dumps(settings))
-
-
-def save_tiny(folder):
-    processor = tiny_processor()
-    tiny_model(config={"image_token_id": processor.image_token_id}).save_pretrained(folder)
-    processor.save_pretrained(folder)
 
 
 def test_stages_are_followed_to_the_parts(tmp_path):

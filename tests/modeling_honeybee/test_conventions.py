@@ -25,19 +25,10 @@ from tests.tiny import (
     save_qwen2,
     tiny_inputs,
     tiny_model,
-    tiny_processor,
 )
 
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 ROWS = [(5, "image", 6, "image", 7), (8, 9, 10), (11, "image")]
-
-
-@pytest.fixture
-def saved(tmp_path):
-    processor = tiny_processor(4)
-    tiny_model(config={"image_token_id": processor.image_token_id}).save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 @pytest.fixture

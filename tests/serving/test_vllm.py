@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
 from tests.tiny import (
@@ -85,8 +86,6 @@ def save_model(projector_type: str, folder) -> None:
 
 def generated(folder, chats: list[list[dict]]) -> list[dict]:
     """What `vllm_answers.py` gives, by `generate`, one chat at a time."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
     found = []

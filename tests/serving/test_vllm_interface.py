@@ -13,16 +13,12 @@ from transformers import AttentionInterface, AutoConfig, AutoModel, AutoProcesso
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from modeling_honeybee import HoneybeeModel
-from tests.tiny import PROJECTORS, picture, tiny_inputs, tiny_model, tiny_processor
+from tests.tiny import PROJECTORS, picture, save_tiny, tiny_inputs, tiny_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vllm")
-    processor = tiny_processor()
-    tiny_model(config={"image_token_id": processor.image_token_id}).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("vllm"))
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,13 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from transformers import CLIPVisionConfig, LlamaConfig, get_scheduler
 
-from modeling_honeybee import HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
-from processing import processor_from_vision_text_pretrained
+from modeling_honeybee import HoneybeeProjectorConfig
 from tests.tiny import (
+    NEW_PROJECTOR,
     REPOSITORY,
     image_processor,
     sample,
-    save_clip,
-    save_llama,
+    save_joined,
     tiny_model,
     word_tokenizer,
     write_dataset,
@@ -37,16 +36,12 @@ from training.run.settings import Settings, parse_arguments
 CONFIGS = REPOSITORY / "training" / "configs"
 TRAINING = sorted(CONFIGS.glob("*.yaml"))
 LAUNCHERS = sorted((CONFIGS / "accelerate").glob("*.yaml"))
-TINY = {"projector_type": "c-abs", "num_query_tokens": 4, "hidden_size": 32, "depth": 1}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
-    vision, text = save_clip(root / "vision"), save_llama(root / "text")
-    model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(vision, text, **TINY)
-    model.save_pretrained(root / "model")
-    processor_from_vision_text_pretrained(vision, text, 4).save_pretrained(root / "model")
+    save_joined(root)
     write_dataset(root / "data", [sample(i) for i in range(8)])
     write_mixture(root / "mixture")
     return root
@@ -54,7 +49,14 @@ def world(tmp_path_factory):
 
 def stand_ins(world, stage):
     if stage == "align":
-        parts = ["--vision_model", world / "vision", "--text_model", world / "text", "--projector", json.dumps(TINY)]
+        parts = [
+            "--vision_model",
+            world / "vision",
+            "--text_model",
+            world / "text",
+            "--projector",
+            json.dumps(NEW_PROJECTOR),
+        ]
     else:
         parts = ["--model_name_or_path", world / "model"]
     return [*parts, "--output_dir", world / "out", "--dry_run"]

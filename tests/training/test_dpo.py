@@ -8,7 +8,7 @@ from trl import DPOConfig, DPOTrainer
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor
-from tests.tiny import picture, tiny_model, tiny_processor
+from tests.tiny import picture
 from training.collator import HoneybeeDataCollator
 from training.stages import freeze_for_stage
 
@@ -24,14 +24,6 @@ def preference(number: int) -> dict:
         "rejected": answer("What"),
         "images": [picture(number)],
     }
-
-
-@pytest.fixture
-def saved(tmp_path):
-    processor = tiny_processor(4)
-    tiny_model(config={"image_token_id": processor.image_token_id}).save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 def test_preferences_are_learned_from_pictures(saved, tmp_path):

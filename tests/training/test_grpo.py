@@ -14,7 +14,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor
-from tests.tiny import REPOSITORY, picture, tiny_model, tiny_processor
+from tests.tiny import REPOSITORY, picture
 from training.run.lora import freeze_for_lora, lora_modules
 from training.stages import freeze_for_stage
 
@@ -53,14 +53,6 @@ def log_probs(model, prompt: dict, completion: list[int]) -> torch.Tensor:
 def advantages(rewards: list[float]) -> torch.Tensor:
     rewards = torch.tensor(rewards)
     return (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-
-
-@pytest.fixture
-def saved(tmp_path):
-    processor = tiny_processor(4)
-    tiny_model(config={"image_token_id": processor.image_token_id}).save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 def step_of_trl(model, lora, processor, batch_size: int, folder):

@@ -16,14 +16,20 @@ from safetensors.torch import load_file
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, check_processor
-from tests.tiny import REPOSITORY, run_script, sample, save_clip, save_llama, tiny_inputs, write_dataset
+from tests.tiny import (
+    NEW_PROJECTOR,
+    REPOSITORY,
+    SHORT_RUN,
+    run_script,
+    sample,
+    save_clip,
+    save_llama,
+    tiny_inputs,
+    write_dataset,
+)
 
 SFT = REPOSITORY / "training" / "sft.py"
-PROJECTOR = '{"projector_type": "c-abs", "num_query_tokens": 4, "hidden_size": 32, "depth": 1}'
-SHORT = [
-    "--max_steps", 4, "--per_device_train_batch_size", 2, "--learning_rate", 1e-2, "--logging_steps", 1, "--bf16", "False",
-    "--report_to", "none", "--save_strategy", "no", "--dataloader_pin_memory", "False", "--use_cpu",
-]  # fmt: skip
+SHORT = ["--max_steps", 4, "--logging_steps", 1, *SHORT_RUN]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +40,7 @@ def world(tmp_path_factory):
     save_llama(root / "text")
     # In order: batches of two samples, some of them without any image.
     data = write_dataset(root, [sample(i, image=i % 4 < 2) for i in range(16)])
-    new = ["--vision_model", root / "vision", "--text_model", root / "text", "--projector", PROJECTOR]
+    new = ["--vision_model", root / "vision", "--text_model", root / "text", "--projector", json.dumps(NEW_PROJECTOR)]
     run_script(SFT, "--stage", "align", "--dataset", data, *new, "--output_dir", root / "align", *SHORT)
     second = ["--stage", "instruct", "--dataset", data, "--model_name_or_path", root / "align"]
     run_script(SFT, *second, "--output_dir", root / "instruct", *SHORT)
@@ -52,7 +58,7 @@ def test_stages_change_exactly_their_parameters(world):
 
     torch.manual_seed(42)
     start = HoneybeeForConditionalGeneration.from_vision_text_pretrained(
-        str(world / "vision"), str(world / "text"), **json.loads(PROJECTOR)
+        str(world / "vision"), str(world / "text"), **json.loads(json.dumps(NEW_PROJECTOR))
     ).state_dict()
     align, instruct = weights("align"), weights("instruct")
     projector = {name for name in align if ".projector." in name}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 from trl import SFTTrainer
 
-from tests.tiny import REPOSITORY, picture, run_script, save_clip, save_llama
+from tests.tiny import NEW_PROJECTOR, REPOSITORY, picture, run_script, save_clip, save_llama
 from training import sft
 from training.run.checkpoints import last_whole_checkpoint
 
@@ -24,7 +24,6 @@ SFT = REPOSITORY / "training" / "sft.py"
 RUN_SFT = REPOSITORY / "tests" / "training" / "run_sft.py"
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
 TWO_ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-PROJECTOR = '{"projector_type": "c-abs", "num_query_tokens": 4, "hidden_size": 32, "depth": 1}'
 SHORT = [
     "--learning_rate", 1e-2, "--logging_steps", 1, "--bf16", "False", "--report_to", "none", "--save_strategy", "no",
     "--dataloader_pin_memory", "False", "--use_cpu", "--max_length", 200, "--adam_epsilon", 1e-6,
@@ -74,7 +73,15 @@ def world(tmp_path_factory):
 
 
 def new_model(world):
-    return ["--vision_model", world / "vision", "--text_model", world / "text", "--projector", PROJECTOR, *SHORT]
+    return [
+        "--vision_model",
+        world / "vision",
+        "--text_model",
+        world / "text",
+        "--projector",
+        json.dumps(NEW_PROJECTOR),
+        *SHORT,
+    ]
 
 
 def losses(folder):

@@ -112,7 +112,8 @@ class EarlyStopping(EarlyStoppingCallback):
     def __init__(self, patience: int, checkpoint: str | None = None):
         super().__init__(patience)
         if checkpoint is not None:
-            vars(self).update(early_stopping_of(checkpoint).get("attributes", {}))
+            state = TrainerState.load_from_json(os.path.join(checkpoint, STATE_FILE))
+            vars(self).update(early_stopping_in(state).get("attributes", {}))
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -120,10 +121,9 @@ class EarlyStopping(EarlyStoppingCallback):
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
 
-def early_stopping_of(folder: str) -> dict:
-    """What the trainer state in a folder keeps of early stopping, empty if nothing: `args` and `attributes`."""
-    callbacks = TrainerState.load_from_json(os.path.join(folder, STATE_FILE)).stateful_callbacks
-    return callbacks.get(EarlyStopping.__name__, {})
+def early_stopping_in(state: TrainerState) -> dict:
+    """What a trainer's state keeps of early stopping, empty if nothing: `args` and `attributes`."""
+    return state.stateful_callbacks.get(EarlyStopping.__name__, {})
 
 
 def has_stopped_early(folder: str, patience: int | None) -> bool:
@@ -131,10 +131,9 @@ def has_stopped_early(folder: str, patience: int | None) -> bool:
     path = os.path.join(folder, STATE_FILE)
     if patience is None or not os.path.isfile(path):
         return False
-    state, stopping = TrainerState.load_from_json(path), early_stopping_of(folder)
-    return state.global_step < state.max_steps and patience <= stopping.get("args", {}).get(
-        "early_stopping_patience", 0
-    )
+    state = TrainerState.load_from_json(path)
+    before = early_stopping_in(state).get("args", {}).get("early_stopping_patience", 0)
+    return state.global_step < state.max_steps and patience <= before
 
 
 def copy_model(checkpoint: str, folder: str, best: bool = False) -> None:

@@ -129,6 +129,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Settings:
     # Without its own --help, which would list these settings alone.
     parser = Parser((HoneybeeArguments, EarlyArguments), add_help=False)
     own, early, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    if early.eval_steps is not None and not early.eval_steps > 0:
+        raise ValueError(f"eval_steps={early.eval_steps:g} must be more than 0, or leave it out for logging_steps")
 
     if {"-h", "--help"} & set(arguments):
         # transformers 5 loads it with its settings, for seconds; they are listed without it, and the process ends.
@@ -136,8 +138,6 @@ def parse_arguments(arguments: list[str] | None = None) -> Settings:
     import torch
     from trl import ModelConfig, SFTConfig
 
-    if early.eval_steps is not None and not early.eval_steps > 0:
-        raise ValueError(f"eval_steps={early.eval_steps:g} must be more than 0, or leave it out for logging_steps")
     if early.deepspeed is not None:
         from training.trainer.engines import check_deepspeed
 

@@ -18,28 +18,29 @@ from safetensors.torch import load_file
 from trl import SFTTrainer
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
-from processing import HoneybeeProcessor, check_processor, processor_from_vision_text_pretrained
-from tests.tiny import REPOSITORY, run_script, sample, save_clip, save_llama, tiny_inputs, write_dataset
-from tests.training.run.test_wrong_inputs import PROJECTOR
+from processing import HoneybeeProcessor, check_processor
+from tests.tiny import (
+    REPOSITORY,
+    SHORT_RUN,
+    run_script,
+    sample,
+    save_joined,
+    tiny_inputs,
+    write_dataset,
+)
 from tests.training.test_sft_mixture import RUN_SFT, TWO, TWO_ON_CPU, write_mixture
 from training import sft
 from training.run.checkpoints import is_whole
 from training.trainer.trainer import count_batch
 
 SFT = REPOSITORY / "training" / "sft.py"
-SHORT = [
-    "--max_steps", 8, "--per_device_train_batch_size", 2, "--learning_rate", 1e-2, "--logging_steps", 2, "--bf16", "False",
-    "--report_to", "none", "--save_strategy", "no", "--dataloader_pin_memory", "False", "--use_cpu",
-]  # fmt: skip
+SHORT = ["--max_steps", 8, "--logging_steps", 2, *SHORT_RUN]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
-    vision, text = save_clip(root / "vision"), save_llama(root / "text")
-    model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(vision, text, **PROJECTOR)
-    model.save_pretrained(root / "model")
-    processor_from_vision_text_pretrained(vision, text, 4).save_pretrained(root / "model")
+    save_joined(root)
     write_dataset(root / "data", [sample(i, image=i % 4 < 3) for i in range(16)])
     write_mixture(root / "mixture")
     dataset = ["--dataset", root / "data" / "data.jsonl", "--model_name_or_path", root / "model", *SHORT]

@@ -11,9 +11,16 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
-from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
-from tests.tiny import REPOSITORY, picture, run_script, sample, save_clip, save_llama, write_dataset
-from tests.training.run.test_wrong_inputs import PROJECTOR
+from processing import HoneybeeProcessor
+from tests.tiny import (
+    REPOSITORY,
+    SHORT_RUN,
+    picture,
+    run_script,
+    sample,
+    save_joined,
+    write_dataset,
+)
 from tests.training.test_sft_mixture import RUN_SFT, TWO, TWO_ON_CPU
 from training.collator import HoneybeeDataCollator
 from training.run.checkpoints import changes_since, copy_model, mark_run
@@ -22,10 +29,7 @@ from training.run.settings import parse_arguments
 from training.trainer.trainer import learned_of_first
 
 SFT = REPOSITORY / "training" / "sft.py"
-SHORT = [
-    "--per_device_train_batch_size", 2, "--learning_rate", 1e-2, "--logging_steps", 2, "--bf16", "False",
-    "--report_to", "none", "--save_strategy", "no", "--dataloader_pin_memory", "False", "--use_cpu",
-]  # fmt: skip
+SHORT = ["--logging_steps", 2, *SHORT_RUN]
 
 
 def answered(index: int, answer: str) -> dict:
@@ -47,10 +51,7 @@ def chance(index: int) -> dict:
 def world(tmp_path_factory):
     """A model and datasets, each in a folder of its own."""
     root = tmp_path_factory.mktemp("world")
-    vision, text = save_clip(root / "vision"), save_llama(root / "text")
-    model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(vision, text, **PROJECTOR)
-    model.save_pretrained(root / "model")
-    processor_from_vision_text_pretrained(vision, text, 4).save_pretrained(root / "model")
+    save_joined(root)
     write_dataset(root / "data", [sample(i, image=i % 4 < 3) for i in range(16)])
     write_dataset(root / "val", [long_answer(i) for i in range(20, 27)])
     write_dataset(root / "other", [long_answer(i) for i in range(30, 33)])

@@ -13,28 +13,30 @@ from trl import SFTTrainer
 
 import training.run.launch
 from modeling_honeybee import HoneybeeForConditionalGeneration
-from processing import HoneybeeProcessor, check_processor, processor_from_vision_text_pretrained
+from processing import HoneybeeProcessor, check_processor
 from tests.hub_upload.fake_hub import FakeHub, HttpError
-from tests.tiny import REPOSITORY, run_script, sample, save_clip, save_llama, tiny_inputs, write_dataset
+from tests.tiny import (
+    NEW_PROJECTOR,
+    REPOSITORY,
+    SHORT_RUN,
+    run_script,
+    sample,
+    save_joined,
+    tiny_inputs,
+    write_dataset,
+)
 from tests.training.test_sft_mixture import RUN_SFT, TWO, TWO_ON_CPU
 from training import sft
 from training.run.checkpoints import TRIAL
 
 SFT = REPOSITORY / "training" / "sft.py"
-PROJECTOR = {"projector_type": "c-abs", "num_query_tokens": 4, "hidden_size": 32, "depth": 1}
-SHORT = [
-    "--max_steps", 3, "--per_device_train_batch_size", 2, "--learning_rate", 1e-2, "--logging_steps", 1, "--bf16", "False",
-    "--report_to", "none", "--save_strategy", "no", "--dataloader_pin_memory", "False", "--use_cpu",
-]  # fmt: skip
+SHORT = ["--max_steps", 3, "--logging_steps", 1, *SHORT_RUN]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
-    vision, text = save_clip(root / "vision"), save_llama(root / "text")
-    model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(vision, text, **PROJECTOR)
-    model.save_pretrained(root / "model")
-    processor_from_vision_text_pretrained(vision, text, 4).save_pretrained(root / "model")
+    save_joined(root)
     write_dataset(root, [sample(i, image=i % 4 < 3) for i in range(8)])
     return root
 
@@ -68,7 +70,7 @@ def test_both_stages_on_an_llm_that_brings_sampling_settings(world, tmp_path, se
         *data,
         *new,
         "--projector",
-        json.dumps(PROJECTOR),
+        json.dumps(NEW_PROJECTOR),
         *SHORT,
         "--output_dir",
         tmp_path / "align",

@@ -15,13 +15,22 @@ from trl import SFTConfig, SFTTrainer
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import processor_from_vision_text_pretrained
-from tests.tiny import REPOSITORY, run_script, sample, save_clip, save_llama, tiny_model, tiny_processor, write_dataset
+from tests.tiny import (
+    NEW_PROJECTOR,
+    REPOSITORY,
+    run_script,
+    sample,
+    save_clip,
+    save_llama,
+    tiny_model,
+    tiny_processor,
+    write_dataset,
+)
 from training import sft
 from training.run.settings import parse_arguments
 
 SFT = REPOSITORY / "training" / "sft.py"
 SHORT = ["--max_steps", 4, "--bf16", "False", "--report_to", "none", "--save_strategy", "no", "--use_cpu"]
-PROJECTOR = {"projector_type": "c-abs", "num_query_tokens": 4, "hidden_size": 32, "depth": 1}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +87,7 @@ def things(tmp_path_factory):
     tiny_model().save_pretrained(made["disagreeing"])
     tiny_processor(9).save_pretrained(made["disagreeing"])
 
-    model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(made["vision"], made["text"], **PROJECTOR)
+    model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(made["vision"], made["text"], **NEW_PROJECTOR)
     model.save_pretrained(made["model"])
     processor_from_vision_text_pretrained(made["vision"], made["text"], 4).save_pretrained(made["model"])
     for name in ("no_weights", "wrong_shape", "cut_weights"):
@@ -199,9 +208,9 @@ def new(**projector):
         (new(projector_type="q-former", num_query_tokens=4), ["'q-former'", "c-abs"]),
         (new(projector_type="c-abs", num_query_tokens=4, depht=3), ["unknown projector settings depht", "depth"]),
         (new(projector_type="linear", num_query_tokens=9), ["num_query_tokens=9", "16"]),
-        ([*new(**PROJECTOR), "--image_size", "45"], ["image_size=45", "patch_size=8", "use 40"]),
-        ([*new(**PROJECTOR), "--image_size", "0"], ["image_size=0", "leave it out"]),
-        ([*new(**PROJECTOR), "--vision_feature_layer", "-9"], ["vision_feature_layer=-9", "3 blocks"]),
+        ([*new(**NEW_PROJECTOR), "--image_size", "45"], ["image_size=45", "patch_size=8", "use 40"]),
+        ([*new(**NEW_PROJECTOR), "--image_size", "0"], ["image_size=0", "leave it out"]),
+        ([*new(**NEW_PROJECTOR), "--vision_feature_layer", "-9"], ["vision_feature_layer=-9", "3 blocks"]),
         ([*NEW, "--projector", "c-abs"], ["--projector 'c-abs'", "JSON"]),
         # Training
         (["--stage", "pretrain"], ["pretrain", "align"]),
@@ -224,11 +233,11 @@ def new(**projector):
         (["--use_peft", "--lora_target_parameters", "q_proj.weight"], ["lora_target_parameters", "--lora_target_modules"]),
         (["--use_peft", "--lora_task_type", "SEQ_CLS"], ["lora_task_type='SEQ_CLS'", "leave it out"]),
         (["--lora_r", "64"], ["lora_r", "--use_peft"]),
-        ([*new(**PROJECTOR), "--model_revision", "v1"], ["model_revision='v1'", "--model_name_or_path"]),
+        ([*new(**NEW_PROJECTOR), "--model_revision", "v1"], ["model_revision='v1'", "--model_name_or_path"]),
         (["--trust_remote_code"], ["trust_remote_code", "leave it out"]),
         (["--merge"], ["--merge", "--use_peft"]),
         (["--load_in_4bit"], ["load_in_4bit", "--use_peft"]),
-        ([*new(**PROJECTOR), "--use_peft", "--load_in_4bit"], ["load_in_4bit", "--model_name_or_path"]),
+        ([*new(**NEW_PROJECTOR), "--use_peft", "--load_in_4bit"], ["load_in_4bit", "--model_name_or_path"]),
         (["--no_such_setting", "1"], ["no_such_setting"]),
         (["--learning_rate=-1e-4"], ["learning_rate=-0.0001", "more than 0"]),
         (["--learning_rate", "inf"], ["learning_rate=inf", "finite"]),

@@ -17,8 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_available
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import processor_from_vision_text_pretrained
-from tests.tiny import REPOSITORY, run_script, sample, save_clip, save_llama, save_qwen2, write_dataset
-from tests.training.run.test_wrong_inputs import PROJECTOR
+from tests.tiny import NEW_PROJECTOR, REPOSITORY, run_script, sample, save_clip, save_llama, save_qwen2, write_dataset
 from tests.training.test_sft_mixture import write_mixture
 from training.run.settings import parse_arguments
 
@@ -52,7 +51,7 @@ LORA = ["--use_peft", "--lora_r", 4, "--lora_dropout", 0.0, "--merge", "--lora_m
 
 def arguments_of(run: str, root) -> list:
     data = ["--dataset", root / "data" / "data.jsonl", "--model_name_or_path"]
-    new = ["--vision_model", root / "vision", "--text_model", root / "text", "--projector", json.dumps(PROJECTOR)]
+    new = ["--vision_model", root / "vision", "--text_model", root / "text", "--projector", json.dumps(NEW_PROJECTOR)]
     kept = ["--set", "eval={text: 0.2, questions: 0.4}", "--metric_for_best_model", "eval_text_loss"]
     best = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps", "--save_steps", 1]
     mixture = ["--mixture", root / "mixture" / "recipe.yaml", "--model_name_or_path", root / "tied-model"]
@@ -97,7 +96,7 @@ def job(engine: str | None, run: str, root, shards: bool = False) -> list[dict]:
 def write_world(root) -> None:
     vision = save_clip(root / "vision")
     for name, text in (("text", save_llama(root / "text")), ("tied", save_qwen2(root / "tied"))):
-        model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(vision, text, **PROJECTOR)
+        model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(vision, text, **NEW_PROJECTOR)
         model.save_pretrained(root / f"{name}-model")
         processor_from_vision_text_pretrained(vision, text, 4).save_pretrained(root / f"{name}-model")
     write_dataset(root / "data", [sample(i, image=i % 2 == 0) for i in range(16)])

@@ -15,18 +15,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor
-from tests.tiny import picture, sample, tiny_inputs, tiny_model, tiny_processor
+from tests.tiny import picture, sample, tiny_inputs, tiny_model
 from training.trainer.trainer import HoneybeeTrainer
 
 ROWS = [(5, "image", 6, "image", 7), (8, 9, 10), (11, "image")]
-
-
-@pytest.fixture
-def saved(tmp_path):
-    processor = tiny_processor(4)
-    tiny_model(config={"image_token_id": processor.image_token_id}).save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 def masked_by_hand(input_ids, attention_mask, image_token_id):
