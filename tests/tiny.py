@@ -235,6 +235,12 @@ SHORT_RUN = [
 ]  # fmt: skip
 
 
+def new_model(root) -> list:
+    """Flags of training/sft.py for a new model from the parts in `vision` and `text`."""
+    parts = ["--vision_model", root / "vision", "--text_model", root / "text"]
+    return [*parts, "--projector", json.dumps(NEW_PROJECTOR)]
+
+
 def save_joined(root) -> None:
     """Pretrained parts in `vision` and `text`, and in `model` the model that they make, with its processor."""
     vision, text = save_clip(root / "vision"), save_llama(root / "text")

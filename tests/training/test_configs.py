@@ -19,9 +19,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, get_scheduler
 
 from modeling_honeybee import HoneybeeProjectorConfig
 from tests.tiny import (
-    NEW_PROJECTOR,
     REPOSITORY,
     image_processor,
+    new_model,
     sample,
     save_joined,
     tiny_model,
@@ -48,17 +48,7 @@ def world(tmp_path_factory):
 
 
 def stand_ins(world, stage):
-    if stage == "align":
-        parts = [
-            "--vision_model",
-            world / "vision",
-            "--text_model",
-            world / "text",
-            "--projector",
-            json.dumps(NEW_PROJECTOR),
-        ]
-    else:
-        parts = ["--model_name_or_path", world / "model"]
+    parts = new_model(world) if stage == "align" else ["--model_name_or_path", world / "model"]
     return [*parts, "--output_dir", world / "out", "--dry_run"]
 
 

@@ -20,6 +20,7 @@ from tests.tiny import (
     NEW_PROJECTOR,
     REPOSITORY,
     SHORT_RUN,
+    new_model,
     run_script,
     sample,
     save_clip,
@@ -40,7 +41,7 @@ def world(tmp_path_factory):
     save_llama(root / "text")
     # In order: batches of two samples, some of them without any image.
     data = write_dataset(root, [sample(i, image=i % 4 < 2) for i in range(16)])
-    new = ["--vision_model", root / "vision", "--text_model", root / "text", "--projector", json.dumps(NEW_PROJECTOR)]
+    new = new_model(root)
     run_script(SFT, "--stage", "align", "--dataset", data, *new, "--output_dir", root / "align", *SHORT)
     second = ["--stage", "instruct", "--dataset", data, "--model_name_or_path", root / "align"]
     run_script(SFT, *second, "--output_dir", root / "instruct", *SHORT)
@@ -58,7 +59,7 @@ def test_stages_change_exactly_their_parameters(world):
 
     torch.manual_seed(42)
     start = HoneybeeForConditionalGeneration.from_vision_text_pretrained(
-        str(world / "vision"), str(world / "text"), **json.loads(json.dumps(NEW_PROJECTOR))
+        str(world / "vision"), str(world / "text"), **NEW_PROJECTOR
     ).state_dict()
     align, instruct = weights("align"), weights("instruct")
     projector = {name for name in align if ".projector." in name}

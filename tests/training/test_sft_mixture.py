@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 from trl import SFTTrainer
 
-from tests.tiny import NEW_PROJECTOR, REPOSITORY, picture, run_script, save_clip, save_llama
+from tests.tiny import REPOSITORY, new_model, picture, run_script, save_clip, save_llama
 from training import sft
 from training.run.checkpoints import last_whole_checkpoint
 
@@ -72,25 +72,13 @@ def world(tmp_path_factory):
     return root
 
 
-def new_model(world):
-    return [
-        "--vision_model",
-        world / "vision",
-        "--text_model",
-        world / "text",
-        "--projector",
-        json.dumps(NEW_PROJECTOR),
-        *SHORT,
-    ]
-
-
 def losses(folder):
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [row["loss"] for row in history if "loss" in row]
 
 
 def test_two_ranks_read_the_stream_of_one_and_have_its_losses(world, tmp_path):
-    arguments = [*new_model(world), "--mixture", world / "data" / "recipe.yaml", "--max_steps", 8]
+    arguments = [*new_model(world), *SHORT, "--mixture", world / "data" / "recipe.yaml", "--max_steps", 8]
     one = ["--per_device_train_batch_size", 4, "--output_dir", tmp_path / "one"]
     two = ["--per_device_train_batch_size", 2, "--output_dir", tmp_path / "two"]
     run_script(RUN_SFT, "record", tmp_path / "of_one", *arguments, *one)
@@ -120,7 +108,7 @@ def test_killed_at_random_steps_the_weights_end_bitwise_equal(processes, kills, 
     steps = sorted(random.sample(range(11, 40), kills))
     print("killed after step", steps)
     arguments = [
-        *new_model(world), "--mixture", world / "data" / "recipe.yaml", "--stage", "instruct", "--max_steps", 40,
+        *new_model(world), *SHORT, "--mixture", world / "data" / "recipe.yaml", "--stage", "instruct", "--max_steps", 40,
         "--per_device_train_batch_size", 2, "--save_strategy", "steps", "--save_steps", 3, "--save_total_limit", 2,
     ]  # fmt: skip
     env = {"OMP_NUM_THREADS": "1"}
@@ -153,7 +141,7 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path):
 def test_broken_files_are_counted_and_too_many_stop_the_run(world, tmp_path):
     few, many = (write_mixture(tmp_path / str(n), num_questions=100, broken=n) for n in (3, 30))
     arguments = [
-        *new_model(world), "--set", "datasets=[]", "--max_steps", 30, "--per_device_train_batch_size", 8,
+        *new_model(world), *SHORT, "--set", "datasets=[]", "--max_steps", 30, "--per_device_train_batch_size", 8,
         "--dataloader_num_workers", 2, "--output_dir",
     ]  # fmt: skip
     result = run_script(SFT, "--mixture", few, *arguments, tmp_path / "few")
@@ -209,7 +197,7 @@ def test_broken_files_are_counted_and_too_many_stop_the_run(world, tmp_path):
 def test_wrong_mixtures_are_named_before_training(arguments, words, world, tmp_path, monkeypatch):
     arguments = [str(a).replace("{recipe}", str(world / "data" / "recipe.yaml")) for a in arguments]
     monkeypatch.setattr(
-        sys, "argv", ["sft.py", *map(str, [*new_model(world), *arguments, "--output_dir", tmp_path / "out"])]
+        sys, "argv", ["sft.py", *map(str, [*new_model(world), *SHORT, *arguments, "--output_dir", tmp_path / "out"])]
     )
     monkeypatch.setattr(SFTTrainer, "train", lambda *_, **__: pytest.fail("training started"))
     with pytest.raises(SystemExit) as exit:

@@ -17,7 +17,17 @@ from transformers.integrations.deepspeed import is_deepspeed_available
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import processor_from_vision_text_pretrained
-from tests.tiny import NEW_PROJECTOR, REPOSITORY, run_script, sample, save_clip, save_llama, save_qwen2, write_dataset
+from tests.tiny import (
+    NEW_PROJECTOR,
+    REPOSITORY,
+    new_model,
+    run_script,
+    sample,
+    save_clip,
+    save_llama,
+    save_qwen2,
+    write_dataset,
+)
 from tests.training.test_sft_mixture import write_mixture
 from training.run.settings import parse_arguments
 
@@ -51,7 +61,7 @@ LORA = ["--use_peft", "--lora_r", 4, "--lora_dropout", 0.0, "--merge", "--lora_m
 
 def arguments_of(run: str, root) -> list:
     data = ["--dataset", root / "data" / "data.jsonl", "--model_name_or_path"]
-    new = ["--vision_model", root / "vision", "--text_model", root / "text", "--projector", json.dumps(NEW_PROJECTOR)]
+    new = new_model(root)
     kept = ["--set", "eval={text: 0.2, questions: 0.4}", "--metric_for_best_model", "eval_text_loss"]
     best = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps", "--save_steps", 1]
     mixture = ["--mixture", root / "mixture" / "recipe.yaml", "--model_name_or_path", root / "tied-model"]
