@@ -215,7 +215,8 @@ class Mixture(torch.utils.data.Dataset):
         number, visit = self._draw(draw)
         source = self.sources[number]
         for position in itertools.count(visit):
-            if position - visit > max(MOST_IN_A_ROW, source.size or 0):
+            # Of a stream the share of bad records decides alone: there may be good ones behind any number of them.
+            if source.size is not None and position - visit > max(MOST_IN_A_ROW, source.size):
                 raise TooManyBadSamplesError(
                     f"none of {position - visit} records of {source.name} in a row could be used: {self.report()}. Repair the "
                     "files, or leave the dataset out"

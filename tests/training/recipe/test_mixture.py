@@ -269,6 +269,13 @@ def test_what_is_held_out_is_read_again_and_again(tmp_path):
         evaluated[0]
 
 
+def test_a_stream_may_have_many_bad_records_in_a_row(tmp_path):
+    source = with_images(tmp_path, ["good"] * 900 + ["absent"] * 150 + ["good"] * 50)
+    mixture = Mixture([replace(source, records=Stream(source.records))], np.ones(1), 940, max_bad_fraction=0.2)
+    assert [mixture[draw]["index"] for draw in range(901)] == [*range(900), 1050]
+    assert mixture.skipped()["p"] == {"missing image": 150}
+
+
 def test_a_source_with_nothing_usable_ends(tmp_path):
     mixture = Mixture([with_images(tmp_path, ["absent"])], np.ones(1), 10, max_bad_fraction=0.9)
     with pytest.raises(TooManyBadSamplesError, match="37 of 37 records of p"):
