@@ -266,6 +266,12 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             else:
                 blocks[0].register_forward_pre_hook(hook)
 
+    @property
+    def vision_blocks_name(self) -> str:
+        """Name, in this model, of the list of the tower's blocks."""
+        blocks = _tower_blocks(self.vision_tower, self.config.num_vision_blocks)
+        return next(name for name, module in self.named_modules() if module is blocks)
+
     def _blocks_of(self, *parts: PreTrainedModel) -> list[str]:
         """Classes of blocks that `device_map="auto"` keeps whole and FSDP shards one by one. Only classes that the model
         has: FSDP refuses others."""
@@ -427,12 +433,14 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         return visual_tokens, mask
 
     def _touch_projector(self, inputs_embeds: torch.FloatTensor) -> torch.FloatTensor:
-        """Keeps the projector in the graph of a batch without images. Otherwise such a batch has nothing to train in stage
-        1, and ranks that wait for the projector's gradients (DDP) or gather its shards (FSDP, ZeRO-3) hang."""
+        """Keeps the projector, and a tower that is trained, in the graph of a batch without images. Otherwise such a batch has
+        nothing to train in stage 1, and ranks that wait for the gradients (DDP) or gather the shards (FSDP, ZeRO-3) hang."""
         vision_config, levels = self.config.vision_config, len(self.config.vision_feature_layers)
         parameter = next(self.projector.parameters())
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # The tower may be sharded as well, and the other ranks run it.
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed or any(p.requires_grad for p in self.vision_tower.parameters()):
+            # Sharded, the tower is run by the other ranks as well. Trained, it gets a gradient of 0 and not none in one
+            # process, too: the optimizer's momentum and weight decay move it either way.
             size = vision_config.image_size
             height, width = (size, size) if isinstance(size, int) else size
             channels = getattr(vision_config, "num_channels", 3)
@@ -467,7 +475,8 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         # A single token is a decoding step, whose images are in the cache.
         if input_ids is not None and input_ids.shape[1] > 1:
             self.get_placeholder_mask(input_ids, inputs_embeds, num_images=0)
-        if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.projector.parameters()):
+        parts = (self.projector, self.vision_tower)
+        if self.training and torch.is_grad_enabled() and any(p.requires_grad for m in parts for p in m.parameters()):
             inputs_embeds = self._touch_projector(inputs_embeds)
         return inputs_embeds, None
 

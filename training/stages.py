@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each of the two training stages trains (paper, section 4): the projector, then the projector and the LLM."""
+"""What each of the two training stages trains (paper, section 4): the projector, then the projector and the LLM. In either,
+and only where it is asked for, the vision tower or its last blocks."""
 
 from __future__ import annotations
 
@@ -13,23 +14,55 @@ if TYPE_CHECKING:  # the settings name the stages, and `--help` should not wait 
 
 logger = logging.getLogger(__name__)
 
-# Prefixes of the parameters that a stage trains; the vision tower is in neither.
+# Prefixes of the parameters that a stage trains; for the vision tower see `tower_parameters`.
 TRAINED = {
     "align": ("model.projector.",),
     "instruct": ("model.projector.", "model.language_model.", "lm_head."),
 }
 
 
-def set_trained(model: HoneybeeForConditionalGeneration, stage: str) -> None:
-    """Makes exactly the parameters of `TRAINED[stage]` require a gradient.
+def set_trained(model: HoneybeeForConditionalGeneration, stage: str, vision_tower: int | str | None = None) -> None:
+    """Makes exactly the parameters of `TRAINED[stage]`, and those of the vision tower that are asked for, require a gradient.
+
+    Args:
+        vision_tower: see [`tower_parameters`]; None for nothing of it.
 
     Raises:
-        ValueError: an unknown stage.
+        ValueError: an unknown stage, or more blocks than there are.
     """
     if stage not in TRAINED:
         raise ValueError(f"stage={stage!r} is unknown; use one of {', '.join(TRAINED)}")
+    of_tower = set() if vision_tower is None else tower_parameters(model, vision_tower)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(TRAINED[stage]))
+        parameter.requires_grad_(name.startswith(TRAINED[stage]) or name in of_tower)
+
+
+def tower_parameters(model: HoneybeeForConditionalGeneration, trained: int | str) -> set[str]:
+    """Names of parameters of the vision tower, of those alone that the projector's input depends on. Others would never get
+    a gradient, and DDP would wait for one: a norm or a head behind the blocks, the mask token of DINOv2.
+
+    Args:
+        trained: "all", or a number of blocks, counted from the deepest layer that the projector reads.
+
+    Raises:
+        ValueError: more or fewer blocks than there are.
+    """
+    depth = max(model.config.vision_hidden_states)
+    if trained != "all" and not 1 <= trained <= depth:
+        layers, remedy = model.config.vision_feature_layer, f"give 1 to {depth}, or all" if depth else "give all"
+        raise ValueError(
+            f"train_vision_tower={trained}: the projector reads {depth} blocks of the tower (vision_feature_layer={layers}), "
+            f"and none above is run; {remedy}"
+        )
+    blocks = f"model.{model.model.vision_blocks_name}."
+    names = [name for name, _ in model.named_parameters() if name.startswith("model.vision_tower.")]
+    number = {name: int(name.removeprefix(blocks).split(".")[0]) for name in names if name.startswith(blocks)}
+    first = 0 if trained == "all" else depth - trained
+    found = {name for name in number if first <= number[name] < depth}
+    if trained == "all":  # in the order in which a tower is built, which is that of its forward
+        in_front = names[: names.index(next(iter(number)))]
+        found |= {name for name in in_front if not name.endswith(".mask_token")}
+    return found
 
 
 def trains_language_model(stage: str) -> bool:
@@ -37,9 +70,11 @@ def trains_language_model(stage: str) -> bool:
     return "model.language_model.".startswith(TRAINED[stage])
 
 
-def freeze_for_stage(model: HoneybeeForConditionalGeneration, stage: str) -> None:
+def freeze_for_stage(
+    model: HoneybeeForConditionalGeneration, stage: str, vision_tower: int | str | None = None
+) -> None:
     """[`set_trained`], and logs how many parameters there are of each part."""
-    set_trained(model, stage)
+    set_trained(model, stage, vision_tower)
     logger.info("Stage %s:", stage)
     for line in parts_table(parameter_counts(model)):
         logger.info("  %s", line)

@@ -19,7 +19,8 @@ class HoneybeeArguments:
 
     stage: str = field(
         default="instruct",
-        metadata={"help": "`align` trains the projector, `instruct` the projector and the LLM; the tower never.",
+        metadata={"help": "`align` trains the projector, `instruct` the projector and the LLM; for the tower see "
+                  "--train_vision_tower.",
                   "choices": list(TRAINED)},
     )  # fmt: skip
     dataset: str | None = field(
@@ -66,6 +67,20 @@ class HoneybeeArguments:
     image_size: int | None = field(
         default=None, metadata={"help": "Image size of a new model, where it is not the tower's own."}
     )
+    train_vision_tower: int | str | None = field(
+        default=None,
+        metadata={"help": "Train the vision tower as well: `all` of it, or the last n blocks that the projector reads. "
+                  "Default: nothing of it, as the paper."},
+    )  # fmt: skip
+    lora_vision: bool = field(
+        default=False, metadata={"help": "With --use_peft: LoRA in the vision tower's blocks, too."}
+    )
+    vision_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of what is trained of the vision tower; default: learning_rate."}
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the projector, where the LLM is trained, too; default: learning_rate."}
+    )
     projector: dict | str | None = field(
         default=None,
         metadata={"help": "Settings of a new projector, as JSON or a YAML mapping: fields of HoneybeeProjectorConfig."},
@@ -88,6 +103,8 @@ class HoneybeeArguments:
     def __post_init__(self):
         if isinstance(self.projector, str):
             self.projector = from_json("projector", self.projector)
+        if isinstance(self.train_vision_tower, str) and self.train_vision_tower.lstrip("-").isdecimal():
+            self.train_vision_tower = int(self.train_vision_tower)
         if isinstance(self.eval_dataset, str) and self.eval_dataset.startswith("{"):
             self.eval_dataset = from_json("eval_dataset", self.eval_dataset)
         if not isinstance(self.projector, (dict, type(None))):

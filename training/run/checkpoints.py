@@ -38,6 +38,12 @@ NOT_THE_RUN = (
     "mixture_settings", "resume", "merge", "dry_run", "eval_dataset", "eval_dataset_split", "early_stopping_patience",
 )  # fmt: skip
 
+# Settings that are younger than some marks, and what a run did that has them not in its mark.
+YOUNGER = {
+    "eval_split_size": None, "train_vision_tower": None, "lora_vision": False, "vision_learning_rate": None,
+    "projector_learning_rate": None,
+}  # fmt: skip
+
 
 def identity_of(settings: Settings, recipe: Recipe | None) -> dict:
     """What makes a run this run and not another; kept in its output folder."""
@@ -216,9 +222,9 @@ def changes_since(identity: dict, training_args: SFTConfig) -> list[str]:
         return []
     with open(mark, encoding="utf-8") as file:
         before = json.load(file)
-    before = {"eval_split_size": None, **before, **before.get("training", {})}  # the first is younger than some marks,
+    before = {**YOUNGER, **before, **before.get("training", {})}
     if before.get("mixture"):
-        before["mixture"] = {"eval": {}, **before["mixture"]}  # and so is this
+        before["mixture"] = {"eval": {}, **before["mixture"]}  # younger, too
     now = {**identity, **recorded(training_args)}
     changed = sorted(key for key in now if key not in CHANGEABLE and before.get(key, now[key]) != now[key])
     return [f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed]

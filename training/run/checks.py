@@ -30,7 +30,7 @@ from training.run.lora import check_lora_settings
 from training.run.saving import check_savable
 from training.run.settings import Settings, is_set
 from training.samples import BadSampleError
-from training.stages import TRAINED
+from training.stages import TRAINED, trains_language_model
 from training.trainer.packed_attention import PACKABLE
 
 SEARCHED_FOR_AN_IMAGE = 256  # samples of a mixture
@@ -85,8 +85,15 @@ RANGES: dict[str, tuple[str, Callable]] = {
                          lambda s: s.max_steps > 0 or 0 < s.num_train_epochs < math.inf),
     "per_device_eval_batch_size": (MORE_THAN_0, lambda s: s.per_device_eval_batch_size > 0),
     "per_device_train_batch_size": (MORE_THAN_0, lambda s: s.per_device_train_batch_size > 0),
+    "projector_learning_rate": ("more than 0 and finite; leave it out for learning_rate",
+                                lambda s: s.projector_learning_rate is None or 0 < s.projector_learning_rate < math.inf),
     "save_steps": (f"{MORE_THAN_0}, or --save_strategy no",
                    lambda s: s.save_strategy != SaveStrategy.STEPS or s.save_steps > 0),
+    "train_vision_tower": ("all, or a number of its last blocks from 1; leave it out to train nothing of it",
+                           lambda s: s.train_vision_tower in (None, "all")
+                           or isinstance(s.train_vision_tower, int) and s.train_vision_tower >= 1),
+    "vision_learning_rate": ("more than 0 and finite; leave it out for learning_rate",
+                             lambda s: s.vision_learning_rate is None or 0 < s.vision_learning_rate < math.inf),
 }  # fmt: skip
 
 
@@ -102,6 +109,7 @@ def check_settings(settings: Settings) -> None:
     _check_model(settings.honeybee, settings.model)
     check_lora_settings(settings)
     _check_learning_rate(settings.training)
+    _check_own_learning_rates(settings)
     _check_optimizer(settings.training)
     _check_processes(settings.training)
     _check_trackers(settings.training)
@@ -282,6 +290,32 @@ def _check_learning_rate(training: SFTConfig) -> None:
             f"the warm-up of {warmup} steps does not end within max_steps={steps}; lower --warmup_steps, for instance "
             f"to {steps // 25}"
         )
+
+
+def _check_own_learning_rates(settings: Settings) -> None:
+    """Whether each part with a learning rate of its own is trained beside others, and the optimizer can have several."""
+    own, training = settings.honeybee, settings.training
+    if own.vision_learning_rate is not None and own.train_vision_tower is None and not own.lora_vision:
+        raise ValueError(
+            f"vision_learning_rate={own.vision_learning_rate}: nothing of the vision tower is trained; give "
+            "--train_vision_tower all, a number of its last blocks, or --lora_vision with --use_peft, or leave it out"
+        )
+    if own.projector_learning_rate is not None and not trains_language_model(own.stage):
+        raise ValueError(
+            f"projector_learning_rate={own.projector_learning_rate}: stage {own.stage!r} does not train the LLM, so that the "
+            "projector's rate is --learning_rate; give that"
+        )
+    given = [f"{part}_learning_rate={rate}" for part, rate in settings.learning_rates.items()]
+    optimizer = training.optim.value
+    if given and ("layerwise" in optimizer or "lomo" in optimizer):
+        raise ValueError(f"{', '.join(given)}: optim={optimizer} has one learning rate; use adamw_torch, for instance")
+    plugin = training.deepspeed_plugin
+    for name in ("optimizer", "scheduler"):
+        if given and plugin is not None and name in plugin.deepspeed_config:
+            raise ValueError(
+                f"{', '.join(given)}: the {name} of DeepSpeed's own settings has one learning rate; leave it out there, and "
+                "the trainer's is used"
+            )
 
 
 def _check_optimizer(training: SFTConfig) -> None:

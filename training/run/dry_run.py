@@ -5,7 +5,6 @@ import math
 from dataclasses import dataclass
 
 from transformers.trainer_utils import IntervalStrategy
-from trl import SFTConfig
 
 from training.conversations import normalize_conversation
 from training.run.checkpoints import gigabytes
@@ -61,7 +60,7 @@ def dry_run(settings: Settings) -> str:
         f"{batch * tokens.visual:,.0f} of them visual and {batch * tokens.learned:,.0f} learned",
         f"  ({tokens.samples} samples read: {tokens.mean:,.0f} tokens on average, {tokens.longest:,} at most)",
         f"The run: {steps:,} steps, {steps * batch:,} samples, about {steps * batch * tokens.mean:,.0f} tokens",
-        f"Learning rate: {learning_rate_line(training, steps)}",
+        f"Learning rate: {learning_rate_line(settings, steps)}",
         *evaluation_lines(settings, plan, steps),
         "Memory of a device, estimated (activations roughly):",
         *memory_lines(settings, plan, tokens),
@@ -112,12 +111,15 @@ def evaluation_lines(settings: Settings, plan: Plan, steps: int) -> list[str]:
     return [line]
 
 
-def learning_rate_line(training: SFTConfig, steps: int) -> str:
+def learning_rate_line(settings: Settings, steps: int) -> str:
+    training = settings.training
     floor = (training.lr_scheduler_kwargs or {}).get("min_lr")
     schedule = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
-    return f"{schedule}, {training.get_warmup_steps(steps):,} steps of warm-up to {training.learning_rate:g}" + (
-        f", then down to {floor:g}" if floor is not None else ""
-    )
+    line = f"{schedule}, {training.get_warmup_steps(steps):,} steps of warm-up to {training.learning_rate:g}"
+    line += f", then down to {floor:g}" if floor is not None else ""
+    for part, rate in settings.learning_rates.items():
+        line += f"; {part}: {rate / training.learning_rate:g} times that, {rate:g}"
+    return line
 
 
 def measure_tokens(plan: Plan) -> Tokens:
@@ -139,13 +141,21 @@ def measure_tokens(plan: Plan) -> Tokens:
     )
 
 
+def trained_vision_blocks(settings: Settings, plan: Plan) -> int:
+    """Blocks of the tower whose activations backward reads: those that are trained or hold LoRA."""
+    trained = settings.honeybee.train_vision_tower
+    if settings.honeybee.lora_vision or trained == "all":
+        return max(plan.config.vision_hidden_states)
+    return trained or 0
+
+
 def memory_lines(settings: Settings, plan: Plan, tokens: Tokens) -> list[str]:
     """An estimate of what a device holds, alone and with everything sharded over several.
 
     Weights and optimizer: see [`state_bytes`]; gradients as the trained weights. Activations of T tokens (a micro-batch;
     padded, each sample as long as the longest measured), L layers, widths D and I, a bytes a number: T * D * L * a with
-    gradient checkpointing, and T * (12 D + 4 I) * a for each layer that is held at once (one with, L without); logits
-    T * V * (a + 4), as if all of the tokens were learned.
+    gradient checkpointing, and T * (12 D + 4 I) * a for each layer that is held at once (one with, L without), of the LLM and
+    of what is trained of the tower; logits T * V * (a + 4), as if all of the tokens were learned.
     """
     training = settings.training
     half = 2 if training.bf16 or training.fp16 else 4
@@ -153,11 +163,17 @@ def memory_lines(settings: Settings, plan: Plan, tokens: Tokens) -> list[str]:
     text = plan.config.text_config
     samples = training.per_device_train_batch_size
     count = samples * (tokens.mean if plan.collator.pack else tokens.longest)
-    layer = count * (12 * text.hidden_size + 4 * getattr(text, "intermediate_size", 4 * text.hidden_size)) * half
-    layers = text.num_hidden_layers
-    checkpointed = training.gradient_checkpointing
-    activations = count * text.hidden_size * layers * half + layer if checkpointed else layer * layers
-    activations += count * text.vocab_size * (half + 4)
+    images = samples * tokens.visual / plan.config.num_image_tokens
+    stacks = [
+        (text, count, text.num_hidden_layers),
+        (plan.config.vision_config, images * (plan.config.num_patches + 1), trained_vision_blocks(settings, plan)),
+    ]
+    activations = count * text.vocab_size * (half + 4)
+    for config, number, layers in stacks:
+        width = config.hidden_size
+        layer = number * (12 * width + 4 * getattr(config, "intermediate_size", 4 * width)) * half
+        held = number * width * layers * half + layer if training.gradient_checkpointing else layer * layers
+        activations += held if layers else 0
     devices = training.world_size if training.world_size > 1 else DEVICES
     states = {"weights": sizes["weights"], "gradients": sizes["trained"], "optimizer": sizes["optimizer"]}
     lines = [f"  {name:<12} {gigabytes(size):>12}" for name, size in {**states, "activations": activations}.items()]

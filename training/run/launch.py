@@ -81,6 +81,7 @@ def prepare(settings: Settings) -> tuple[HoneybeeTrainer, str | None]:
         peft_config=plan.lora,
         callbacks=callbacks(settings, plan),
         sampler=choose_sampler(settings, plan),
+        learning_rates=settings.learning_rates,
     )
     if training.bf16 or training.fp16:
         keep_trained_in_float32(trainer.model)  # now, because TRL casts what is trained beside quantized weights
@@ -96,7 +97,7 @@ def freeze(model: HoneybeeForConditionalGeneration, settings: Settings, plan: Pl
     """Freezes what the run does not train, and logs what it does."""
     stage = settings.honeybee.stage
     if plan.lora is None:
-        freeze_for_stage(model, stage)
+        freeze_for_stage(model, stage, settings.honeybee.train_vision_tower)
         return
     freeze_for_lora(model)
     logger.info("Stage %s with LoRA of rank %s:", stage, plan.lora.r)

@@ -13,6 +13,7 @@ from training.conversations import check_dataset, image_root, load_conversations
 from training.recipe.config import Recipe, load_recipe
 from training.recipe.mixture import Mixture
 from training.recipe.sources import keep_share, open_mixture
+from training.run.arguments import HoneybeeArguments
 from training.run.checkpoints import check_disk, check_output_dir, find_checkpoint, identity_of
 from training.run.checks import (
     check_evaluation,
@@ -80,7 +81,7 @@ def make_plan(settings: Settings) -> Plan:
     lora = lora_config(settings, skeleton)
     if model.model_name_or_path:
         check_weights(model.model_name_or_path, skeleton)
-    parameters = count_parameters(skeleton, own.stage, lora)
+    parameters = count_parameters(skeleton, own, lora)
     disk_bytes = bytes_to_write(settings, parameters, config)
 
     collator = HoneybeeDataCollator(processor, max_length=training.max_length, pack=own.batching == "packed")
@@ -91,16 +92,16 @@ def make_plan(settings: Settings) -> Plan:
 
 
 def count_parameters(
-    skeleton: HoneybeeForConditionalGeneration, stage: str, lora: LoraConfig | None
+    skeleton: HoneybeeForConditionalGeneration, own: HoneybeeArguments, lora: LoraConfig | None
 ) -> dict[str, tuple[int, int]]:
     """[`parameter_counts`] of the model as it will be trained.
 
     Raises:
-        ValueError: LoRA cannot be put into it.
+        ValueError: LoRA cannot be put into it, or the tower has fewer blocks.
     """
     if lora is not None:
-        return parameter_counts_with(lora, skeleton)
-    set_trained(skeleton, stage)
+        return parameter_counts_with(lora, skeleton, own.lora_vision)
+    set_trained(skeleton, own.stage, own.train_vision_tower)
     return parameter_counts(skeleton)
 
 

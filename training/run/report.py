@@ -11,16 +11,17 @@ from pathlib import Path
 
 import torch
 from transformers import TrainerCallback, TrainerState
-from trl import SFTConfig
 
 from training.recipe.table import mixture_table
 from training.run.checkpoints import RECORDED
 from training.run.plan import Plan
-from training.run.settings import Settings
+from training.run.settings import Settings, is_set
 from training.stages import parts_table
 
 logger = logging.getLogger(__name__)
 
+# Our own settings that the page shows where they are given.
+OF_PARTS = ("train_vision_tower", "lora_vision", "vision_learning_rate", "projector_learning_rate")
 PLOT, SUMMARY = "loss.png", "run_summary.md"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes", "deepspeed")
 
@@ -106,7 +107,7 @@ def run_summary(settings: Settings, plan: Plan, state: TrainerState, interrupted
         "Loss": _losses(rows),
         **({"Evaluation": _evaluation(settings, plan, state)} if plan.evaluation is not None else {}),
         "Throughput": _throughput(rows),
-        "Settings": _table([["setting", "value"], *([name, _setting(settings.training, name)] for name in RECORDED)]),
+        "Settings": _table([["setting", "value"], *_settings(settings)]),
         "Versions": ", ".join([f"Python {platform.python_version()}", *_versions()]) + f"; {_device()}",
     }
     page = [f"# Stage {own.stage}: {state_words}"]
@@ -114,9 +115,10 @@ def run_summary(settings: Settings, plan: Plan, state: TrainerState, interrupted
     return "\n\n".join(page) + "\n"
 
 
-def _setting(training_args: SFTConfig, name: str) -> str:
-    value = getattr(training_args, name)
-    return str(getattr(value, "value", value))
+def _settings(settings: Settings) -> list[list[str]]:
+    rows = [[name, getattr(settings.honeybee, name)] for name in OF_PARTS if is_set(settings.honeybee, name)]
+    rows += [[name, getattr(settings.training, name)] for name in RECORDED]
+    return [[name, str(getattr(value, "value", value))] for name, value in rows]
 
 
 def _data(settings: Settings, plan: Plan, samples: int) -> str:

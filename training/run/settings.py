@@ -75,6 +75,12 @@ class Settings:
         """Samples that all processes take at a time."""
         return self.training.train_batch_size * self.training.world_size
 
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Of the parts of the model that have another one than `learning_rate`: see `training/trainer/learning_rates.py`."""
+        given = {"vision": self.honeybee.vision_learning_rate, "projector": self.honeybee.projector_learning_rate}
+        return {part: rate for part, rate in given.items() if rate not in (None, self.training.learning_rate)}
+
     def _put_back_what_has_no_effect(self) -> None:
         given = [name for name in WITHOUT_EFFECT if is_set(self.training, name)]
         if given:

@@ -16,6 +16,7 @@ from training.trainer.engines import (
     untie_originals,
 )
 from training.trainer.interruption import protect_workers
+from training.trainer.learning_rates import split_groups
 from training.trainer.length_grouping import LengthGroupedSampler
 
 
@@ -65,18 +66,20 @@ class HoneybeeTrainer(SFTTrainer):
     is the same.
 
     Each line of the log says, for all processes together since the line before: `samples_per_second`,
-    `tokens_per_second` (without padding), `padding_share` and `visual_tokens_per_step`.
+    `tokens_per_second` (without padding), `padding_share` and `visual_tokens_per_step`. Where parts of the model have learning
+    rates of their own, it has them as `learning_rate_vision` and `learning_rate_projector`.
 
     Evaluated is the loss alone, without logits: the mean over all learned tokens of a dataset, whatever shares a batch or
     a process. It changes nothing in the training around it.
 
     Args:
-        sampler: the order in which samples are read; None for the library's own, which is random. The other arguments are
-            SFTTrainer's.
+        sampler: the order in which samples are read; None for the library's own, which is random.
+        learning_rates: of parts of the model that have another one than `args.learning_rate`: "vision", "projector". The
+            other arguments are SFTTrainer's.
     """
 
-    def __init__(self, *args, sampler: Sampler | None = None, **kwargs):
-        self.sampler = sampler
+    def __init__(self, *args, sampler: Sampler | None = None, learning_rates: dict[str, float] | None = None, **kwargs):
+        self.sampler, self.learning_rates = sampler, learning_rates or {}
         if isinstance(sampler, LengthGroupedSampler):
             sampler.epoch = lambda: int(self.state.epoch or 0)
         self._counts = self._counted_since = None
@@ -102,7 +105,17 @@ class HoneybeeTrainer(SFTTrainer):
     def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
         return with_protected_workers(super().get_eval_dataloader(*args, **kwargs))
 
+    def create_optimizer(self, *args, **kwargs):
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made and self.learning_rates:
+            self._part_of_group = split_groups(optimizer, self.model, self.learning_rates)
+        return optimizer
+
     def training_step(self, model, inputs, *args, **kwargs):
+        if self.learning_rates:
+            # Now, because the schedule's step is before the log, whose own rate is that of the step, too.
+            self._rates = dict(zip(self._part_of_group, self.get_learning_rates()))
         counts = count_batch(inputs, self.processing_class.image_token_id)
         # On the batch's device, and read when the log is written: reading would wait for the device.
         self._counts = counts if self._counts is None else self._counts + counts
@@ -123,6 +136,7 @@ class HoneybeeTrainer(SFTTrainer):
                 "visual_tokens_per_step": round(visual / max(1, self.state.global_step - first_step), 1),
             }
             self._counts = self._counted_since = None
+            logs |= {f"learning_rate_{part}": self._rates[part] for part in self.learning_rates}
         super().log(logs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
