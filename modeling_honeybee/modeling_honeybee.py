@@ -189,6 +189,14 @@ class HoneybeePreTrainedModel(PreTrainedModel):
             gradient_checkpointing_kwargs = {"use_reentrant": False}
         super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs, **kwargs)
 
+    def enable_input_require_grads(self):
+        # The language model's alone: transformers 5, which does this for any gradient checkpointing, takes the vision tower's
+        # as well, and what is frozen of a tower in front of its first trained block would be recorded and run again.
+        self.get_decoder().enable_input_require_grads()
+
+    def disable_input_require_grads(self):
+        self.get_decoder().disable_input_require_grads()
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers, except that a checkpoint with missing tensors is an error and not a warning: a vision

@@ -5,12 +5,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import AutoConfig
 from trl import SFTConfig
 
-from tests.tiny import picture, tiny_model, tiny_processor
+from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
+from tests.tiny import IMAGE_SIZE, PATCH_SIZE, llama_config, picture, projector_settings, tiny_model, tiny_processor
 from training.collator import HoneybeeDataCollator
 from training.run.lora import lora_modules
-from training.stages import freeze_for_stage
+from training.stages import TRAINED, freeze_for_stage, tower_parameters
 from training.trainer.packed_attention import use_packed_attention
 from training.trainer.trainer import HoneybeeTrainer
 
@@ -32,25 +34,28 @@ def conversations() -> Dataset:
     return rows
 
 
-def train(model, folder, peft_config=None, pack=True, **settings) -> tuple[dict, dict, list[float]]:
-    """State before and after three steps, under the names of the trained model, and the losses."""
+def train(
+    model, folder, peft_config=None, pack=True, trainer_settings=None, **settings
+) -> tuple[dict, dict, list[dict]]:
+    """State before and after three steps, under the names of the trained model, and the log of the steps."""
     processor = tiny_processor(model.config.num_image_tokens)
     if pack:
         use_packed_attention(model.model.language_model)
+    settings = {"max_steps": 3, "learning_rate": 0.02, "weight_decay": 0.1, "bf16": False, **settings}
     args = SFTConfig(
-        output_dir=str(folder), max_steps=3, per_device_train_batch_size=4, learning_rate=0.02, bf16=False, logging_steps=1,
-        report_to="none", save_strategy="no", use_cpu=True, remove_unused_columns=False, max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=False, weight_decay=0.1, **settings,
+        output_dir=str(folder), per_device_train_batch_size=4, logging_steps=1, report_to="none", save_strategy="no",
+        use_cpu=True, remove_unused_columns=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=False, **settings,
     )  # fmt: skip
     trainer = HoneybeeTrainer(
         model=model, args=args, train_dataset=conversations(), processing_class=processor, peft_config=peft_config,
-        data_collator=HoneybeeDataCollator(processor, pack=pack),
+        data_collator=HoneybeeDataCollator(processor, pack=pack), **(trainer_settings or {}),
     )  # fmt: skip
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer.train()
     after = trainer.model.state_dict()
     assert before.keys() == after.keys()
-    return before, after, [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return before, after, [row for row in trainer.state.log_history if "loss" in row]
 
 
 def changed(before, after) -> set[str]:
@@ -67,12 +72,12 @@ def joined(projector_type="c-abs", **settings):
 def test_a_stage_changes_its_parts_and_nothing_else(stage, projector_type, checkpointing, tmp_path):
     model = joined(projector_type)
     freeze_for_stage(model, stage)
-    before, after, losses = train(model, tmp_path, gradient_checkpointing=checkpointing)
+    before, after, log = train(model, tmp_path, gradient_checkpointing=checkpointing)
     parts = {"align": ("model.projector.",), "instruct": ("model.projector.", "model.language_model.", "lm_head.")}[
         stage
     ]
     expected = {name for name, _ in model.named_parameters() if name.startswith(parts)}
-    assert changed(before, after) == expected and len(losses) == 3
+    assert changed(before, after) == expected and len(log) == 3
     assert any(name.startswith("model.vision_tower.") for name in before)
 
 
@@ -93,6 +98,92 @@ def test_lora_changes_adapters_and_the_projector(dtype, checkpointing, tmp_path)
     layers = model.config.text_config.num_hidden_layers
     assert len(adapters) == layers * 2 * 2  # q and v, A and B
     assert all(".language_model.layers." in name and (".q_proj." in name or ".v_proj." in name) for name in adapters)
+
+
+def with_tower(model_type: str, projector_type: str = "c-abs", layer=-2):
+    """A model with a tower of three small blocks of any type."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    tower = AutoConfig.for_model(model_type, **small, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE)
+    strategy = "full" if model_type == "siglip_vision_model" else "default"
+    pooling = {"pooled_v_target": "none"} if isinstance(layer, list) else {}
+    config = HoneybeeConfig(
+        tower, llama_config(), projector_settings(projector_type, **pooling), vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy, image_token_id=tiny_processor().image_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return HoneybeeForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("layer", [-1, -2, 0])
+@pytest.mark.parametrize(
+    "model_type", ["clip_vision_model", "siglip_vision_model", "dinov2", "vit", "beit", "data2vec-vision"]
+)
+def test_all_of_a_tower_is_what_its_features_depend_on(model_type, layer):
+    model = with_tower(model_type, layer=layer)
+    tower = {name: p for name, p in model.named_parameters() if name.startswith("model.vision_tower.")}
+    features = model.model.get_patch_features(torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+    gradients = torch.autograd.grad(features.sum(), list(tower.values()), allow_unused=True)
+    reached = {name for name, gradient in zip(tower, gradients) if gradient is not None}
+    assert tower_parameters(model, "all") == reached != set()
+    depth = {-1: 3, -2: 2, 0: 0}[layer]
+    for number in range(1, depth + 1):
+        blocks = {
+            name
+            for name in reached
+            if any(f"layer{s}.{i}." in name for i in range(depth - number, depth) for s in ("", "s"))
+        }
+        assert tower_parameters(model, number) == blocks != set()
+    for number in (0, depth + 1):
+        with pytest.raises(ValueError, match=f"train_vision_tower={number}: the projector reads {depth} blocks"):
+            tower_parameters(model, number)
+
+
+@pytest.mark.parametrize("trained", [None, 1, "all"])
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+@pytest.mark.parametrize(
+    "tower", [("clip_vision_model",), ("siglip_vision_model",), ("clip_vision_model", "d-abs", [1, -2])]
+)
+def test_of_the_tower_what_is_asked_for_changes(tower, stage, trained, tmp_path):
+    model = with_tower(*tower)
+    freeze_for_stage(model, stage, trained)
+    seen = []
+    blocks = model.model.get_submodule(model.model.vision_blocks_name)
+    blocks[1].register_forward_hook(
+        lambda module, args, output: seen.append((args[0].requires_grad, output.requires_grad))
+    )
+    before, after, log = train(model, tmp_path, gradient_checkpointing=True)
+    names = [name for name in before if name.startswith("model.vision_tower.")]
+    behind = ("post_layernorm", ".head.")  # the last block that is read
+    expected = {
+        None: set(),
+        1: {name for name in names if ".layers.1." in name},
+        "all": {name for name in names if not any(part in name for part in behind)},
+    }[trained]
+    trained_parts = {name for name in before if name.startswith(TRAINED[stage])}
+    assert changed(before, after) == expected | trained_parts and len(log) == 3
+    # In front of what is trained nothing is recorded.
+    assert set(seen) == {(trained == "all", trained is not None)}
+
+
+@pytest.mark.parametrize(("dtype", "bf16"), [(torch.float32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_in_the_tower_changes_its_adapters_too(checkpointing, dtype, bf16, tmp_path):
+    model = with_tower("siglip_vision_model").to(dtype)
+    freeze_for_stage(model, "align")
+    modules = lora_modules("instruct", ["q_proj", "out_proj", "fc1"], model.model.vision_blocks_name)
+    peft_config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **modules)
+    before, after, _ = train(model, tmp_path, peft_config, gradient_checkpointing=checkpointing, bf16=bf16)
+    adapters = {name for name in before if ".lora_" in name}
+    assert changed(before, after) == adapters | {n for n in before if "projector.modules_to_save.default." in n}
+    in_tower = {
+        name.split(".lora_")[0].rpartition("vision_tower.encoder.layers.")[2]
+        for name in adapters
+        if ".vision_tower." in name
+    }
+    assert in_tower == {
+        f"{block}.{layer}" for block in range(2) for layer in ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1")
+    }
+    assert len([name for name in adapters if ".language_model." in name]) == 2 * 2
 
 
 def test_checkpointing_recomputes_every_part(tmp_path):

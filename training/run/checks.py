@@ -109,7 +109,7 @@ def check_settings(settings: Settings) -> None:
     _check_model(settings.honeybee, settings.model)
     check_lora_settings(settings)
     _check_learning_rate(settings.training)
-    _check_own_learning_rates(settings)
+    _check_parts(settings)
     _check_optimizer(settings.training)
     _check_processes(settings.training)
     _check_trackers(settings.training)
@@ -292,8 +292,9 @@ def _check_learning_rate(training: SFTConfig) -> None:
         )
 
 
-def _check_own_learning_rates(settings: Settings) -> None:
-    """Whether each part with a learning rate of its own is trained beside others, and the optimizer can have several."""
+def _check_parts(settings: Settings) -> None:
+    """Whether the vision tower can be trained, each part with a learning rate of its own is trained beside others, and the
+    optimizer can have several."""
     own, training = settings.honeybee, settings.training
     if own.vision_learning_rate is not None and own.train_vision_tower is None and not own.lora_vision:
         raise ValueError(
@@ -304,6 +305,12 @@ def _check_own_learning_rates(settings: Settings) -> None:
         raise ValueError(
             f"projector_learning_rate={own.projector_learning_rate}: stage {own.stage!r} does not train the LLM, so that the "
             "projector's rate is --learning_rate; give that"
+        )
+    reentrant = (training.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    if training.gradient_checkpointing and reentrant and (own.train_vision_tower is not None or own.lora_vision):
+        raise ValueError(
+            "gradient_checkpointing_kwargs: with use_reentrant=True the vision tower's blocks would get no gradient, because the "
+            "embeddings in front of them need none; leave it out"
         )
     given = [f"{part}_learning_rate={rate}" for part, rate in settings.learning_rates.items()]
     optimizer = training.optim.value

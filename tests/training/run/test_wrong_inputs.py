@@ -238,6 +238,38 @@ def new(**projector):
         (["--merge"], ["--merge", "--use_peft"]),
         (["--load_in_4bit"], ["load_in_4bit", "--use_peft"]),
         ([*new(**NEW_PROJECTOR), "--use_peft", "--load_in_4bit"], ["load_in_4bit", "--model_name_or_path"]),
+        # Vision tower, and rates of parts
+        (["--train_vision_tower", "3"], ["train_vision_tower=3", "2 blocks", "vision_feature_layer=-2", "1 to 2, or all"]),
+        (["--train_vision_tower", "0"], ["train_vision_tower=0", "from 1", "leave it out"]),
+        (["--train_vision_tower=-1"], ["train_vision_tower=-1", "from 1"]),
+        (["--train_vision_tower", "last"], ["train_vision_tower=last", "all, or a number"]),
+        (["--train_vision_tower", "1.5"], ["train_vision_tower=1.5", "all, or a number"]),
+        (["--train_vision_tower", "all", "--use_peft"], ["train_vision_tower=all", "--use_peft", "--lora_vision"]),
+        (["--train_vision_tower", "1", "--load_in_8bit"], ["load_in_8bit", "quantized model cannot be trained", "--use_peft"]),
+        (["--lora_vision"], ["lora_vision", "--use_peft"]),
+        (["--lora_vision", "--use_peft", "--stage", "align"], ["LoRA", "'align'", "--stage instruct"]),
+        (
+            ["--lora_vision", "--use_peft", "--lora_target_modules", "query", "q_proj"],
+            ["the LLM and the vision tower have no 'query'", "gate_proj", "fc1"],
+        ),
+        (["--lora_vision", "--use_peft", "--lora_target_modules", "fc1"], ["reach nothing of the LLM", "gate_proj", "name some of each"]),
+        (
+            ["--lora_vision", "--use_peft", "--lora_target_modules", "o_proj"],
+            ["reach nothing of the vision tower", "fc1", "--lora_target_modules"],
+        ),
+        (["--vision_learning_rate", "1e-6"], ["vision_learning_rate=1e-06", "--train_vision_tower", "--lora_vision"]),
+        (["--train_vision_tower", "all", "--vision_learning_rate", "0"], ["vision_learning_rate=0.0", "more than 0", "leave it out"]),
+        (["--projector_learning_rate=-1"], ["projector_learning_rate=-1.0", "more than 0"]),
+        (["--projector_learning_rate", "nan"], ["projector_learning_rate=nan", "finite"]),
+        (["--projector_learning_rate", "1e-3", "--stage", "align"], ["projector_learning_rate=0.001", "'align'", "--learning_rate"]),
+        (
+            ["--projector_learning_rate", "1e-3", "--optim", "galore_adamw_layerwise", "--optim_target_modules", "q_proj"],
+            ["projector_learning_rate=0.001", "galore_adamw_layerwise", "adamw_torch"],
+        ),
+        (
+            ["--train_vision_tower", "1", "--gradient_checkpointing_kwargs", '{"use_reentrant": true}'],
+            ["use_reentrant=True", "no gradient", "leave it out"],
+        ),
         (["--no_such_setting", "1"], ["no_such_setting"]),
         (["--learning_rate=-1e-4"], ["learning_rate=-0.0001", "more than 0"]),
         (["--learning_rate", "inf"], ["learning_rate=inf", "finite"]),
@@ -332,6 +364,8 @@ def refusal(arguments, things, monkeypatch, capsys) -> str:
         ({"lr_scheduler_kwargs": 3}, ["lr_scheduler_kwargs", "3", "mapping"]),
         ({"eval_dataset": {}, "eval_strategy": "epoch"}, ["--eval_dataset {}", "path or a Hub name"]),
         ({"eval_dataset": ["a.jsonl"]}, ["eval_dataset", "['a.jsonl']", "mapping or str"]),
+        ({"train_vision_tower": True}, ["train_vision_tower", "True", "int or str"]),
+        ({"train_vision_tower": [1]}, ["train_vision_tower", "[1]", "int or str"]),
         ({"mixture_settings": "balancing=per-task"}, ["--set balancing=per-task", "--mixture"]),
     ],
 )
@@ -413,11 +447,18 @@ def test_yaml_values_are_read_as_meant(tmp_path):
     path.write_text(
         "vision_feature_layer: -2\nresume_from_checkpoint: true\nlearning_rate: 2e-5\nnum_train_epochs: 1\n"
         "lora_target_modules: q_proj\nmixture_settings: seed=1\nlr_scheduler_kwargs: {min_lr: 1e-6}\nreport_to: [none]\n"
-        "save_strategy: 'no'\nneftune_noise_alpha: null\nbf16: no\n"
+        "save_strategy: 'no'\nneftune_noise_alpha: null\nbf16: no\ntrain_vision_tower: 4\n"
     )
     settings = parse_arguments(["--config", str(path), "--output_dir", "out", "--use_cpu"])
     args, training_args, model_args = settings.honeybee, settings.training, settings.model
     assert (args.vision_feature_layer, args.mixture_settings) == ([-2], ["seed=1"])
+    assert (
+        args.train_vision_tower
+        == 4
+        == parse_arguments(
+            ["--train_vision_tower", "4", "--output_dir", "out", "--use_cpu"]
+        ).honeybee.train_vision_tower
+    )
     assert (training_args.learning_rate, training_args.num_train_epochs, training_args.bf16) == (2e-5, 1, False)
     assert str(training_args.resume_from_checkpoint).lower() == "true" and training_args.save_strategy == "no"
     assert model_args.lora_target_modules == "q_proj"

@@ -42,10 +42,11 @@ ENGINES = {
     "zero3-json": ("ddp.yaml", "DEEPSPEED"),
 }
 RUNS = ["align", "instruct", "lora", "mixture", "killed"]
-MORE_RUNS = ["tied", "tied-lora", "grouped", "evaluated"]
+MORE_RUNS = ["tied", "tied-lora", "grouped", "evaluated", "tower", "tower-all", "tower-lora"]
 CELLS = [(engine, run) for engine in ("ddp", "fsdp2", "zero2", "zero3") for run in RUNS]
 CELLS += [("zero2-json", "align"), ("zero3-json", "instruct"), ("zero3-json", "lora"), ("fsdp2", "tied-lora")]
-CELLS += [("fsdp2", "evaluated"), ("zero3", "evaluated")]
+CELLS += [("fsdp2", "evaluated"), ("zero3", "evaluated"), ("ddp", "tower-all")]
+CELLS += [(engine, run) for engine in ("ddp", "fsdp2", "zero3") for run in ("tower", "tower-lora")]
 if os.environ.get("HONEYBEE_ALL_ENGINES"):
     CELLS = [(engine, run) for engine in ENGINES for run in RUNS + MORE_RUNS]
 if not is_deepspeed_available():
@@ -65,6 +66,7 @@ def arguments_of(run: str, root) -> list:
     kept = ["--set", "eval={text: 0.2, questions: 0.4}", "--metric_for_best_model", "eval_text_loss"]
     best = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps", "--save_steps", 1]
     mixture = ["--mixture", root / "mixture" / "recipe.yaml", "--model_name_or_path", root / "tied-model"]
+    rates = ["--vision_learning_rate", 5e-4, "--projector_learning_rate", 2e-3]
     return {
         "align": ["--stage", "align", *data[:2], *new],
         "instruct": [*data, root / "text-model", "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2],
@@ -74,6 +76,9 @@ def arguments_of(run: str, root) -> list:
         "tied": [*data, root / "tied-model"],
         "tied-lora": [*data, root / "tied-model", *LORA],
         "grouped": [*data, root / "text-model", "--batching", "grouped"],
+        "tower": [*data, root / "text-model", "--train_vision_tower", 1, *rates],
+        "tower-all": [*data, root / "text-model", "--train_vision_tower", "all", "--stage", "align", *rates[:2]],
+        "tower-lora": [*data, root / "text-model", *LORA, "--lora_vision", *rates],
     }["instruct" if run == "killed" else run]
 
 
@@ -185,6 +190,30 @@ def test_an_engines_run_is_that_of_one_process(engine, run, world):
             assert settings(two / file) == settings(one / file), file
     assert losses(two) == pytest.approx(losses(one), abs=1e-4) and len(losses(one)) >= 3
     assert run != "evaluated" or len(losses(one)) == 3 + 2 * 4
+
+
+TOWER_CELLS = [cell for cell in CELLS if getattr(cell, "values", cell)[1].startswith("tower")]
+
+
+@pytest.mark.parametrize(("engine", "run"), TOWER_CELLS)
+def test_of_the_tower_the_same_tensors_change_at_their_own_rate(engine, run, world):
+    root, _ = world
+    start = load_file(root / "text-model" / "model.safetensors")
+    file = "merged/model.safetensors" if run == "tower-lora" else "model.safetensors"
+    for folder in (root / engine / run, root / "one" / run):
+        end = load_file(folder / file)
+        changed = {name for name in start if not torch.equal(start[name], end[name])}
+        read = [name for name in start if "vision_tower" in name and "post_layernorm" not in name]
+        expected = {
+            "tower": [name for name in read if ".layers.1." in name],
+            "tower-all": read,
+            "tower-lora": [name for name in read if name.endswith(("q_proj.weight", "v_proj.weight"))],
+        }[run]
+        assert {name for name in changed if "vision_tower" in name} == set(expected)
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        rows = [row for row in history if "loss" in row]
+        assert len(rows) == 3 and {row["learning_rate_vision"] / row["learning_rate"] for row in rows} == {0.5}
+        assert run == "tower-all" or {row["learning_rate_projector"] / row["learning_rate"] for row in rows} == {2.0}
 
 
 def test_a_rank_had_no_image_where_the_other_had_some(world):
