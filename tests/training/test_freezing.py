@@ -165,6 +165,20 @@ def test_of_the_tower_what_is_asked_for_changes(tower, stage, trained, tmp_path)
     assert set(seen) == {(trained == "all", trained is not None)}
 
 
+def test_a_batch_of_text_gives_a_trained_tower_a_gradient_of_zero():
+    """Also in one process, whose optimizer would pass over a gradient that is not there. DDP and ZeRO have one."""
+    model = with_tower("clip_vision_model").train()
+    freeze_for_stage(model, "instruct", "all")
+    batch = HoneybeeDataCollator(tiny_processor(), pack=True)([conversations()[index] for index in (2, 5)])
+    assert "pixel_values" not in batch
+    model(**batch, use_cache=False).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+        if name in tower_parameters(model, "all"):
+            assert not parameter.grad.any(), name
+
+
 @pytest.mark.parametrize(("dtype", "bf16"), [(torch.float32, False), (torch.bfloat16, True)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lora_in_the_tower_changes_its_adapters_too(checkpointing, dtype, bf16, tmp_path):
