@@ -148,9 +148,12 @@ def test_of_the_tower_what_is_asked_for_changes(tower, stage, trained, tmp_path)
     freeze_for_stage(model, stage, trained)
     seen = []
     blocks = model.model.get_submodule(model.model.vision_blocks_name)
-    blocks[1].register_forward_hook(
-        lambda module, args, output: seen.append((args[0].requires_grad, output.requires_grad))
-    )
+
+    def see(module, args, output):
+        output = output[0] if isinstance(output, tuple) else output  # transformers 4
+        seen.append((args[0].requires_grad, output.requires_grad))
+
+    blocks[1].register_forward_hook(see)
     before, after, log = train(model, tmp_path, gradient_checkpointing=True)
     names = [name for name in before if name.startswith("model.vision_tower.")]
     behind = ("post_layernorm", ".head.")  # the last block that is read

@@ -83,6 +83,12 @@ def prepare(settings: Settings) -> tuple[HoneybeeTrainer, str | None]:
         sampler=choose_sampler(settings, plan),
         learning_rates=settings.learning_rates,
     )
+    if settings.honeybee.lora_vision and training.gradient_checkpointing:
+        # TRL asks for the reentrant kind for LoRA under ZeRO-3; the tower's blocks would get no gradient with it.
+        training.gradient_checkpointing_kwargs = {
+            **(training.gradient_checkpointing_kwargs or {}),
+            "use_reentrant": False,
+        }
     if training.bf16 or training.fp16:
         keep_trained_in_float32(trainer.model)  # now, because TRL casts what is trained beside quantized weights
     prove_saving(trainer, existing)
