@@ -12,7 +12,7 @@ from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
 from tests.tiny import IMAGE_SIZE, PATCH_SIZE, llama_config, picture, projector_settings, tiny_model, tiny_processor
 from training.collator import HoneybeeDataCollator
 from training.run.lora import lora_modules
-from training.stages import TRAINED, freeze_for_stage, tower_parameters
+from training.stages import TRAINED, freeze_for_stage, keep_trained_in_float32, tower_parameters
 from training.trainer.packed_attention import use_packed_attention
 from training.trainer.trainer import HoneybeeTrainer
 
@@ -166,6 +166,17 @@ def test_of_the_tower_what_is_asked_for_changes(tower, stage, trained, tmp_path)
     assert changed(before, after) == expected | trained_parts and len(log) == 3
     # In front of what is trained nothing is recorded.
     assert set(seen) == {(trained == "all", trained is not None)}
+
+
+def test_a_block_of_a_half_precision_tower_is_trained_in_float32(tmp_path):
+    model = with_tower("siglip_vision_model").to(torch.bfloat16)
+    freeze_for_stage(model, "instruct", 1)
+    keep_trained_in_float32(model)
+    before, after, log = train(model, tmp_path, bf16=True, learning_rate=1e-5)  # a step that bfloat16 would lose
+    block = {name for name in before if "vision_tower.encoder.layers.1." in name}
+    assert {name for name in changed(before, after) if "vision_tower" in name} == block and len(log) == 3
+    assert {before[name].dtype for name in block} == {torch.float32}
+    assert before["model.vision_tower.encoder.layers.0.mlp.fc1.weight"].dtype == torch.bfloat16
 
 
 def test_a_batch_of_text_gives_a_trained_tower_a_gradient_of_zero():

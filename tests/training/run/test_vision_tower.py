@@ -3,6 +3,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from modeling_honeybee import HoneybeeForConditionalGeneration
 from tests.tiny import IMAGE_SIZE, REPOSITORY, SHORT_RUN, run_script, sample, save_joined, tiny_inputs, write_dataset
 from tests.training.test_sft_mixture import RUN_SFT
 from training.run.checkpoints import changes_since
+from training.run.checks import check_settings
 from training.run.dry_run import dry_run
 from training.run.plan import make_plan
 from training.run.settings import parse_arguments
@@ -69,6 +71,19 @@ def test_another_tower_or_rate_is_another_run(world):
     ):
         with pytest.raises(ValueError, match=said):
             make_plan(parsed(*go_on, *other))
+
+
+@pytest.mark.parametrize("name", ["optimizer", "scheduler"])
+def test_an_optimizer_of_deepspeeds_has_one_rate(name, world, tmp_path):
+    _, words, _ = world
+    settings = parsed(*words, *TOWER, "--output_dir", tmp_path / "out")
+    settings.training.deepspeed_plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {}})
+    check_settings(settings)
+    settings.training.deepspeed_plugin.deepspeed_config[name] = {"type": "any"}
+    with pytest.raises(
+        ValueError, match=f"vision_learning_rate=0.001, projector_.* the {name} of DeepSpeed's own .* leave it out"
+    ):
+        check_settings(settings)
 
 
 def test_a_mark_without_these_settings_is_of_a_run_without_them(world, tmp_path):
