@@ -31,6 +31,7 @@ from training.run.saving import check_savable
 from training.run.settings import Settings, is_set
 from training.samples import BadSampleError
 from training.stages import TRAINED
+from training.trainer.kernels import check_compile, check_liger
 from training.trainer.packed_attention import PACKABLE
 
 SEARCHED_FOR_AN_IMAGE = 256  # samples of a mixture
@@ -104,6 +105,8 @@ def check_settings(settings: Settings) -> None:
     _check_learning_rate(settings.training)
     _check_optimizer(settings.training)
     _check_processes(settings.training)
+    if settings.compile is not None:
+        check_compile(**settings.compile)
     _check_trackers(settings.training)
     _check_hub(settings.training)
 
@@ -363,6 +366,8 @@ def check_model_files(settings: Settings, config: HoneybeeConfig, processor: Hon
             f"max_length={max_length} leaves no room for text: an image is {processor.num_image_tokens} visual tokens; "
             "raise it"
         )
+    if settings.liger:
+        check_liger(model_type, None if settings.honeybee.dry_run else settings.training.device)
     if settings.honeybee.batching == "packed" and model_type not in PACKABLE:
         raise ValueError(
             f"batching=packed is known to keep conversations apart in {', '.join(PACKABLE)}, and this LLM is of type "

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from training.run.arguments import EarlyArguments, HoneybeeArguments, Parser
@@ -24,7 +25,6 @@ WITHOUT_EFFECT = {
     "pad_to_multiple_of": OURS,
     "pad_token": OURS,
     "shuffle_dataset": "samples come in a random order anyway",
-    "use_liger_kernel": "Liger knows no model of type honeybee",
 }
 
 
@@ -38,6 +38,10 @@ class Settings:
         training: the settings of the trainer.
         model: the settings of a model that exists already, and of LoRA.
 
+    Attributes:
+        liger: whether the language model gets Liger's kernels.
+        compile: `backend` and `mode` of `torch.compile` for the language model's blocks, or None.
+
     Raises:
         ValueError: the global batch cannot be made, or DeepSpeed's settings contradict the trainer's.
     """
@@ -45,6 +49,8 @@ class Settings:
     honeybee: HoneybeeArguments
     training: SFTConfig
     model: ModelConfig
+    liger: bool = field(init=False)
+    compile: dict | None = field(init=False)
 
     def __post_init__(self):
         import torch
@@ -62,6 +68,7 @@ class Settings:
         training.remove_unused_columns = False
         training.dataset_kwargs = {**(training.dataset_kwargs or {}), "skip_prepare_dataset": True}
         self._put_back_what_has_no_effect()
+        self._take_from_the_trainer()
         self._set_accumulation()
         settle_deepspeed(training)
 
@@ -82,6 +89,18 @@ class Settings:
             logger.warning("These settings change nothing here and are left out: %s", why)
         for name in given:
             setattr(self.training, name, type(self.training).__dataclass_fields__[name].default)
+
+    def _take_from_the_trainer(self) -> None:
+        """What the trainer would do to the whole model is for the language model: see `training/trainer/kernels.py`."""
+        training = self.training
+        self.liger = training.use_liger_kernel
+        self.compile = None
+        if training.torch_compile:
+            self.compile = {"backend": training.torch_compile_backend, "mode": training.torch_compile_mode}
+            for name in ("BACKEND", "MODE"):  # transformers 4 tells accelerate by these
+                os.environ.pop(f"ACCELERATE_DYNAMO_{name}", None)
+        training.use_liger_kernel = training.torch_compile = False
+        training.torch_compile_backend = training.torch_compile_mode = None
 
     def _set_accumulation(self) -> None:
         wanted, at_once = self.honeybee.global_batch_size, self.samples_at_once

@@ -20,6 +20,7 @@ PACKABLE = (
 )  # fmt: skip
 
 
+@torch.compiler.disable  # a graph for each number of conversations is of no use
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
