@@ -8,7 +8,7 @@
 Vision tower CLIP-L/14 at 224 px (frozen), C-Abs with M = 144, Llama 7B; AdamW with states in bfloat16, gradient
 checkpointing. Each way takes the same samples of the fine-tuning mixture, with a model of its own that starts with the same
 weights: padded to 1024; packed, as `training/sft.py` does by default; then with the LLM's blocks compiled
-(`--torch_compile`), with Liger's kernels (`--use_liger_kernel`, needs a GPU and liger-kernel), and with both. Model FLOPs count what the
+(`--torch_compile`), and with Liger's kernels (`--use_liger_kernel`, needs a GPU and liger-kernel). Model FLOPs count what the
 model needs for the tokens that are not padding (6 a parameter and token, attention within a conversation, the tower forward
 only) and nothing that is recomputed; use is their share of `--peak-tflops`.
 """
@@ -26,7 +26,7 @@ from benchmarks.batching import MAX_LENGTH, Samples
 from benchmarks.measure import build, machine, markdown
 from training.collator import HoneybeeDataCollator
 from training.stages import freeze_for_stage
-from training.trainer.kernels import compile_blocks, use_liger_kernels
+from training.trainer.kernels import compile_blocks, use_attention_for_any_shape, use_liger_kernels
 from training.trainer.packed_attention import use_packed_attention
 
 SHAPES = {
@@ -46,7 +46,6 @@ WAYS = {
     "packed": "packed",
     "compiled": "packed, compiled",
     "liger": "packed, Liger",
-    "liger-compiled": "packed, Liger, compiled",
 }
 
 
@@ -144,6 +143,7 @@ def main():
     count = args.samples * (args.steps + args.warm_up)
     samples = Samples(stand_ins.mixture(count), collator, count)
     batches = np.arange(count).reshape(-1, args.samples).tolist()
+    use_attention_for_any_shape()
     rows, rates = [], {}
     for name in ways:
         way = Way(name, args.shape, samples)
@@ -162,7 +162,7 @@ def main():
             {"way": WAYS[name], "s a step": f"{seconds / len(timed):.2f}", "samples/s": f"{rates[name]:.2f}",
              "tokens/s": f"{sum(one['tokens'] for one in timed) / seconds:.0f}",
              "peak memory": f"{max(one['peak'] for one in timed):.1f} GiB" if cuda else "-",
-             "model FLOPs use": f"{use:.1%}" if cuda else "-", "first loss": f"{found[0]['loss']:.4f}",
+             "model FLOPs use": f"{use:.1%}" if cuda else "-", "loss": f"{found[0]['loss']:.4f} -> {found[-1]['loss']:.4f}",
              "speed-up": f"{rates[name] / rates[ways[0]]:.2f}"}
         )  # fmt: skip
     print(

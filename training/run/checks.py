@@ -106,6 +106,10 @@ def check_settings(settings: Settings) -> None:
     _check_optimizer(settings.training)
     _check_processes(settings.training)
     if settings.compile is not None:
+        if settings.liger:
+            raise ValueError(
+                "torch_compile with use_liger_kernel: torch cannot compile Liger's kernels in every release; give one of them"
+            )
         check_compile(**settings.compile)
     _check_trackers(settings.training)
     _check_hub(settings.training)

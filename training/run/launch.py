@@ -26,7 +26,7 @@ from training.run.settings import Settings
 from training.samples import TooManyBadSamplesError
 from training.stages import freeze_for_stage, keep_trained_in_float32, parts_table
 from training.trainer.interruption import StopOnSignal
-from training.trainer.kernels import compile_blocks, use_liger_kernels
+from training.trainer.kernels import compile_blocks, use_attention_for_any_shape, use_liger_kernels
 from training.trainer.length_grouping import grouped_sampler
 from training.trainer.packed_attention import use_packed_attention
 from training.trainer.trainer import HoneybeeTrainer
@@ -105,14 +105,15 @@ def freeze(model: HoneybeeForConditionalGeneration, settings: Settings, plan: Pl
 
 
 def speed_up(language_model: PreTrainedModel, settings: Settings) -> None:
-    """Gives the language model the attention, kernels and compiled blocks that the settings ask for."""
+    """Gives the language model the attention, kernels and compiled parts that the settings ask for."""
+    use_attention_for_any_shape()
     if settings.honeybee.batching == "packed":
         use_packed_attention(language_model)
     if settings.liger:
         use_liger_kernels(language_model)
     if settings.compile is not None:
         number = compile_blocks(language_model, **settings.compile)
-        logger.info("%s blocks of the language model are compiled at their first step", number)
+        logger.info("%s blocks of the language model are compiled in their first step", number)
 
 
 def callbacks(settings: Settings, plan: Plan) -> list[TrainerCallback]:
