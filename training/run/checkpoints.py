@@ -36,6 +36,7 @@ CHANGEABLE = (
 TRIAL = "_save_trial"  # what a start saves to see that it can, and removes
 NOT_THE_RUN = (
     "mixture_settings", "resume", "merge", "dry_run", "eval_dataset", "eval_dataset_split", "early_stopping_patience",
+    "max_tokens_per_batch",
 )  # fmt: skip
 
 
@@ -47,6 +48,8 @@ def identity_of(settings: Settings, recipe: Recipe | None) -> dict:
     return {
         **{name: value for name, value in asdict(own).items() if name not in NOT_THE_RUN},
         "mixture": asdict(recipe) if recipe else None,
+        "batches_by_tokens": own.max_tokens_per_batch
+        is not None,  # which decides the order of samples; how many, does not
         "model_name_or_path": model.model_name_or_path,
         "model_revision": model.model_revision,
         "dtype": model.dtype,
@@ -216,7 +219,12 @@ def changes_since(identity: dict, training_args: SFTConfig) -> list[str]:
         return []
     with open(mark, encoding="utf-8") as file:
         before = json.load(file)
-    before = {"eval_split_size": None, **before, **before.get("training", {})}  # the first is younger than some marks,
+    before = {
+        "eval_split_size": None,
+        "batches_by_tokens": False,
+        **before,
+        **before.get("training", {}),
+    }  # these are younger than some marks,
     if before.get("mixture"):
         before["mixture"] = {"eval": {}, **before["mixture"]}  # and so is this
     now = {**identity, **recorded(training_args)}

@@ -129,6 +129,8 @@ def callbacks(settings: Settings, plan: Plan) -> list[TrainerCallback]:
 def choose_sampler(settings: Settings, plan: Plan) -> Sampler | None:
     """The order in which samples are read; None for a random one."""
     training = settings.training
+    if plan.batches is not None:
+        return plan.batches
     if settings.honeybee.batching == "grouped":
         seed = training.seed if training.data_seed is None else training.data_seed
         return grouped_sampler(plan.dataset, plan.mixture, plan.collator, settings.global_batch_size, seed)

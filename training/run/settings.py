@@ -31,7 +31,8 @@ WITHOUT_EFFECT = {
 @dataclass
 class Settings:
     """What makes a run. Making it completes it: settings that follow from others are filled in, such as the accumulation
-    steps from the global batch. No check changes them afterwards.
+    steps from the global batch. No check changes them afterwards. What follows from the data is set by the plan alone (see
+    `accumulate`).
 
     Args:
         honeybee: what is trained on what.
@@ -55,8 +56,6 @@ class Settings:
     def __post_init__(self):
         import torch
 
-        from training.trainer.engines import settle_deepspeed
-
         training = self.training
         if training.device.type == "cpu":
             # Of several processes accelerate numbers the CPU, and transformers 4 loads the optimizer onto that name
@@ -70,11 +69,14 @@ class Settings:
         self._put_back_what_has_no_effect()
         self._take_from_the_trainer()
         self._set_accumulation()
-        settle_deepspeed(training)
+        if self.honeybee.max_tokens_per_batch is None:
+            self.accumulate(training.gradient_accumulation_steps)
 
     @property
     def global_batch_size(self) -> int:
         """Samples in one step of all processes."""
+        if self.honeybee.max_tokens_per_batch is not None:
+            return self.honeybee.global_batch_size
         return self.samples_at_once * self.training.gradient_accumulation_steps
 
     @property
@@ -102,8 +104,18 @@ class Settings:
         training.use_liger_kernel = training.torch_compile = False
         training.torch_compile_backend = training.torch_compile_mode = None
 
+    def accumulate(self, batches: int) -> None:
+        """Sets how many batches a process makes in a step, where that follows from the data (`max_tokens_per_batch`)."""
+        from training.trainer.engines import settle_deepspeed
+
+        self.training.gradient_accumulation_steps = batches
+        settle_deepspeed(self.training)
+
     def _set_accumulation(self) -> None:
         wanted, at_once = self.honeybee.global_batch_size, self.samples_at_once
+        if self.honeybee.max_tokens_per_batch is not None:
+            self._check_token_batches()
+            return
         if wanted is None:
             return
         training, given = self.training, self.training.gradient_accumulation_steps
@@ -119,6 +131,17 @@ class Settings:
                 "leave gradient_accumulation_steps out, it follows"
             )
         training.gradient_accumulation_steps = wanted // at_once
+
+    def _check_token_batches(self) -> None:
+        tokens, accumulated = self.honeybee.max_tokens_per_batch, self.training.gradient_accumulation_steps
+        if self.honeybee.global_batch_size is None:
+            raise ValueError(
+                f"max_tokens_per_batch={tokens} needs to know the samples of a step; give --global_batch_size, for instance 128"
+            )
+        if accumulated != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={accumulated} follows from max_tokens_per_batch={tokens}; leave it out"
+            )
 
 
 def is_set(settings: HoneybeeArguments | SFTConfig | ModelConfig, name: str) -> bool:

@@ -108,6 +108,7 @@ GROUPED_BY_THE_TRAINER = (
     else ["--group_by_length"]
 )
 EVALUATED = ["--eval_strategy", "steps", "--eval_steps", "2"]
+STEP = ["--global_batch_size", "8"]
 NEW = ["--vision_model", "{vision}", "--text_model", "{text}", "--model_name_or_path", None]
 
 
@@ -119,6 +120,13 @@ def new(**projector):
     ("arguments", "words"),
     [
         # Speed
+        (["--max_tokens_per_batch", "2048"], ["max_tokens_per_batch=2048", "--global_batch_size"]),
+        (["--max_tokens_per_batch", "0", *STEP], ["max_tokens_per_batch=0", "at least 1"]),
+        (["--max_tokens_per_batch", "512", *STEP], ["max_tokens_per_batch=512", "max_length=1024"]),
+        (["--max_tokens_per_batch", "2048", *STEP, "--batching", "grouped"], ["--batching packed", "this is grouped"]),
+        (["--max_tokens_per_batch", "2048", *STEP, "--gradient_accumulation_steps", "4"],
+         ["gradient_accumulation_steps=4", "leave it out"]),
+        (["--max_tokens_per_batch", "2048", *STEP, "--dataloader_drop_last"], ["dataloader_drop_last", "leave it out"]),
         (["--use_liger_kernel"], ["use_liger_kernel", "GPU", "leave it out"]),
         (["--use_liger_kernel", "--torch_compile"], ["torch_compile with use_liger_kernel", "give one of them"]),
         (["--torch_compile_backend", "inducter"], ["torch_compile_backend='inducter'", "leave both out"]),

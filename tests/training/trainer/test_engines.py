@@ -42,10 +42,11 @@ ENGINES = {
     "zero3-json": ("ddp.yaml", "DEEPSPEED"),
 }
 RUNS = ["align", "instruct", "lora", "mixture", "killed"]
-MORE_RUNS = ["tied", "tied-lora", "grouped", "evaluated"]
+MORE_RUNS = ["tied", "tied-lora", "grouped", "evaluated", "tokens"]
 CELLS = [(engine, run) for engine in ("ddp", "fsdp2", "zero2", "zero3") for run in RUNS]
 CELLS += [("zero2-json", "align"), ("zero3-json", "instruct"), ("zero3-json", "lora"), ("fsdp2", "tied-lora")]
 CELLS += [("fsdp2", "evaluated"), ("zero3", "evaluated")]
+CELLS += [("fsdp2", "tokens"), ("zero2", "tokens")]
 if os.environ.get("HONEYBEE_ALL_ENGINES"):
     CELLS = [(engine, run) for engine in ENGINES for run in RUNS + MORE_RUNS]
 if not is_deepspeed_available():
@@ -73,6 +74,7 @@ def arguments_of(run: str, root) -> list:
         "evaluated": [*mixture, *kept, *best, "--load_best_model_at_end", "--eval_on_start"],
         "tied": [*data, root / "tied-model"],
         "tied-lora": [*data, root / "tied-model", *LORA],
+        "tokens": [*data, root / "text-model", "--max_tokens_per_batch", 100, "--max_length", 100],
         "grouped": [*data, root / "text-model", "--batching", "grouped"],
     }["instruct" if run == "killed" else run]
 
