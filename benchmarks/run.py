@@ -9,6 +9,7 @@ import sys
 
 BENCHMARKS = {
     "batching": "Batches: padding and time of a step",
+    "balance": "Tokens of each process in a step",
     "logits": "Logits where a label is learned",
     "prefill": "Visual tokens and the time to the first answer token",
     "preparation": "Samples made ready by a core",

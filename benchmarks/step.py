@@ -3,16 +3,21 @@
 
     python -m benchmarks.step                    # a GPU of 80 GB: 7B, bfloat16
     python -m benchmarks.step --shape toy        # anything, in float32, to see that it runs
+    python -m benchmarks.step --ways packed,compiled,liger
 
 Vision tower CLIP-L/14 at 224 px (frozen), C-Abs with M = 144, Llama 7B; AdamW with states in bfloat16, gradient
-checkpointing. Padded to 1024 and packed take turns on the same samples of the fine-tuning mixture. Model FLOPs count what the
+checkpointing. Each way takes the same samples of the fine-tuning mixture, with a model of its own that starts with the same
+weights: padded to 1024; packed, as `training/sft.py` does by default; then with the LLM's blocks compiled
+(`--torch_compile`), and with Liger's kernels (`--use_liger_kernel`, needs a GPU and liger-kernel). Model FLOPs count what the
 model needs for the tokens that are not padding (6 a parameter and token, attention within a conversation, the tower forward
 only) and nothing that is recomputed; use is their share of `--peak-tflops`.
 """
 
 import argparse
+import gc
 import time
 
+import numpy as np
 import torch
 from transformers.utils import is_flash_attn_2_available
 
@@ -21,6 +26,7 @@ from benchmarks.batching import MAX_LENGTH, Samples
 from benchmarks.measure import build, machine, markdown
 from training.collator import HoneybeeDataCollator
 from training.stages import freeze_for_stage
+from training.trainer.kernels import compile_blocks, use_attention_for_any_shape, use_liger_kernels
 from training.trainer.packed_attention import use_packed_attention
 
 SHAPES = {
@@ -35,6 +41,12 @@ SHAPES = {
         "projector": {"projector_type": "c-abs", "num_query_tokens": 144, "hidden_size": 64},
     },
 }  # fmt: skip
+WAYS = {
+    "padded": "padded to 1024",
+    "packed": "packed",
+    "compiled": "packed, compiled",
+    "liger": "packed, Liger",
+}
 
 
 def model_flops(model, batch: dict, lengths: list[int]) -> float:
@@ -53,76 +65,108 @@ def model_flops(model, batch: dict, lengths: list[int]) -> float:
     return float(flops)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(SHAPES), default="7b")
-    parser.add_argument("--samples", type=int, default=16, help="of a batch")
-    parser.add_argument("--steps", type=int, default=5, help="timed for each way, after one to warm up")
-    parser.add_argument(
-        "--peak-tflops", type=float, default=989, help="of the device in bfloat16 (H100 SXM: 989, A100: 312)"
-    )
-    args = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    # A processor without instructions for bfloat16 would take minutes even for the toy.
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    if args.shape == "7b" and not cuda:
-        parser.error("--shape 7b needs a GPU of 80 GB and there is none; use --shape toy")
+class Way:
+    """One way to make a step, with a model of its own."""
 
-    shape = SHAPES[args.shape]
-    text = {**shape["text"], "max_position_embeddings": 2048}
-    vision = {**shape["vision"], "image_size": 224, "patch_size": 14}
-    collator = HoneybeeDataCollator(stand_ins.processor(), MAX_LENGTH)
-    count = args.samples * (args.steps + 1)
-    samples = Samples(stand_ins.mixture(count), collator, count)
-    model = build(text, vision, shape["projector"], collator.processor.image_token_id, dtype, device)
-    freeze_for_stage(model, "instruct")
-    model.train()
-    model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=cuda)
-    flash = cuda and is_flash_attn_2_available()
-
-    def step(number: int, way: str) -> dict:
-        draws = list(range(number * args.samples, (number + 1) * args.samples))
-        batch = samples.collate(draws, way)
-        batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-        language_model = model.model.language_model
-        language_model.set_attn_implementation("flash_attention_2" if flash else "sdpa")
-        if way == "packed" and not flash:
+    def __init__(self, name: str, shape: str, samples: Samples):
+        self.samples, cuda = samples, torch.cuda.is_available()
+        # A processor without instructions for bfloat16 would take minutes even for the toy.
+        self.device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+        self.batching = "padded" if name == "padded" else "packed"
+        parts = SHAPES[shape]
+        text = {**parts["text"], "max_position_embeddings": 2048}
+        vision = {**parts["vision"], "image_size": 224, "patch_size": 14}
+        self.model = build(
+            text, vision, parts["projector"], samples.collator.processor.image_token_id, dtype, self.device
+        )
+        freeze_for_stage(self.model, "instruct")
+        self.model.train()
+        self.model.gradient_checkpointing_enable()
+        language_model = self.model.model.language_model
+        language_model.set_attn_implementation(attention())
+        if self.batching == "packed":
             use_packed_attention(language_model)
+        if "liger" in name:
+            use_liger_kernels(language_model)
+        if "compiled" in name:
+            compile_blocks(language_model)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=cuda)
+
+    def step(self, draws: list[int]) -> dict[str, float]:
+        batch = self.samples.collate(draws, self.batching)
+        batch = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        cuda = self.device == "cuda"
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        model(**batch, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = self.model(**batch, use_cache=False).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        lengths = [samples.lengths[draw] for draw in draws]
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-        return {"seconds": seconds, "tokens": sum(lengths), "flops": model_flops(model, batch, lengths), "peak": peak}
+        lengths = [self.samples.lengths[draw] for draw in draws]
+        return {
+            "seconds": seconds,
+            "tokens": sum(lengths),
+            "loss": loss.item(),
+            "flops": model_flops(self.model, batch, lengths),
+            "peak": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+        }
 
+
+def attention() -> str:
+    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="7b")
+    parser.add_argument("--ways", default="padded,packed", help=f"comma-separated, of {', '.join(WAYS)}")
+    parser.add_argument("--samples", type=int, default=16, help="of a batch")
+    parser.add_argument("--steps", type=int, default=5, help="timed for each way")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before; some compile")
+    parser.add_argument(
+        "--peak-tflops", type=float, default=989, help="of the device in bfloat16 (H100 SXM: 989, A100: 312)"
+    )
+    args = parser.parse_args()
+    ways = args.ways.split(",")
+    if unknown := [way for way in ways if way not in WAYS]:
+        parser.error(f"--ways {', '.join(unknown)}: use {', '.join(WAYS)}")
+    if not torch.cuda.is_available() and (args.shape == "7b" or any("liger" in way for way in ways)):
+        parser.error("--shape 7b needs a GPU of 80 GB, and liger any GPU, and there is none; use --shape toy")
+
+    collator = HoneybeeDataCollator(stand_ins.processor(), MAX_LENGTH)
+    count = args.samples * (args.steps + args.warm_up)
+    samples = Samples(stand_ins.mixture(count), collator, count)
+    batches = np.arange(count).reshape(-1, args.samples).tolist()
+    use_attention_for_any_shape()
     rows, rates = [], {}
-    results = {"padded": [], "packed": []}
-    for number in range(args.steps + 1):
-        for way, found in results.items():
-            found.append(step(number, way))
-    for way, found in results.items():
-        found = found[1:]
-        seconds = sum(one["seconds"] for one in found)
-        rates[way] = args.samples * len(found) / seconds
-        use = sum(one["flops"] for one in found) / seconds / (args.peak_tflops * 1e12)
+    for name in ways:
+        way = Way(name, args.shape, samples)
+        found = [way.step(draws) for draws in batches]
+        parameters = sum(p.numel() for p in way.model.parameters()) / 1e6
+        del way
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        timed = found[args.warm_up :]
+        seconds = sum(one["seconds"] for one in timed)
+        rates[name] = args.samples * len(timed) / seconds
+        use = sum(one["flops"] for one in timed) / seconds / (args.peak_tflops * 1e12)
+        cuda = torch.cuda.is_available()
         rows.append(
-            {"batches": {"padded": "padded to 1024", "packed": "packed"}[way], "s a step": f"{seconds / len(found):.2f}",
-             "samples/s": f"{rates[way]:.2f}", "tokens/s": f"{sum(one['tokens'] for one in found) / seconds:.0f}",
-             "peak memory": f"{max(one['peak'] for one in found):.1f} GiB" if cuda else "-", "model FLOPs use": f"{use:.1%}" if cuda else "-",
-             "speed-up": f"{rates[way] / rates['padded']:.2f}"}
+            {"way": WAYS[name], "s a step": f"{seconds / len(timed):.2f}", "samples/s": f"{rates[name]:.2f}",
+             "tokens/s": f"{sum(one['tokens'] for one in timed) / seconds:.0f}",
+             "peak memory": f"{max(one['peak'] for one in timed):.1f} GiB" if cuda else "-",
+             "model FLOPs use": f"{use:.1%}" if cuda else "-", "loss": f"{found[0]['loss']:.4f} -> {found[-1]['loss']:.4f}",
+             "speed-up": f"{rates[name] / rates[ways[0]]:.2f}"}
         )  # fmt: skip
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    attention = "flash attention 2" if flash else "sdpa"
     print(
-        f"Shape {args.shape}, {parameters:.0f}M parameters, {args.samples} samples a batch, {attention}. {machine()}."
+        f"Shape {args.shape}, {parameters:.0f}M parameters, {args.samples} samples a batch, {attention()}. {machine()}."
     )
     print(f"\n{markdown(rows)}")
 

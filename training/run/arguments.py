@@ -89,6 +89,11 @@ class HoneybeeArguments:
         default=None,
         metadata={"help": "Samples in one step of all processes; gradient_accumulation_steps follows from it."},
     )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Instead of per_device_train_batch_size: as many samples of a step share a packed batch as fit into "
+                  "this many tokens, in every process as many tokens."},
+    )  # fmt: skip
     resume: bool = field(
         default=False, metadata={"help": "Go on from the last checkpoint: --resume_from_checkpoint true."}
     )

@@ -36,12 +36,13 @@ CHANGEABLE = (
 TRIAL = "_save_trial"  # what a start saves to see that it can, and removes
 NOT_THE_RUN = (
     "mixture_settings", "resume", "merge", "dry_run", "eval_dataset", "eval_dataset_split", "early_stopping_patience",
+    "max_tokens_per_batch",
 )  # fmt: skip
 
 # Settings that are younger than some marks, and what a run did that has them not in its mark.
 YOUNGER = {
-    "eval_split_size": None, "train_vision_tower": None, "lora_vision": False, "vision_learning_rate": None,
-    "projector_learning_rate": None,
+    "batches_by_tokens": False, "eval_split_size": None, "train_vision_tower": None, "lora_vision": False,
+    "vision_learning_rate": None, "projector_learning_rate": None,
 }  # fmt: skip
 
 
@@ -53,6 +54,8 @@ def identity_of(settings: Settings, recipe: Recipe | None) -> dict:
     return {
         **{name: value for name, value in asdict(own).items() if name not in NOT_THE_RUN},
         "mixture": asdict(recipe) if recipe else None,
+        "batches_by_tokens": own.max_tokens_per_batch
+        is not None,  # which decides the order of samples; how many, does not
         "model_name_or_path": model.model_name_or_path,
         "model_revision": model.model_revision,
         "dtype": model.dtype,

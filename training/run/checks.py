@@ -31,6 +31,7 @@ from training.run.saving import check_savable
 from training.run.settings import Settings, is_set
 from training.samples import BadSampleError
 from training.stages import TRAINED, trains_language_model
+from training.trainer.kernels import check_compile, check_liger
 from training.trainer.packed_attention import PACKABLE
 
 SEARCHED_FOR_AN_IMAGE = 256  # samples of a mixture
@@ -81,6 +82,7 @@ RANGES: dict[str, tuple[str, Callable]] = {
     "max_grad_norm": ("at least 0 (0: no clipping)", lambda s: s.max_grad_norm >= 0),
     "max_length": ("at least 1, or none", lambda s: s.max_length is None or s.max_length >= 1),
     "max_steps": (f"{MORE_THAN_0}, or -1 for --num_train_epochs", lambda s: s.max_steps > 0 or s.max_steps == -1),
+    "max_tokens_per_batch": ("at least 1", lambda s: s.max_tokens_per_batch is None or s.max_tokens_per_batch >= 1),
     "num_train_epochs": ("more than 0 and finite, or give --max_steps",
                          lambda s: s.max_steps > 0 or 0 < s.num_train_epochs < math.inf),
     "per_device_eval_batch_size": (MORE_THAN_0, lambda s: s.per_device_eval_batch_size > 0),
@@ -106,12 +108,19 @@ def check_settings(settings: Settings) -> None:
     for part in (settings.honeybee, settings.training, settings.model):
         _check_values(part)
     _check_data(settings)
+    _check_token_batches(settings)
     _check_model(settings.honeybee, settings.model)
     check_lora_settings(settings)
     _check_learning_rate(settings.training)
     _check_parts(settings)
     _check_optimizer(settings.training)
     _check_processes(settings.training)
+    if settings.compile is not None:
+        if settings.liger:
+            raise ValueError(
+                "torch_compile with use_liger_kernel: torch cannot compile Liger's kernels in every release; give one of them"
+            )
+        check_compile(**settings.compile)
     _check_trackers(settings.training)
     _check_hub(settings.training)
 
@@ -160,6 +169,23 @@ def _check_data(settings: Settings) -> None:
         )
     if training.ignore_data_skip:
         raise ValueError("ignore_data_skip would read the mixture from its start after resuming; leave it out")
+
+
+def _check_token_batches(settings: Settings) -> None:
+    own, training = settings.honeybee, settings.training
+    tokens, longest = own.max_tokens_per_batch, training.max_length
+    if tokens is None:
+        return
+    if own.batching != "packed":
+        raise ValueError(
+            f"max_tokens_per_batch={tokens} is for --batching packed, and this is {own.batching}; leave it out"
+        )
+    if longest is None or longest > tokens:
+        raise ValueError(
+            f"max_tokens_per_batch={tokens} has no room for a sample of max_length={longest}; raise the first or lower the other"
+        )
+    if training.dataloader_drop_last:
+        raise ValueError("dataloader_drop_last with max_tokens_per_batch: no batch is to be filled up; leave it out")
 
 
 def check_evaluation(settings: Settings, recipe: Recipe | None) -> None:
@@ -404,6 +430,8 @@ def check_model_files(settings: Settings, config: HoneybeeConfig, processor: Hon
             f"max_length={max_length} leaves no room for text: an image is {processor.num_image_tokens} visual tokens; "
             "raise it"
         )
+    if settings.liger:
+        check_liger(model_type, None if settings.honeybee.dry_run else settings.training.device)
     if settings.honeybee.batching == "packed" and model_type not in PACKABLE:
         raise ValueError(
             f"batching=packed is known to keep conversations apart in {', '.join(PACKABLE)}, and this LLM is of type "

@@ -54,7 +54,7 @@ def dry_run(settings: Settings) -> str:
         f"Image {vision.image_size} px, {plan.config.num_patches} patches -> {projector.projector_type} -> "
         f"{plan.config.num_image_tokens} visual tokens",
         f"Data: {data_line(settings, plan)}",
-        f"A step: {batch} samples = {training.train_batch_size} a device x "
+        f"A step: {batch} samples = {batch_words(settings)} x "
         f"{training.gradient_accumulation_steps} accumulated x {devices} "
         f"{'process' if devices == 1 else 'processes'}; about {batch * tokens.mean:,.0f} tokens, "
         f"{batch * tokens.visual:,.0f} of them visual and {batch * tokens.learned:,.0f} learned",
@@ -80,6 +80,11 @@ def not_shown_lines(settings: Settings) -> list[str]:
         f"Not shown here: that {own.text_model} answers and {own.vision_model} sees in the new model as they do alone; the "
         "run's start compares them, once the weights are read"
     ]
+
+
+def batch_words(settings: Settings) -> str:
+    tokens = settings.honeybee.max_tokens_per_batch
+    return f"{settings.training.train_batch_size} a device" if tokens is None else f"at most {tokens:,} tokens a device"
 
 
 def data_line(settings: Settings, plan: Plan) -> str:
@@ -161,8 +166,11 @@ def memory_lines(settings: Settings, plan: Plan, tokens: Tokens) -> list[str]:
     half = 2 if training.bf16 or training.fp16 else 4
     sizes = state_bytes(plan.parameters, plan.config, settings)
     text = plan.config.text_config
-    samples = training.per_device_train_batch_size
-    count = samples * (tokens.mean if plan.collator.pack else tokens.longest)
+    count, samples = settings.honeybee.max_tokens_per_batch, training.per_device_train_batch_size
+    if count is None:
+        count = samples * (tokens.mean if plan.collator.pack else tokens.longest)
+    else:
+        samples = count / tokens.mean
     images = samples * tokens.visual / plan.config.num_image_tokens
     stacks = [
         (text, count, text.num_hidden_layers),

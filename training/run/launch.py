@@ -9,7 +9,7 @@ import sys
 
 import yaml
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from modeling_honeybee.model_folder import NetworkError
@@ -26,6 +26,7 @@ from training.run.settings import Settings
 from training.samples import TooManyBadSamplesError
 from training.stages import freeze_for_stage, keep_trained_in_float32, parts_table
 from training.trainer.interruption import StopOnSignal
+from training.trainer.kernels import compile_blocks, use_attention_for_any_shape, use_liger_kernels
 from training.trainer.length_grouping import grouped_sampler
 from training.trainer.packed_attention import use_packed_attention
 from training.trainer.trainer import HoneybeeTrainer
@@ -69,8 +70,7 @@ def prepare(settings: Settings) -> tuple[HoneybeeTrainer, str | None]:
     existing = check_output_dir(training.output_dir)  # the trainer makes the folder
     model = load_model(settings)
     freeze(model, settings, plan)
-    if settings.honeybee.batching == "packed":
-        use_packed_attention(model.model.language_model)
+    speed_up(model.model.language_model, settings)
     trainer = HoneybeeTrainer(
         model=model,
         args=training,
@@ -111,6 +111,18 @@ def freeze(model: HoneybeeForConditionalGeneration, settings: Settings, plan: Pl
         logger.info("  %s", line)
 
 
+def speed_up(language_model: PreTrainedModel, settings: Settings) -> None:
+    """Gives the language model the attention, kernels and compiled parts that the settings ask for."""
+    use_attention_for_any_shape()
+    if settings.honeybee.batching == "packed":
+        use_packed_attention(language_model)
+    if settings.liger:
+        use_liger_kernels(language_model)
+    if settings.compile is not None:
+        number = compile_blocks(language_model, **settings.compile)
+        logger.info("%s blocks of the language model are compiled in their first step", number)
+
+
 def callbacks(settings: Settings, plan: Plan) -> list[TrainerCallback]:
     """What stops a run, reports on it, and keeps a mixture's counts."""
     found = [StopOnSignal(), Report(settings, plan)]
@@ -124,6 +136,8 @@ def callbacks(settings: Settings, plan: Plan) -> list[TrainerCallback]:
 def choose_sampler(settings: Settings, plan: Plan) -> Sampler | None:
     """The order in which samples are read; None for a random one."""
     training = settings.training
+    if plan.batches is not None:
+        return plan.batches
     if settings.honeybee.batching == "grouped":
         seed = training.seed if training.data_seed is None else training.data_seed
         return grouped_sampler(plan.dataset, plan.mixture, plan.collator, settings.global_batch_size, seed)

@@ -28,6 +28,7 @@ from training.run.lora import lora_config, parameter_counts_with
 from training.run.settings import Settings
 from training.stages import parameter_counts, set_trained, trains_language_model
 from training.trainer.engines import whole_models
+from training.trainer.token_batches import TokenBatches, token_batches
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Plan:
         checkpoint: to resume from, or None.
         dataset: what the trainer reads: conversations, or the draws of `mixture`.
         mixture: what is mixed, or None for a dataset.
+        batches: of equal tokens, where `max_tokens_per_batch` asks for them, or None.
         evaluation: what is evaluated while training: a dataset, or several by name; or None.
         collator: makes batches of it, with the model's processor.
         config: of the model.
@@ -51,6 +53,7 @@ class Plan:
     checkpoint: str | None
     dataset: datasets.Dataset
     mixture: Mixture | None
+    batches: TokenBatches | None
     evaluation: datasets.Dataset | dict[str, datasets.Dataset] | None
     collator: HoneybeeDataCollator
     config: HoneybeeConfig
@@ -88,7 +91,10 @@ def make_plan(settings: Settings) -> Plan:
     dataset, mixture = open_data(settings, recipe, collator)
     dataset, evaluation = open_evaluation(settings, dataset, mixture, collator)
     check_number(dataset, settings)
-    return Plan(identity, checkpoint, dataset, mixture, evaluation, collator, config, lora, parameters, disk_bytes)
+    batches = batches_by_tokens(settings, dataset, mixture, collator)
+    return Plan(
+        identity, checkpoint, dataset, mixture, batches, evaluation, collator, config, lora, parameters, disk_bytes
+    )
 
 
 def count_parameters(
@@ -129,6 +135,25 @@ def open_data(
         if needs_images:
             check_images(mixture)
         return mixture.as_dataset(), mixture
+
+
+def batches_by_tokens(
+    settings: Settings, dataset: datasets.Dataset, mixture: Mixture | None, collator: HoneybeeDataCollator
+) -> TokenBatches | None:
+    """Batches of at most `max_tokens_per_batch`, and tells the settings how many of them make a step.
+
+    Raises:
+        ValueError: the samples of a step do not fit.
+    """
+    own, training = settings.honeybee, settings.training
+    if own.max_tokens_per_batch is None:
+        return None
+    seed = training.seed if training.data_seed is None else training.data_seed
+    batches = token_batches(
+        dataset, mixture, collator, own.global_batch_size, own.max_tokens_per_batch, training.world_size, seed
+    )
+    settings.accumulate(batches.batches_per_step // training.world_size)
+    return batches
 
 
 def open_evaluation(

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from training.run.arguments import EarlyArguments, HoneybeeArguments, Parser
@@ -24,19 +25,23 @@ WITHOUT_EFFECT = {
     "pad_to_multiple_of": OURS,
     "pad_token": OURS,
     "shuffle_dataset": "samples come in a random order anyway",
-    "use_liger_kernel": "Liger knows no model of type honeybee",
 }
 
 
 @dataclass
 class Settings:
     """What makes a run. Making it completes it: settings that follow from others are filled in, such as the accumulation
-    steps from the global batch. No check changes them afterwards.
+    steps from the global batch. No check changes them afterwards. What follows from the data is set by the plan alone (see
+    `accumulate`).
 
     Args:
         honeybee: what is trained on what.
         training: the settings of the trainer.
         model: the settings of a model that exists already, and of LoRA.
+
+    Attributes:
+        liger: whether the language model gets Liger's kernels.
+        compile: `backend` and `mode` of `torch.compile` for the language model's blocks, or None.
 
     Raises:
         ValueError: the global batch cannot be made, or DeepSpeed's settings contradict the trainer's.
@@ -45,11 +50,11 @@ class Settings:
     honeybee: HoneybeeArguments
     training: SFTConfig
     model: ModelConfig
+    liger: bool = field(init=False)
+    compile: dict | None = field(init=False)
 
     def __post_init__(self):
         import torch
-
-        from training.trainer.engines import settle_deepspeed
 
         training = self.training
         if training.device.type == "cpu":
@@ -62,12 +67,16 @@ class Settings:
         training.remove_unused_columns = False
         training.dataset_kwargs = {**(training.dataset_kwargs or {}), "skip_prepare_dataset": True}
         self._put_back_what_has_no_effect()
+        self._take_from_the_trainer()
         self._set_accumulation()
-        settle_deepspeed(training)
+        if self.honeybee.max_tokens_per_batch is None:
+            self.accumulate(training.gradient_accumulation_steps)
 
     @property
     def global_batch_size(self) -> int:
         """Samples in one step of all processes."""
+        if self.honeybee.max_tokens_per_batch is not None:
+            return self.honeybee.global_batch_size
         return self.samples_at_once * self.training.gradient_accumulation_steps
 
     @property
@@ -89,8 +98,30 @@ class Settings:
         for name in given:
             setattr(self.training, name, type(self.training).__dataclass_fields__[name].default)
 
+    def _take_from_the_trainer(self) -> None:
+        """What the trainer would do to the whole model is for the language model: see `training/trainer/kernels.py`."""
+        training = self.training
+        self.liger = training.use_liger_kernel
+        self.compile = None
+        if training.torch_compile:
+            self.compile = {"backend": training.torch_compile_backend, "mode": training.torch_compile_mode}
+            for name in ("BACKEND", "MODE"):  # transformers 4 tells accelerate by these
+                os.environ.pop(f"ACCELERATE_DYNAMO_{name}", None)
+        training.use_liger_kernel = training.torch_compile = False
+        training.torch_compile_backend = training.torch_compile_mode = None
+
+    def accumulate(self, batches: int) -> None:
+        """Sets how many batches a process makes in a step, where that follows from the data (`max_tokens_per_batch`)."""
+        from training.trainer.engines import settle_deepspeed
+
+        self.training.gradient_accumulation_steps = batches
+        settle_deepspeed(self.training)
+
     def _set_accumulation(self) -> None:
         wanted, at_once = self.honeybee.global_batch_size, self.samples_at_once
+        if self.honeybee.max_tokens_per_batch is not None:
+            self._check_token_batches()
+            return
         if wanted is None:
             return
         training, given = self.training, self.training.gradient_accumulation_steps
@@ -106,6 +137,17 @@ class Settings:
                 "leave gradient_accumulation_steps out, it follows"
             )
         training.gradient_accumulation_steps = wanted // at_once
+
+    def _check_token_batches(self) -> None:
+        tokens, accumulated = self.honeybee.max_tokens_per_batch, self.training.gradient_accumulation_steps
+        if self.honeybee.global_batch_size is None:
+            raise ValueError(
+                f"max_tokens_per_batch={tokens} needs to know the samples of a step; give --global_batch_size, for instance 128"
+            )
+        if accumulated != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={accumulated} follows from max_tokens_per_batch={tokens}; leave it out"
+            )
 
 
 def is_set(settings: HoneybeeArguments | SFTConfig | ModelConfig, name: str) -> bool:

@@ -5,6 +5,7 @@ import math
 import time
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from torch.utils.data import DataLoader, Sampler
 from trl import SFTTrainer
@@ -18,6 +19,7 @@ from training.trainer.engines import (
 from training.trainer.interruption import protect_workers
 from training.trainer.learning_rates import split_groups
 from training.trainer.length_grouping import LengthGroupedSampler
+from training.trainer.token_batches import TokenBatches
 
 
 def learned_only(inputs: dict) -> dict:
@@ -73,14 +75,21 @@ class HoneybeeTrainer(SFTTrainer):
     a process. It changes nothing in the training around it.
 
     Args:
-        sampler: the order in which samples are read; None for the library's own, which is random.
+        sampler: the order in which samples are read, or `TokenBatches` of them; None for the library's own order, which is
+            random.
         learning_rates: of parts of the model that have another one than `args.learning_rate`: "vision", "projector". The
             other arguments are SFTTrainer's.
     """
 
-    def __init__(self, *args, sampler: Sampler | None = None, learning_rates: dict[str, float] | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        sampler: Sampler | TokenBatches | None = None,
+        learning_rates: dict[str, float] | None = None,
+        **kwargs,
+    ):
         self.sampler, self.learning_rates = sampler, learning_rates or {}
-        if isinstance(sampler, LengthGroupedSampler):
+        if isinstance(sampler, (LengthGroupedSampler, TokenBatches)):
             sampler.epoch = lambda: int(self.state.epoch or 0)
         self._counts = self._counted_since = None
         super().__init__(*args, **kwargs)
@@ -100,7 +109,24 @@ class HoneybeeTrainer(SFTTrainer):
         return super()._get_train_sampler(*args, **kwargs) if self.sampler is None else self.sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        return with_protected_workers(super().get_train_dataloader())
+        if not isinstance(self.sampler, TokenBatches):
+            return with_protected_workers(super().get_train_dataloader())
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        # As `accelerator.prepare` does, but that no batch is filled up to the number of samples of the others.
+        state = self.accelerator
+        prepared = prepare_data_loader(
+            loader, state.device, state.num_processes, state.process_index, put_on_device=True, even_batches=False
+        )
+        return with_protected_workers(prepared)
 
     def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
         return with_protected_workers(super().get_eval_dataloader(*args, **kwargs))

@@ -108,6 +108,7 @@ GROUPED_BY_THE_TRAINER = (
     else ["--group_by_length"]
 )
 EVALUATED = ["--eval_strategy", "steps", "--eval_steps", "2"]
+STEP = ["--global_batch_size", "8"]
 NEW = ["--vision_model", "{vision}", "--text_model", "{text}", "--model_name_or_path", None]
 
 
@@ -118,6 +119,18 @@ def new(**projector):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        # Speed
+        (["--max_tokens_per_batch", "2048"], ["max_tokens_per_batch=2048", "--global_batch_size"]),
+        (["--max_tokens_per_batch", "0", *STEP], ["max_tokens_per_batch=0", "at least 1"]),
+        (["--max_tokens_per_batch", "512", *STEP], ["max_tokens_per_batch=512", "max_length=1024"]),
+        (["--max_tokens_per_batch", "2048", *STEP, "--batching", "grouped"], ["--batching packed", "this is grouped"]),
+        (["--max_tokens_per_batch", "2048", *STEP, "--gradient_accumulation_steps", "4"],
+         ["gradient_accumulation_steps=4", "leave it out"]),
+        (["--max_tokens_per_batch", "2048", *STEP, "--dataloader_drop_last"], ["dataloader_drop_last", "leave it out"]),
+        (["--use_liger_kernel"], ["use_liger_kernel", "GPU", "leave it out"]),
+        (["--use_liger_kernel", "--torch_compile"], ["torch_compile with use_liger_kernel", "give one of them"]),
+        (["--torch_compile_backend", "inducter"], ["torch_compile_backend='inducter'", "leave both out"]),
+        (["--torch_compile_mode", "fastest"], ["torch_compile_mode='fastest'", "leave both out"]),
         # Data
         (["--dataset", None], ["no data", "--dataset", "--mixture"]),
         (["--dataset", "no/such/data.jsonl"], ["no/such/data.jsonl", "does not exist"]),
@@ -382,13 +395,13 @@ def test_wrong_yaml(settings, words, things, tmp_path, monkeypatch, capsys):
 
 
 def test_what_changes_nothing_is_named_and_put_back(caplog):
-    words = ["--pad_token", "<pad>", "--assistant_only_loss", "--use_liger_kernel", "--learning_rate", "1e-4"]
+    words = ["--pad_token", "<pad>", "--assistant_only_loss", "--learning_rate", "1e-4"]
     training_args = parse_arguments([*words, "--output_dir", "out", "--use_cpu"]).training
     (warning,) = [record.message for record in caplog.records if record.name == "training.run.settings"]
-    assert all(word in warning for word in ("pad_token", "assistant_only_loss", "use_liger_kernel", "honeybee"))
+    assert all(word in warning for word in ("pad_token", "assistant_only_loss", "processor"))
     assert "learning_rate" not in warning and training_args.learning_rate == 1e-4
     assert training_args.pad_token is None
-    assert not training_args.assistant_only_loss and not training_args.use_liger_kernel
+    assert not training_args.assistant_only_loss
 
 
 def test_a_setting_that_the_yaml_file_has_twice(tmp_path, monkeypatch):

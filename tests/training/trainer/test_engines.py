@@ -42,10 +42,11 @@ ENGINES = {
     "zero3-json": ("ddp.yaml", "DEEPSPEED"),
 }
 RUNS = ["align", "instruct", "lora", "mixture", "killed"]
-MORE_RUNS = ["tied", "tied-lora", "grouped", "evaluated", "tower", "tower-all", "tower-lora"]
+MORE_RUNS = ["tied", "tied-lora", "grouped", "evaluated", "tokens", "tower", "tower-all", "tower-lora"]
 CELLS = [(engine, run) for engine in ("ddp", "fsdp2", "zero2", "zero3") for run in RUNS]
 CELLS += [("zero2-json", "align"), ("zero3-json", "instruct"), ("zero3-json", "lora"), ("fsdp2", "tied-lora")]
-CELLS += [("fsdp2", "evaluated"), ("zero3", "evaluated"), ("ddp", "tower-all")]
+CELLS += [("fsdp2", "evaluated"), ("zero3", "evaluated")]
+CELLS += [("fsdp2", "tokens"), ("zero2", "tokens"), ("ddp", "tower-all")]
 CELLS += [(engine, run) for engine in ("ddp", "fsdp2", "zero3") for run in ("tower", "tower-lora")]
 if os.environ.get("HONEYBEE_ALL_ENGINES"):
     CELLS = [(engine, run) for engine in ENGINES for run in RUNS + MORE_RUNS]
@@ -75,6 +76,7 @@ def arguments_of(run: str, root) -> list:
         "evaluated": [*mixture, *kept, *best, "--load_best_model_at_end", "--eval_on_start"],
         "tied": [*data, root / "tied-model"],
         "tied-lora": [*data, root / "tied-model", *LORA],
+        "tokens": [*data, root / "text-model", "--max_tokens_per_batch", 100, "--max_length", 100],
         "grouped": [*data, root / "text-model", "--batching", "grouped"],
         "tower": [*data, root / "text-model", "--train_vision_tower", 1, *rates],
         "tower-all": [*data, root / "text-model", "--train_vision_tower", "all", "--stage", "align", *rates[:2]],

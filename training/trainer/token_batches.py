@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of about as many tokens, in place of as many samples, for packed training.
+
+A step has its number of samples, as ever. They are dealt to the step's batches (one a process, times the accumulated ones) so
+that all are of one length: no process waits for another, and the longest batch, which decides the memory, is not far from the
+mean.
+"""
+
+import heapq
+import logging
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from datasets import Dataset
+from torch.utils.data import Sampler
+
+from training.collator import HoneybeeDataCollator
+from training.recipe.mixture import Mixture
+from training.trainer.length_grouping import Lengths, dataset_lengths, mixture_lengths
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 16  # steps whose samples are dealt together
+MEASURED = 4  # windows that say how many batches a step needs
+SPARE = 0.05  # share of a batch that is left for windows with longer samples, unless all samples were measured
+
+
+def deal_to_steps(lengths: np.ndarray, steps: int) -> list[np.ndarray]:
+    """Samples for each of several steps, as many for each and of about as many tokens.
+
+    Args:
+        lengths: (samples,) tokens; a multiple of `steps`.
+
+    Returns:
+        Positions in `lengths`, (samples / steps,) for each step.
+    """
+    by_length = np.argsort(-lengths, kind="stable").reshape(-1, steps)
+    sums, dealt = np.zeros(steps, dtype=np.int64), np.empty_like(by_length)
+    for number, samples in enumerate(by_length):  # the longest of these to the step that has least
+        order = np.argsort(sums, kind="stable")
+        dealt[number, order] = samples
+        sums[order] += lengths[samples]
+    return list(dealt.T)
+
+
+def deal_to_batches(lengths: np.ndarray, batches: int) -> list[list[int]]:
+    """Batches of about as many tokens, the longest first.
+
+    Args:
+        lengths: (samples,) tokens, at least as many as `batches`.
+
+    Returns:
+        Positions in `lengths` for each batch.
+    """
+    heap = [(0, number) for number in range(batches)]
+    dealt: list[list[int]] = [[] for _ in range(batches)]
+    for sample in np.argsort(-lengths, kind="stable").tolist():
+        tokens, number = heapq.heappop(heap)
+        dealt[number].append(sample)
+        heapq.heappush(heap, (tokens + int(lengths[sample]), number))
+    return [dealt[number] for _, number in sorted(heap, reverse=True)]
+
+
+class TokenBatches(Sampler[list[int]]):
+    """A batch sampler whose batches hold at most `max_tokens` tokens, where the samples allow it.
+
+    Which samples make a step depends on the seed, the epoch and the window, and not on the number of batches: a run may be
+    resumed with more processes. The last step of an epoch has what is left; of fewer samples than batches it drops them.
+
+    Args:
+        lengths: see [`dataset_lengths`] and [`mixture_lengths`].
+        num_samples: in an epoch.
+        step_size: samples of a step.
+        max_tokens: of a batch.
+        processes: a step has a multiple of them of batches; how many is in `batches_per_step`.
+        seed, shuffle, epoch: see [`LengthGroupedSampler`].
+
+    Raises:
+        ValueError: a step has fewer samples than batches.
+    """
+
+    drop_last = False
+
+    def __init__(
+        self,
+        lengths: Lengths,
+        num_samples: int,
+        step_size: int,
+        max_tokens: int,
+        processes: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        epoch: Callable[[], int] = lambda: 0,
+    ):
+        self.lengths, self.num_samples, self.step_size = lengths, num_samples, step_size
+        self.max_tokens, self.seed, self.shuffle, self.epoch = max_tokens, seed, shuffle, epoch
+        self._warned = False
+        self.batches_per_step = self._count_batches(processes)
+
+    def _count_batches(self, processes: int) -> int:
+        measured = min(MEASURED * WINDOW * self.step_size, self.num_samples)
+        limit = self.max_tokens * (1 if measured == self.num_samples else 1 - SPARE)
+        steps = [lengths for _, lengths in self._steps(0, measured)]
+        # No fewer than the tokens need; then one more for each process until the longest batch fits.
+        number = processes * max(1, int(max(lengths.sum() for lengths in steps) / (limit * processes)))
+        while number <= self.step_size:
+            batches = (deal_to_batches(lengths, number)[0] for lengths in steps if len(lengths) >= number)
+            longest = max(lengths[batch].sum() for lengths, batch in zip(steps, batches)) if steps else 0
+            if longest <= limit:
+                return number
+            number += processes
+        raise ValueError(
+            f"max_tokens_per_batch={self.max_tokens}: {self.step_size} samples of a step with up to "
+            f"{max(int(lengths.max()) for lengths in steps):,} tokens do not fill {number} batches, a multiple of {processes} "
+            "processes; raise --max_tokens_per_batch or --global_batch_size"
+        )
+
+    def __len__(self) -> int:
+        whole, left = divmod(self.num_samples, self.step_size)
+        return (whole + (left >= self.batches_per_step)) * self.batches_per_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for samples, lengths in self._steps(self.epoch(), self.num_samples):
+            if len(samples) < self.batches_per_step:
+                continue
+            batches = deal_to_batches(lengths, self.batches_per_step)
+            if (longest := int(lengths[batches[0]].sum())) > self.max_tokens and not self._warned:
+                self._warned = True
+                logger.warning(
+                    "A batch has %s tokens, more than max_tokens_per_batch=%s: samples are longer here than where the run "
+                    "measured them", longest, self.max_tokens
+                )  # fmt: skip
+            for batch in batches:
+                yield samples[batch].tolist()
+
+    def _steps(self, epoch: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Samples of each step, and their lengths."""
+        order = np.arange(self.num_samples)
+        if self.shuffle:
+            np.random.default_rng((self.seed, epoch)).shuffle(order)
+        size = WINDOW * self.step_size
+        for start in range(0, stop, size):
+            samples = order[start : start + size]
+            lengths = np.array(self.lengths(samples.tolist()))
+            steps, left = divmod(len(samples), self.step_size)
+            whole = len(samples) - left
+            if steps:
+                dealt = deal_to_steps(lengths[:whole], steps)
+                np.random.default_rng((self.seed, epoch, start)).shuffle(dealt)
+                for step in dealt:
+                    yield samples[step], lengths[step]
+            if left:
+                yield samples[whole:], lengths[whole:]
+
+
+def token_batches(
+    dataset: Dataset,
+    mixture: Mixture | None,
+    collator: HoneybeeDataCollator,
+    step_size: int,
+    max_tokens: int,
+    processes: int,
+    seed: int,
+) -> TokenBatches:
+    """The batches of a dataset of conversations, or of the draws of a mixture, which is shuffled already.
+
+    Raises:
+        ValueError: see [`TokenBatches`].
+    """
+    shared = {"step_size": step_size, "max_tokens": max_tokens, "processes": processes, "seed": seed}
+    if mixture is None:
+        return TokenBatches(dataset_lengths(dataset, collator), len(dataset), **shared)
+    lengths = mixture_lengths(mixture, collator, WINDOW * step_size)
+    return TokenBatches(lengths, len(mixture), **shared, shuffle=False)
