@@ -24,9 +24,10 @@ from transformers.utils import is_flash_attn_2_available
 from benchmarks import lengths as stand_ins
 from benchmarks.batching import MAX_LENGTH, Samples
 from benchmarks.measure import build, machine, markdown
+from modeling_honeybee.processes import use_attention_for_any_shape
 from training.collator import HoneybeeDataCollator
 from training.stages import freeze_for_stage
-from training.trainer.kernels import compile_blocks, use_attention_for_any_shape, use_liger_kernels
+from training.trainer.kernels import compile_blocks, use_liger_kernels
 from training.trainer.packed_attention import use_packed_attention
 
 SHAPES = {

@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from evaluation.prompts import Question, render
 from modeling_honeybee import HoneybeeForConditionalGeneration
+from modeling_honeybee.processes import use_attention_for_any_shape
 from processing import HoneybeeProcessor, check_processor
 
 # Files of a model that say what it computes; preprocessor_config.json is there where transformers 4 saved it.
@@ -56,6 +57,7 @@ def load(folder: Path, dtype: str, device: torch.device, device_map: str | None)
     Raises:
         ValueError: the two do not belong together.
     """
+    use_attention_for_any_shape()
     processor = HoneybeeProcessor.from_pretrained(folder)
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     model = HoneybeeForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map=device_map)

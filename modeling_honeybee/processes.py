@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a script ends where it is one of several processes."""
+"""What a script sets for its process, and how it ends where it is one of several."""
 
 import atexit
 import os
 import sys
+
+
+def use_attention_for_any_shape() -> None:
+    """Leaves cuDNN's attention out in this process: it plans a kernel for each shape that it has not seen, and nearly every
+    batch and prompt brings one. (7B on an H200: a step of packed rows takes 2.9 s with it and 0.7 s without, and 60 tokens for
+    eight prompts of a new length 3.8 s and 1.5 s.) Does nothing without a GPU."""
+    import torch  # later than the scripts' own settings for it
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def leave_processes(count: int) -> None:

@@ -144,8 +144,10 @@ def main():
 
         from modeling_honeybee import HoneybeeForConditionalGeneration
         from modeling_honeybee.model_folder import model_folder
+        from modeling_honeybee.processes import use_attention_for_any_shape
         from processing import HoneybeeProcessor
 
+        use_attention_for_any_shape()
         folder = model_folder(args.model)
         model = HoneybeeForConditionalGeneration.from_pretrained(folder, dtype="auto").eval()
         model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

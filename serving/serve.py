@@ -182,8 +182,10 @@ def main():
         # Only here: these load for seconds.
         from modeling_honeybee import HoneybeeForConditionalGeneration
         from modeling_honeybee.model_folder import model_folder
+        from modeling_honeybee.processes import use_attention_for_any_shape
         from processing import HoneybeeProcessor
 
+        use_attention_for_any_shape()
         folder = model_folder(args.model)
         model = HoneybeeForConditionalGeneration.from_pretrained(
             folder, dtype=args.dtype, device_map=args.device, attn_implementation=args.attn_implementation

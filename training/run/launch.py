@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from modeling_honeybee.model_folder import NetworkError
-from modeling_honeybee.processes import leave_processes
+from modeling_honeybee.processes import leave_processes, use_attention_for_any_shape
 from training.recipe.callback import MixtureCallback
 from training.run.checkpoints import EarlyStopping, check_output_dir, copy_model, is_finished, mark_run
 from training.run.dry_run import dry_run
@@ -26,7 +26,7 @@ from training.run.settings import Settings
 from training.samples import TooManyBadSamplesError
 from training.stages import freeze_for_stage, keep_trained_in_float32, parts_table
 from training.trainer.interruption import StopOnSignal
-from training.trainer.kernels import compile_blocks, use_attention_for_any_shape, use_liger_kernels
+from training.trainer.kernels import compile_blocks, use_liger_kernels
 from training.trainer.length_grouping import grouped_sampler
 from training.trainer.packed_attention import use_packed_attention
 from training.trainer.trainer import HoneybeeTrainer

@@ -11,13 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 
-def use_attention_for_any_shape() -> None:
-    """Leaves cuDNN's attention out on a GPU, in this process: it plans a kernel for each shape that it has not seen, for
-    milliseconds to tenths of a second, and nearly every batch brings one. (A 7B step of packed rows: 2.9 s with it, 0.7 s
-    without, on an H200.)"""
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
 def check_liger(model_type: str, device: torch.device | None) -> None:
     """Whether Liger's kernels can be had.
 
