@@ -27,11 +27,13 @@ from transformers import (
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, projectors_honeybee
 from processing import HoneybeeProcessor, prepare_tokenizer, processor_from_vision_text_pretrained
 from processing.prepare_tokenizer import square_image_processor
+from tests.forked import ENVIRONMENT, TIMEOUT, run_forked
 
 PROJECTORS = tuple(projectors_honeybee.PROJECTORS)
 IMAGE_SIZE, PATCH_SIZE = 32, 8
 NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 REPOSITORY = Path(__file__).parent.parent
+SFT = REPOSITORY / "training" / "sft.py"
 # Set by .ci/run: Pythons with other releases of transformers, separated as in PATH.
 OTHER_PYTHONS = [python for python in os.environ.get("HONEYBEE_OTHER_PYTHONS", "").split(os.pathsep) if python]
 NO_OTHER_PYTHONS = "HONEYBEE_OTHER_PYTHONS names no Pythons with other releases of transformers (.ci/run sets it)"
@@ -251,15 +253,19 @@ def save_joined(root) -> None:
 
 def run_script(*arguments, python: str = sys.executable, cwd=None, check: bool = True, env=None):
     """Runs a Python file or module as a user would; its output is in `.stdout`."""
-    result = subprocess.run(
-        [python, *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
+    arguments = list(map(str, arguments))
+    if arguments[0] == str(SFT) and python == sys.executable and not env:
+        result = run_forked(arguments, cwd)
+    else:
+        result = subprocess.run(
+            [python, *arguments],
+            cwd=cwd,
+            env={**os.environ, **ENVIRONMENT, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT,
+        )
     assert not check or result.returncode == 0, result.stdout[-4000:]
     return result
 
