@@ -35,7 +35,8 @@ CHANGEABLE = (
 )  # fmt: skip
 TRIAL = "_save_trial"  # what a start saves to see that it can, and removes
 NOT_THE_RUN = (
-    "mixture_settings", "resume", "merge", "dry_run", "eval_dataset", "eval_dataset_split", "early_stopping_patience",
+    "mixture_settings", "resume", "merge", "dry_run", "eval_dataset", "eval_dataset_split", "eval_tasks", "eval_tasks_data",
+    "eval_limit", "early_stopping_patience",
 )  # fmt: skip
 
 
@@ -43,7 +44,8 @@ def identity_of(settings: Settings, recipe: Recipe | None) -> dict:
     """What makes a run this run and not another; kept in its output folder."""
     own, model = settings.honeybee, settings.model
     # Losses on other data, or another measure, would be compared with those of before.
-    best = [(own, "eval_dataset"), (own, "eval_dataset_split"), (settings.training, "metric_for_best_model")]
+    best = [(own, "eval_dataset"), (own, "eval_dataset_split"), (own, "eval_tasks"), (own, "eval_tasks_data")]
+    best += [(own, "eval_limit"), (settings.training, "metric_for_best_model")]
     return {
         **{name: value for name, value in asdict(own).items() if name not in NOT_THE_RUN},
         "mixture": asdict(recipe) if recipe else None,
@@ -119,6 +121,11 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_train_begin(args, state, control, **kwargs)
         # The trainer saves the state of callbacks that its own state names, and a checkpoint's need not name this one.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        # It is called for each dataset and for the benchmarks, and one of them has the metric.
+        if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" in metrics:
+            super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
 def early_stopping_in(state: TrainerState) -> dict:

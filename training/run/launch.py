@@ -25,6 +25,7 @@ from training.run.saving import prove_saving, push
 from training.run.settings import Settings
 from training.samples import TooManyBadSamplesError
 from training.stages import freeze_for_stage, keep_trained_in_float32, parts_table
+from training.trainer.benchmarks import Benchmarks
 from training.trainer.interruption import StopOnSignal
 from training.trainer.length_grouping import grouped_sampler
 from training.trainer.packed_attention import use_packed_attention
@@ -71,16 +72,19 @@ def prepare(settings: Settings) -> tuple[HoneybeeTrainer, str | None]:
     freeze(model, settings, plan)
     if settings.honeybee.batching == "packed":
         use_packed_attention(model.model.language_model)
+    benchmarks = Benchmarks(plan.tasks, plan.collator.processor, training.eval_batch_size) if plan.tasks else None
     trainer = HoneybeeTrainer(
         model=model,
         args=training,
         data_collator=plan.collator,
         train_dataset=plan.dataset,
-        eval_dataset=plan.evaluation,
+        # Benchmarks alone are no dataset, and the trainer wants one: it evaluates each of none.
+        eval_dataset={} if benchmarks is not None and plan.evaluation is None else plan.evaluation,
         processing_class=plan.collator.processor,
         peft_config=plan.lora,
         callbacks=callbacks(settings, plan),
         sampler=choose_sampler(settings, plan),
+        benchmarks=benchmarks,
     )
     if training.bf16 or training.fp16:
         keep_trained_in_float32(trainer.model)  # now, because TRL casts what is trained beside quantized weights
