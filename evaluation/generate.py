@@ -109,6 +109,13 @@ def _answer_batch(model, processor, batch: list[Question], max_new_tokens: int, 
     except (OSError, ValueError) as error:
         raise ValueError(f"one of the questions {', '.join(repr(q.id) for q in batch)}: {error}") from error
     inputs = inputs.to(next(model.parameters()).device, model.dtype)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), pad_token_id=pad)
+    # Under ZeRO-3 transformers would keep the processes in step, which have other questions and a whole model each.
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": sorted(ends),
+        "pad_token_id": pad,
+        "synced_gpus": False,
+    }
+    output = model.generate(**inputs, **settings)
     new = output[:, inputs["input_ids"].shape[1] :]
     return processor.tokenizer.batch_decode(new, skip_special_tokens=True)
