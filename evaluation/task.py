@@ -143,7 +143,8 @@ def subset(task: Task, questions: list[Question], limit: int | None) -> list[Que
         groups[task.together(question)].append(question)
     for key, group in groups.items():
         categories[task.category(group[0])][hashlib.sha256(repr(key).encode()).digest()] = group
-    in_turn = zip_longest(*([part[key] for key in sorted(part)] for part in categories.values()), fillvalue=[])
+    parts = [categories[name] for name in sorted(categories, key=repr)]
+    in_turn = zip_longest(*([part[key] for key in sorted(part)] for part in parts), fillvalue=[])
     chosen = set()
     for group in chain.from_iterable(in_turn):
         if len(chosen) + len(group) <= limit:
