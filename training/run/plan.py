@@ -87,12 +87,12 @@ def make_plan(settings: Settings) -> Plan:
         check_weights(model.model_name_or_path, skeleton)
     parameters = count_parameters(skeleton, own.stage, lora)
     disk_bytes = bytes_to_write(settings, parameters, config)
+    tasks = read_tasks(settings)
 
     collator = HoneybeeDataCollator(processor, max_length=training.max_length, pack=own.batching == "packed")
     dataset, mixture = open_data(settings, recipe, collator)
     dataset, evaluation = open_evaluation(settings, dataset, mixture, collator)
     check_number(dataset, settings)
-    tasks = read_tasks(settings)
     return Plan(
         identity, checkpoint, dataset, mixture, evaluation, collator, config, lora, parameters, disk_bytes, tasks
     )

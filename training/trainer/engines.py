@@ -185,10 +185,18 @@ class WholeCopy:
     number of steps nor images in the same batches, and would wait for each other for ever.
 
     Args:
-        model: before it is sharded, and before a hook or a forward is put into it that belongs to the original alone.
+        model: before it is sharded, and before a hook is put into it that belongs to the original alone.
+
+    Raises:
+        ValueError: it is quantized.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel):
+        if getattr(model, "is_quantized", False):
+            raise ValueError(
+                "--eval_tasks cannot ask a quantized model that FSDP or ZeRO-3 shards; train it with DDP "
+                "(training/configs/accelerate/ddp.yaml), or leave --eval_tasks out"
+            )
         empty = {
             id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()
         }

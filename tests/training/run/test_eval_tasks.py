@@ -2,17 +2,19 @@
 """Benchmarks asked while training: their scores are those of evaluation/run.py, and training goes on as without them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from evaluation.json_files import read_lines
 from evaluation.tasks import TASKS
 from tests.evaluation.make_data_root import make_data_root
-from tests.tiny import REPOSITORY, SHORT_RUN, run_script, sample, save_joined, write_dataset
+from tests.tiny import REPOSITORY, SHORT_RUN, run_script, sample, save_joined, tiny_model, write_dataset
 from tests.training.run.test_evaluation import SFT, history, same
 from tests.training.test_sft_mixture import RUN_SFT, TWO, TWO_ON_CPU
 from training.run.plan import make_plan
 from training.run.settings import parse_arguments
+from training.trainer.engines import WholeCopy, shards_weights
 
 ASKED = ("pope", "mme", "mmbench", "scienceqa")
 # sft.py with the answers to the benchmarks in the file that the first argument names: a line for each task and evaluation.
@@ -191,3 +193,15 @@ def test_names_are_a_list_in_a_yaml_file_or_one_text(tmp_path):
         words = ["--config", tmp_path / "run.yaml", "--use_cpu", "--bf16", "False", "--output_dir", tmp_path]
         assert parse_arguments(list(map(str, words))).honeybee.eval_tasks == ["pope", "mme"]
     assert all(task.name == name for name, task in TASKS.items())
+
+
+def test_engines_whose_model_cannot_be_asked():
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1), deepspeed_plugin=None)
+    with pytest.raises(ValueError, match="FSDP1 shards; use fsdp_version 2"):
+        shards_weights(state)
+    for stage, sharded in ((2, False), (3, True)):
+        assert shards_weights(SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))) == sharded
+    model = tiny_model()
+    model.is_quantized = True
+    with pytest.raises(ValueError, match="quantized model .* train it with DDP"):
+        WholeCopy(model)
