@@ -186,7 +186,8 @@ def check_evaluation(settings: Settings, recipe: Recipe | None) -> None:
         raise ValueError(f"--eval_dataset {names}: each name needs a path or a Hub name, such as validation: val.jsonl")
     if training.eval_strategy == IntervalStrategy.NO:
         raise ValueError(
-            f"{(given or ['--eval_tasks'])[0]} alone evaluates nothing; say when: --eval_strategy steps --eval_steps 100, or --eval_strategy epoch"
+            f"{given[0] if given else '--eval_tasks'} alone evaluates nothing; say when: --eval_strategy steps --eval_steps "
+            "100, or --eval_strategy epoch"
         )
     names = list(names) if isinstance(names, dict) else list(kept)
     losses = [f"eval_{name}_loss" for name in names] or ["eval_loss", "eval_mean_token_accuracy"]
