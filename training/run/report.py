@@ -29,7 +29,8 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "b
 
 class Report(TrainerCallback):
     """Writes [`loss_plot`], [`tasks_plot`] where benchmarks were asked, and [`run_summary`] into the output folder. The
-    trainer only carries it, and whoever has saved the model calls `write`: a callback's own turn, the end of training, comes before that."""
+    trainer only carries it, and whoever has saved the model calls `write`: a callback's own turn, the end of training, comes
+    before that."""
 
     def __init__(self, settings: Settings, plan: Plan):
         self.settings, self.plan = settings, plan
