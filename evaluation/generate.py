@@ -76,35 +76,48 @@ def batches_of_rank(
     return batches[rank::processes]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and not inference mode: what a model in training keeps from in there could not be trained with
 def answer(
     model, processor, batches: list[list[Question]], max_new_tokens: int, template: str = "task"
 ) -> Iterator[list[tuple[Question, str]]]:
     """For each batch its questions with the model's answers. They are greedy, whatever generation settings the checkpoint
-    has: the model is left with those of `greedy_generation_config`.
+    has.
 
     Raises:
         ValueError: an image cannot be read; names the questions of its batch.
     """
-    device = next(model.parameters()).device
     # `generate` takes from here what it is not given: sampling, penalties, beams, minimum lengths.
-    model.generation_config = model.greedy_generation_config()
+    own, model.generation_config = model.generation_config, model.greedy_generation_config()
+    try:
+        for batch in batches:
+            yield list(zip(batch, _answer_batch(model, processor, batch, max_new_tokens, template)))
+    finally:
+        model.generation_config = own
+
+
+def _answer_batch(model, processor, batch: list[Question], max_new_tokens: int, template: str) -> list[str]:
     ends, pad = model.generation_config.eos_token_id, processor.tokenizer.pad_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), processor.tokenizer.eos_token_id} - {None}
-    for batch in batches:
-        try:
-            images = [q.image() if callable(q.image) else q.image for q in batch if q.image is not None]
-            inputs = processor(
-                images=images or None,
-                text=[render(q, processor, template) for q in batch],
-                add_special_tokens=False,
-                padding=True,
-                padding_side="left",
-                return_tensors="pt",
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"one of the questions {', '.join(repr(q.id) for q in batch)}: {error}") from error
-        inputs = inputs.to(device, model.dtype)
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), pad_token_id=pad)
-        new = output[:, inputs["input_ids"].shape[1] :]
-        yield list(zip(batch, processor.tokenizer.batch_decode(new, skip_special_tokens=True)))
+    try:
+        images = [q.image() if callable(q.image) else q.image for q in batch if q.image is not None]
+        inputs = processor(
+            images=images or None,
+            text=[render(q, processor, template) for q in batch],
+            add_special_tokens=False,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"one of the questions {', '.join(repr(q.id) for q in batch)}: {error}") from error
+    inputs = inputs.to(next(model.parameters()).device, model.dtype)
+    # Under ZeRO-3 transformers would keep the processes in step, which have other questions and a whole model each.
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": sorted(ends),
+        "pad_token_id": pad,
+        "synced_gpus": False,
+    }
+    output = model.generate(**inputs, **settings)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.batch_decode(new, skip_special_tokens=True)

@@ -34,6 +34,10 @@ class Question:
     fields: dict = field(default_factory=dict)
     image: str | Callable | None = None
 
+    def answered(self, pred: str, prompt: str) -> dict:
+        """The record of an answer, as scorers read it."""
+        return {"id": self.id, "pred": pred, "prompt": prompt, **self.fields}
+
 
 def with_options(question: str, options: dict[str, str], context: str | None = None) -> str:
     """The question, its context where the benchmark has one, and one option a line."""

@@ -26,14 +26,18 @@ def ask_judge(task: Task, records: list[dict], judge: Judge) -> Verdicts:
     return verdicts
 
 
-def score(task: Task, records: list[dict], arguments, judge: Judge | None) -> dict:
-    """What goes into scores.json, without where it comes from. The parsed answers are under `parsed`."""
+def score(task: Task, records: list[dict], seed: int | None = None, judge: Judge | None = None) -> dict:
+    """What goes into scores.json, without where it comes from. The parsed answers are under `parsed`.
+
+    Args:
+        seed: of guesses, in place of the task's own.
+        judge: asked where the task has something to judge.
+    """
     settings, notes, verdicts = {}, [], None
     if task.seed is not None:
-        settings["seed"] = task.seed if arguments.seed is None else arguments.seed
+        settings["seed"] = task.seed if seed is None else seed
     if task.judging is not None:
-        if judge is not None and (not task.judging.optional or getattr(arguments, f"judge_{task.name}")):
-            verdicts = ask_judge(task, records, judge)
+        verdicts = ask_judge(task, records, judge) if judge is not None else None
         settings["judged"] = verdicts.judged if verdicts else {}
     if task.score is None:
         result = Score({})
@@ -51,6 +55,7 @@ def score(task: Task, records: list[dict], arguments, judge: Judge | None) -> di
         "task": task.name,
         "display_name": task.display_name,
         "questions": len(records),
+        "score": task.headline(result) if result.summary else None,
         "summary": result.summary,
         "quirks": result.quirks,
         "notes": notes,
@@ -72,7 +77,11 @@ def origin_of(source: Path, model: str | None, model_name: str | None) -> dict:
 
 def write_results(task: Task, records: list[dict], folder: Path, origin: dict, arguments, judge: Judge | None) -> None:
     """Scores a task's records and writes scores.json, parsed.jsonl and the submission."""
-    result = score(task, records, arguments, judge)
+    if task.judging is not None and task.judging.optional and not getattr(arguments, f"judge_{task.name}"):
+        judge = None
+    result = score(task, records, arguments.seed, judge)
+    if arguments.limit is not None:
+        result["notes"].append(f"a subset of the questions: --limit {arguments.limit}")
     write_lines(folder / "parsed.jsonl", result.pop("parsed"))
     submission = None
     if task.submission_needs is not None and importlib.util.find_spec(task.submission_needs) is None:

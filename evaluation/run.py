@@ -22,7 +22,7 @@ from evaluation.json_files import append_lines, read_lines, write_json
 from evaluation.predictions import PREDICTIONS, check_folder, collect, part_of_rank
 from evaluation.prompts import TEMPLATES, Question, plain, render
 from evaluation.results import origin_of, write_results
-from evaluation.task import Task, check_records, read_task
+from evaluation.task import Task, check_records, read_task, subset
 from evaluation.tasks import TASKS
 
 # Rules score these, and a judge can help.
@@ -36,6 +36,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_root", help="folder of the benchmarks, laid out as in the files of tasks/")
     parser.add_argument("--output", required=True, help="folder for predictions, scores and the report")
     parser.add_argument("--predictions", help="score this JSONL file instead of asking a model; one task")
+    parser.add_argument(
+        "--limit", type=int, help="ask a subset of each task: at most so many questions, the same ones each time"
+    )
     parser.add_argument("--batch_size", type=int, default=8, help="questions at a time, per process")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument(
@@ -82,11 +85,16 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     else:
         if len(names) != 1:
             raise ValueError(f"--predictions is one task's file, and --tasks names {len(names)}; name its task")
+        if arguments.limit is not None:
+            raise ValueError(
+                f"--limit {arguments.limit} chooses what a model is asked; leave it out with --predictions"
+            )
         if not Path(arguments.predictions).is_file():
             raise ValueError(f"--predictions {arguments.predictions} does not exist; give a JSONL file")
-    for name in ("batch_size", "judge_workers", "judge_attempts"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} {getattr(arguments, name)} must be at least 1")
+    for name in ("batch_size", "judge_workers", "judge_attempts", "limit"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
     return arguments
 
 
@@ -225,10 +233,7 @@ def ask(model, processor, task: Task, questions: list[Question], prompts, settin
     title = f"{task.name} ({len(done)} done before)"
     with tqdm(total=sum(map(len, batches)), desc=title, disable=not state.is_main_process) as bar:
         for batch in answer(model, processor, batches, task.max_new_tokens, arguments.template):
-            records = [
-                {"id": q.id, "pred": text, "prompt": prompts[q.id], **q.fields, "model": settings["model"]}
-                for q, text in batch
-            ]
+            records = [{**q.answered(text, prompts[q.id]), "model": settings["model"]} for q, text in batch]
             append_lines(part, records)
             bar.update(len(batch))
 
@@ -244,11 +249,11 @@ def evaluate(arguments) -> None:
     # All checks come before the model is loaded.
     judge = make_judge(arguments, output)
     source = model_folder(arguments.model)
-    questions = {task.name: read_task(task, arguments.data_root) for task in tasks}
+    questions = {task.name: subset(task, read_task(task, arguments.data_root), arguments.limit) for task in tasks}
     model_id = fingerprint(source)
     reporting.check_output(output, model_id)
     # What decides an answer; a run that continues has the same.
-    shared = {"model": model_id, "dtype": arguments.dtype, "template": arguments.template}
+    shared = {"model": model_id, "dtype": arguments.dtype, "template": arguments.template, "limit": arguments.limit}
     settings = {task.name: {**shared, "max_new_tokens": task.max_new_tokens} for task in tasks}
     for task in tasks:
         check_folder(output / task.name, settings[task.name])

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a benchmark is made of: a `Task`, one in each file of `tasks/`."""
 
-from collections.abc import Callable
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from evaluation.data_files import DataFolder
@@ -36,6 +39,10 @@ class Judging:
     optional: bool = False
 
 
+def first_of_summary(score: Score) -> float:
+    return next(iter(score.summary.values()))
+
+
 @dataclass(frozen=True)
 class Task:
     """A benchmark.
@@ -49,8 +56,11 @@ class Task:
         hub: repository on the Hub with the same questions as parquet files.
         questions: how many the whole benchmark has, where the report says when some are missing.
         fields: what a prediction has beside `id`, and the scorer reads.
+        together: which questions a subset takes whole or not at all, because they are scored together: those with one key.
+        category: the questions over which a subset is spread evenly: those of each key.
         score: of the records; takes `seed` where the task has one and `judged` where it has `judging`. None: the task
             has no automatic score.
+        headline: the one number that stands for a score.
         seed: of the guesses, where a run gives none. None: the scorer does not guess.
         quirks: odd rules of the official scorer, name -> one line. A `Score` counts how many items each decided.
         digits: decimals that are shown; 1 for percentages and points, 3 for fractions.
@@ -68,7 +78,10 @@ class Task:
     hub: str | None = None
     questions: int | None = None
     fields: dict[str, Kind] = field(default_factory=lambda: {"pred": TEXT})
+    together: Callable[[Question], Hashable] = lambda question: question.id
+    category: Callable[[Question], Hashable] = lambda question: None
     score: Callable[..., Score] | None = None
+    headline: Callable[[Score], float] = first_of_summary
     seed: int | None = None
     quirks: dict[str, str] = field(default_factory=dict)
     digits: int = 1
@@ -112,6 +125,37 @@ def read_task(task: Task, root: str | Path) -> list[Question]:
             f"images of {len(questions)} questions are missing); download the benchmark's images to that folder"
         )
     return questions
+
+
+def subset(task: Task, questions: list[Question], limit: int | None) -> list[Question]:
+    """At most `limit` of a task's questions, the same ones each time, in the benchmark's order; all of them for None.
+
+    Categories take turns. Within one, the order is that of a hash: benchmarks are sorted by image and alternate between
+    answers, so that neither the first questions nor every n-th would stand for the rest.
+
+    Raises:
+        ValueError: the limit is less than what has to stay together.
+    """
+    if limit is None or limit >= len(questions):
+        return questions
+    groups, categories = defaultdict(list), defaultdict(dict)
+    for question in questions:
+        groups[task.together(question)].append(question)
+    for key, group in groups.items():
+        categories[task.category(group[0])][hashlib.sha256(repr(key).encode()).digest()] = group
+    parts = [categories[name] for name in sorted(categories, key=repr)]
+    in_turn = zip_longest(*([part[key] for key in sorted(part)] for part in parts), fillvalue=[])
+    chosen = set()
+    for group in chain.from_iterable(in_turn):
+        if len(chosen) + len(group) <= limit:
+            chosen.update(question.id for question in group)
+    if not chosen:
+        smallest = min(map(len, groups.values()))
+        raise ValueError(
+            f"{task.name}: a limit of {limit} leaves no question, because {smallest} or more of them are scored together; "
+            "raise it"
+        )
+    return [question for question in questions if question.id in chosen]
 
 
 def check_records(task: Task, records: list[dict], source: str) -> None:

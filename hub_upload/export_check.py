@@ -41,7 +41,7 @@ PUBLISHED = (
 # somebody's disk; the card says what others may know of them.
 BY_PRODUCTS = (
     "training_args.bin", STATE_FILE, RUN_FILE, CONVERSION_FILE,
-    "loss.png", "run_summary.md", "checkpoint-*", "runs", "README.md", ".git", ".gitattributes", ".cache",
+    "loss.png", "tasks.png", "run_summary.md", "checkpoint-*", "runs", "README.md", ".git", ".gitattributes", ".cache",
     # Of older versions. transformers 4 cannot load a repository that has it; `load_in_fresh_process` checks that no template
     # is lost.
     "additional_chat_templates",

@@ -242,6 +242,7 @@ def write_submission(records: list[dict], folder: Path) -> Path:
 TASK = Task(
     name="mmbench", display_name="MMBench", folder="MMBench", hub="lmms-lab/MMBench_EN", max_new_tokens=128,
     read=read_mmbench, score=score_mmbench, seed=OFFICIAL_SEED,
+    together=lambda q: q.fields["index"] % CIRCULAR, category=lambda q: q.fields["category"],
     fields={
         "pred": TEXT, "answer": TEXT, "index": NUMBER, "category": ANY, "l2_category": ANY,
         "options_dict": of_type(dict, "an object: letter -> text"),

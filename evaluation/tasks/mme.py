@@ -166,7 +166,9 @@ def score_mme(records: list[dict]) -> Score:
 
 TASK = Task(
     name="mme", display_name="MME", folder="MME", hub="lmms-lab/MME", questions=2374, max_new_tokens=20,
-    read=read_mme, score=score_mme, fields={"pred": TEXT, "answer": TEXT, "image_id": ANY, "dataset_name": ANY},
+    read=read_mme, score=score_mme,
+    together=lambda q: (q.fields["dataset_name"], q.fields["image_id"]), category=lambda q: q.fields["dataset_name"],
+    fields={"pred": TEXT, "answer": TEXT, "image_id": ANY, "dataset_name": ANY},
     quirks={
         "first_four_characters": 'only the first four characters are searched: "Not sure" and "uno" are no, "eyes" is yes',
         "neither": "neither yes nor no was found: wrong, whatever the answer is",

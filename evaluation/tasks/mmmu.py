@@ -161,7 +161,7 @@ def score_mmmu(records: list[dict], seed: int = 0) -> Score:
 
 TASK = Task(
     name="mmmu", display_name="MMMU", folder="mmmu", hub="MMMU/MMMU", questions=900, max_new_tokens=40, digits=3,
-    read=read_mmmu, score=score_mmmu, seed=0,
+    read=read_mmmu, score=score_mmmu, seed=0, category=lambda q: _subject({"id": q.id}),
     fields={
         "pred": TEXT, "answer": of_type((str, list), "a text or a list of them"), "question_type": ANY, "all_choices": LIST,
     },

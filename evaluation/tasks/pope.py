@@ -97,7 +97,9 @@ def score_pope(records: list[dict]) -> Score:
 
 TASK = Task(
     name="pope", display_name="POPE", folder="POPE", hub="lmms-lab/POPE", max_new_tokens=20, digits=3,
-    read=read_pope, score=score_pope, fields={"pred": TEXT, "answer": TEXT, "category": ANY},
+    read=read_pope, score=score_pope, category=lambda q: q.fields["category"],
+    headline=lambda score: score.details["average"]["accuracy"],
+    fields={"pred": TEXT, "answer": TEXT, "category": ANY},
     quirks={
         "yes_by_default": 'everything is yes unless one of the words before the first dot is exactly "No", "no" or "not"; '
         'so are "NO", "Nope" and an empty answer',

@@ -177,6 +177,7 @@ def score_scienceqa(records: list[dict], seed: int = 0) -> Score:
 TASK = Task(
     name="scienceqa", display_name="ScienceQA", folder="ScienceQA", hub="derek-thomas/ScienceQA", questions=4241,
     max_new_tokens=128, read=read_scienceqa, complete=with_problems, score=score_scienceqa, seed=0,
+    category=lambda q: q.image is not None,
     fields={"pred": TEXT, "answer": of_type((int, str), "a letter or an index"), "choices": LIST},
     quirks={
         "last_choice": "several choices occur in the answer: the last one in the list counts",

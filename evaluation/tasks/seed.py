@@ -80,7 +80,8 @@ def write_submission(records: list[dict], folder: Path) -> Path:
 
 TASK = Task(
     name="seed", display_name="SEED-Bench", folder="SEED-Bench", hub="lmms-lab/SEED-Bench", max_new_tokens=20,
-    read=read_seed, score=score_seed, fields={"pred": TEXT, "answer": TEXT, "question_type": TEXT},
+    read=read_seed, score=score_seed, category=lambda q: q.fields["question_type"],
+    fields={"pred": TEXT, "answer": TEXT, "question_type": TEXT},
     quirks={"not_a_bare_letter": 'wrong although the right letter is there, as in "A." or "(A)"'},
     submission=write_submission,
 )  # fmt: skip

@@ -52,6 +52,17 @@ class HoneybeeArguments:
         default=None,
         metadata={"help": "Instead of --eval_dataset: the share of --dataset that is evaluated and not trained on."},
     )
+    eval_tasks: list[str] | None = field(
+        default=None,
+        metadata={"help": "Benchmarks that --eval_strategy asks the model as well, such as pope,mme: the names of "
+                  "evaluation/run.py."},
+    )  # fmt: skip
+    eval_tasks_data: str | None = field(
+        default=None, metadata={"help": "Folder of these benchmarks, as --data_root of evaluation/run.py."}
+    )
+    eval_limit: int | None = field(
+        default=None, metadata={"help": "Ask at most this many questions of each benchmark, the same ones each time."}
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after this many evaluations in a row without a better metric_for_best_model."},
@@ -112,6 +123,9 @@ class HoneybeeArguments:
             self.train_vision_tower = int(self.train_vision_tower)
         if isinstance(self.eval_dataset, str) and self.eval_dataset.startswith("{"):
             self.eval_dataset = from_json("eval_dataset", self.eval_dataset)
+        if self.eval_tasks is not None:
+            names = [name.strip() for words in self.eval_tasks for name in words.split(",")]
+            self.eval_tasks = list(dict.fromkeys(filter(None, names)))
         if not isinstance(self.projector, (dict, type(None))):
             raise ValueError(f"--projector {self.projector!r} is not a mapping of settings to values")
 

@@ -35,8 +35,8 @@ CHANGEABLE = (
 )  # fmt: skip
 TRIAL = "_save_trial"  # what a start saves to see that it can, and removes
 NOT_THE_RUN = (
-    "mixture_settings", "resume", "merge", "dry_run", "eval_dataset", "eval_dataset_split", "early_stopping_patience",
-    "max_tokens_per_batch",
+    "mixture_settings", "resume", "merge", "dry_run", "eval_dataset", "eval_dataset_split", "eval_tasks", "eval_tasks_data",
+    "eval_limit", "early_stopping_patience", "max_tokens_per_batch",
 )  # fmt: skip
 
 # Settings that are younger than some marks, and what a run did that has them not in its mark.
@@ -50,12 +50,13 @@ def identity_of(settings: Settings, recipe: Recipe | None) -> dict:
     """What makes a run this run and not another; kept in its output folder."""
     own, model = settings.honeybee, settings.model
     # Losses on other data, or another measure, would be compared with those of before.
-    best = [(own, "eval_dataset"), (own, "eval_dataset_split"), (settings.training, "metric_for_best_model")]
+    best = [(own, "eval_dataset"), (own, "eval_dataset_split"), (own, "eval_tasks"), (own, "eval_tasks_data")]
+    best += [(own, "eval_limit"), (settings.training, "metric_for_best_model")]
     return {
         **{name: value for name, value in asdict(own).items() if name not in NOT_THE_RUN},
         "mixture": asdict(recipe) if recipe else None,
-        "batches_by_tokens": own.max_tokens_per_batch
-        is not None,  # which decides the order of samples; how many, does not
+        # That decides the order of samples; of how many tokens they are does not.
+        "batches_by_tokens": own.max_tokens_per_batch is not None,
         "model_name_or_path": model.model_name_or_path,
         "model_revision": model.model_revision,
         "dtype": model.dtype,
@@ -128,6 +129,11 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_train_begin(args, state, control, **kwargs)
         # The trainer saves the state of callbacks that its own state names, and a checkpoint's need not name this one.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        # It is called for each dataset and for the benchmarks, and one of them has the metric.
+        if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" in metrics:
+            super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
 def early_stopping_in(state: TrainerState) -> dict:

@@ -18,6 +18,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from trl import ModelConfig, SFTConfig
 
+from evaluation.tasks import TASKS
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
 from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS
 from modeling_honeybee.model_folder import NetworkError, read_model_config
@@ -71,6 +72,7 @@ MORE_THAN_0 = "more than 0"
 # Setting -> what it must be, and whether it is, given all settings of its class.
 RANGES: dict[str, tuple[str, Callable]] = {
     "early_stopping_patience": ("at least 1", lambda s: s.early_stopping_patience is None or s.early_stopping_patience >= 1),
+    "eval_limit": ("at least 1, or leave it out to ask all questions", lambda s: s.eval_limit is None or s.eval_limit >= 1),
     "eval_split_size": ("between 0 and 1, for instance 0.01",
                         lambda s: s.eval_split_size is None or 0 < s.eval_split_size < 1),
     "gradient_accumulation_steps": (MORE_THAN_0, lambda s: s.gradient_accumulation_steps > 0),
@@ -198,14 +200,15 @@ def check_evaluation(settings: Settings, recipe: Recipe | None) -> None:
     given = [f"--{name}" for name in ("eval_dataset", "eval_split_size") if getattr(own, name) is not None]
     kept = recipe.eval if recipe is not None else {}
     given += ["the recipe's eval"] if kept else []
-    if not given:
+    _check_tasks(own)
+    if not given and own.eval_tasks is None:
         asking = [name for name in ("eval_strategy", "load_best_model_at_end", "metric_for_best_model", "eval_on_start")
                   if is_set(training, name)]  # fmt: skip
         asking += [name for name in ("early_stopping_patience", "eval_dataset_split") if is_set(own, name)]
         if asking:
             raise ValueError(
                 f"{', '.join(asking)}: there is nothing to evaluate; give --eval_dataset, or the share of --dataset to "
-                "keep for it, --eval_split_size 0.01, or leave it out"
+                "keep for it, --eval_split_size 0.01, or benchmarks, --eval_tasks pope, or leave it out"
             )
         return
     if len(given) > 1:
@@ -217,13 +220,39 @@ def check_evaluation(settings: Settings, recipe: Recipe | None) -> None:
         raise ValueError(f"--eval_dataset {names}: each name needs a path or a Hub name, such as validation: val.jsonl")
     if training.eval_strategy == IntervalStrategy.NO:
         raise ValueError(
-            f"{given[0]} alone evaluates nothing; say when: --eval_strategy steps --eval_steps 100, or --eval_strategy epoch"
+            f"{given[0] if given else '--eval_tasks'} alone evaluates nothing; say when: --eval_strategy steps --eval_steps "
+            "100, or --eval_strategy epoch"
         )
-    _check_best_model(settings, list(names) if isinstance(names, dict) else list(kept))
+    names = list(names) if isinstance(names, dict) else list(kept)
+    losses = [f"eval_{name}_loss" for name in names] or ["eval_loss", "eval_mean_token_accuracy"]
+    _check_best_model(settings, [*(losses if given else []), *(f"eval_{name}" for name in own.eval_tasks or ())])
 
 
-def _check_best_model(settings: Settings, names: list[str]) -> None:
-    """`names`: of the datasets, if they have any."""
+def _check_tasks(own: HoneybeeArguments) -> None:
+    if own.eval_tasks is None:
+        for name in ("eval_tasks_data", "eval_limit"):
+            if getattr(own, name) is not None:
+                raise ValueError(
+                    f"--{name} {getattr(own, name)} is for the benchmarks of --eval_tasks; give it, for instance "
+                    "--eval_tasks pope, or leave this out"
+                )
+        return
+    scored = [n for n, task in TASKS.items() if task.score and (task.judging is None or task.judging.optional)]
+    unknown = [name for name in own.eval_tasks if name not in scored]
+    if unknown or not own.eval_tasks:
+        why = "has no score without a judge or people" if unknown and unknown[0] in TASKS else "is no task"
+        raise ValueError(f"--eval_tasks: {unknown[0] if unknown else 'nothing'} {why}; use {', '.join(scored)}")
+    if own.eval_tasks_data is None:
+        raise ValueError(
+            "--eval_tasks needs the folder with the benchmarks' files; give --eval_tasks_data DIR, laid out as in "
+            "docs/evaluation.md"
+        )
+    if not Path(own.eval_tasks_data).is_dir():
+        raise ValueError(f"--eval_tasks_data {own.eval_tasks_data} does not exist; give the folder of the benchmarks")
+
+
+def _check_best_model(settings: Settings, evaluated: list[str]) -> None:
+    """`evaluated`: names of what can be compared."""
     own, training = settings.honeybee, settings.training
     if own.early_stopping_patience is not None and not training.load_best_model_at_end:
         raise ValueError(
@@ -232,10 +261,10 @@ def _check_best_model(settings: Settings, names: list[str]) -> None:
         )
     metric = training.metric_for_best_model
     if metric is not None:
-        found = [f"eval_{name}_loss" for name in names] or ["eval_loss", "eval_mean_token_accuracy"]
-        if metric.removeprefix("eval_") not in [name.removeprefix("eval_") for name in found]:
+        if metric.removeprefix("eval_") not in [name.removeprefix("eval_") for name in evaluated]:
             raise ValueError(
-                f"metric_for_best_model={metric!r} is not evaluated; with --metric_for_best_model use {' or '.join(found)}"
+                f"metric_for_best_model={metric!r} is not evaluated; with --metric_for_best_model use "
+                f"{' or '.join(evaluated)}"
             )
         if training.greater_is_better != (not metric.endswith("loss")):
             raise ValueError(f"greater_is_better={training.greater_is_better} is wrong for {metric}; leave it out")

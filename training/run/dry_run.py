@@ -97,18 +97,23 @@ def data_line(settings: Settings, plan: Plan) -> str:
 def evaluation_lines(settings: Settings, plan: Plan, steps: int) -> list[str]:
     """What is evaluated, when, and what follows from it; none where nothing is."""
     own, training = settings.honeybee, settings.training
-    if plan.evaluation is None:
-        return []
+    parts = []
     if isinstance(plan.evaluation, dict):
-        what = ", ".join(f"{name} ({len(dataset):,} samples)" for name, dataset in plan.evaluation.items())
-    else:
+        names = ", ".join(f"{name} ({len(dataset):,} samples)" for name, dataset in plan.evaluation.items())
+        parts.append(f"the loss on {names}")
+    elif plan.evaluation is not None:
         kept = f"a share of {own.dataset} that is not trained on"
-        what = f"{own.eval_dataset or kept}, {len(plan.evaluation):,} samples"
+        parts.append(f"the loss on {own.eval_dataset or kept}, {len(plan.evaluation):,} samples")
+    if plan.tasks:
+        names = ", ".join(f"{name} ({len(asked):,} questions)" for name, asked in plan.tasks.items())
+        parts.append(f"the answers to {names}")
+    if not parts:
+        return []
     when = "after each epoch"
     if training.eval_strategy == IntervalStrategy.STEPS:
         interval = training.eval_steps if training.eval_steps >= 1 else math.ceil(training.eval_steps * steps)
         when = f"every {interval:,} of {steps:,} steps"
-    line = f"Evaluation: the loss on {what}, {when}"
+    line = f"Evaluation: {', and '.join(parts)}, {when}"
     if training.load_best_model_at_end:
         line += f"; the model with the best {training.metric_for_best_model} is saved"
     if own.early_stopping_patience is not None:

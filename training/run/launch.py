@@ -25,6 +25,7 @@ from training.run.saving import prove_saving, push
 from training.run.settings import Settings
 from training.samples import TooManyBadSamplesError
 from training.stages import freeze_for_stage, keep_trained_in_float32, parts_table
+from training.trainer.benchmarks import Benchmarks
 from training.trainer.interruption import StopOnSignal
 from training.trainer.kernels import compile_blocks, use_liger_kernels
 from training.trainer.length_grouping import grouped_sampler
@@ -71,17 +72,20 @@ def prepare(settings: Settings) -> tuple[HoneybeeTrainer, str | None]:
     model = load_model(settings)
     freeze(model, settings, plan)
     speed_up(model.model.language_model, settings)
+    benchmarks = Benchmarks(plan.tasks, plan.collator.processor, training.eval_batch_size) if plan.tasks else None
     trainer = HoneybeeTrainer(
         model=model,
         args=training,
         data_collator=plan.collator,
         train_dataset=plan.dataset,
-        eval_dataset=plan.evaluation,
+        # Benchmarks alone are no dataset, and the trainer wants one: it evaluates each of none.
+        eval_dataset={} if benchmarks is not None and plan.evaluation is None else plan.evaluation,
         processing_class=plan.collator.processor,
         peft_config=plan.lora,
         callbacks=callbacks(settings, plan),
         sampler=choose_sampler(settings, plan),
         learning_rates=settings.learning_rates,
+        benchmarks=benchmarks,
     )
     if settings.honeybee.lora_vision and training.gradient_checkpointing:
         # TRL asks for the reentrant kind for LoRA under ZeRO-3; the tower's blocks would get no gradient with it.

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run is going to do, worked out and checked before a weight is read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import datasets
 import torch
 from peft import LoraConfig
 
+from evaluation.prompts import Question
+from evaluation.task import read_task, subset
+from evaluation.tasks import TASKS
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
 from training.collator import HoneybeeDataCollator
 from training.conversations import check_dataset, image_root, load_conversations, with_images_opened
@@ -47,6 +50,7 @@ class Plan:
         lora: where LoRA goes, or None.
         parameters: part of the model -> (all, trained) parameters, LoRA's among them.
         disk_bytes: what it will write.
+        tasks: benchmark -> what of it is asked while training.
     """
 
     identity: dict
@@ -60,6 +64,7 @@ class Plan:
     lora: LoraConfig | None
     parameters: dict[str, tuple[int, int]]
     disk_bytes: int
+    tasks: dict[str, list[Question]] = field(default_factory=dict)
 
 
 @whole_models()
@@ -86,6 +91,7 @@ def make_plan(settings: Settings) -> Plan:
         check_weights(model.model_name_or_path, skeleton)
     parameters = count_parameters(skeleton, own, lora)
     disk_bytes = bytes_to_write(settings, parameters, config)
+    tasks = read_tasks(settings)
 
     collator = HoneybeeDataCollator(processor, max_length=training.max_length, pack=own.batching == "packed")
     dataset, mixture = open_data(settings, recipe, collator)
@@ -93,7 +99,18 @@ def make_plan(settings: Settings) -> Plan:
     check_number(dataset, settings)
     batches = batches_by_tokens(settings, dataset, mixture, collator)
     return Plan(
-        identity, checkpoint, dataset, mixture, batches, evaluation, collator, config, lora, parameters, disk_bytes
+        identity,
+        checkpoint,
+        dataset,
+        mixture,
+        batches,
+        evaluation,
+        collator,
+        config,
+        lora,
+        parameters,
+        disk_bytes,
+        tasks,
     )
 
 
@@ -194,6 +211,20 @@ def open_evaluation(
         if isinstance(own.eval_dataset, dict):
             return dataset, {name: opened(path) for name, path in own.eval_dataset.items()}
         return dataset, opened(own.eval_dataset)
+
+
+def read_tasks(settings: Settings) -> dict[str, list[Question]]:
+    """Benchmark -> its questions, or those of the subset. Images are opened when they are asked about.
+
+    Raises:
+        ValueError: files are missing, or not in the benchmark's layout.
+    """
+    own = settings.honeybee
+    with settings.training.main_process_first(desc="reading the benchmarks"):
+        return {
+            name: subset(TASKS[name], read_task(TASKS[name], own.eval_tasks_data), own.eval_limit)
+            for name in own.eval_tasks or ()
+        }
 
 
 def bytes_to_write(settings: Settings, parameters: dict[str, tuple[int, int]], config: HoneybeeConfig) -> int:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, TrainerState
 
+from evaluation.report import number
+from evaluation.tasks import TASKS
 from training.recipe.table import mixture_table
 from training.run.checkpoints import RECORDED
 from training.run.plan import Plan
@@ -22,24 +24,27 @@ logger = logging.getLogger(__name__)
 
 # Our own settings that the page shows where they are given.
 OF_PARTS = ("train_vision_tower", "lora_vision", "vision_learning_rate", "projector_learning_rate")
-PLOT, SUMMARY = "loss.png", "run_summary.md"
+PLOT, TASKS_PLOT, SUMMARY = "loss.png", "tasks.png", "run_summary.md"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes", "deepspeed")
 
 
 class Report(TrainerCallback):
-    """Writes [`loss_plot`] and [`run_summary`] into the output folder. The trainer only carries it, and whoever has saved the
-    model calls `write`: a callback's own turn, the end of training, comes before that."""
+    """Writes [`loss_plot`], [`tasks_plot`] where benchmarks were asked, and [`run_summary`] into the output folder. The
+    trainer only carries it, and whoever has saved the model calls `write`: a callback's own turn, the end of training, comes
+    before that."""
 
     def __init__(self, settings: Settings, plan: Plan):
         self.settings, self.plan = settings, plan
 
     def write(self, state: TrainerState, interrupted: bool) -> None:
-        """Writes both; a failure is only a warning."""
+        """Writes them; a failure is only a warning."""
         page = partial(run_summary, self.settings, self.plan, state, interrupted)
         writers = {
             PLOT: lambda path: loss_plot(state, path),
             SUMMARY: lambda path: Path(path).write_text(page(), encoding="utf-8"),
         }
+        if _scored(state, self.plan):
+            writers[TASKS_PLOT] = lambda path: tasks_plot(_scored(state, self.plan), path)
         for name, write in writers.items():
             try:
                 write(os.path.join(self.settings.training.output_dir, name))
@@ -59,6 +64,13 @@ def _evaluated(state: TrainerState) -> dict[str, list[tuple[int, float]]]:
             if match := re.fullmatch(r"eval_(?:(.+)_)?loss", key):
                 found.setdefault(match[1] or "", []).append((row["step"], loss))
     return found
+
+
+def _scored(state: TrainerState, plan: Plan) -> dict[str, list[tuple[int, float]]]:
+    """Benchmark -> step and score of each evaluation, of those that were asked."""
+    rows = state.log_history
+    found = {name: [(row["step"], row[f"eval_{name}"]) for row in rows if f"eval_{name}" in row] for name in plan.tasks}
+    return {name: points for name, points in found.items() if points}
 
 
 def loss_plot(state: TrainerState, path: str) -> None:
@@ -84,6 +96,18 @@ def loss_plot(state: TrainerState, path: str) -> None:
     plt.close(figure)
 
 
+def tasks_plot(scored: dict[str, list[tuple[int, float]]], path: str) -> None:
+    """The score of each benchmark over the steps, each with a scale of its own, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 2 * len(scored)), layout="constrained")
+    for axes, (name, points) in zip(figure.subplots(len(scored), squeeze=False, sharex=True)[:, 0], scored.items()):
+        axes.plot(*zip(*points), marker=".")
+        axes.set_ylabel(TASKS[name].display_name)
+    axes.set_xlabel("step")
+    figure.savefig(path, dpi=120)
+
+
 def _table(rows: list[list[str]]) -> str:
     head, *body = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
@@ -105,7 +129,7 @@ def run_summary(settings: Settings, plan: Plan, state: TrainerState, interrupted
         "Model": f"From {start}.\n\n```\n" + "\n".join(parts_table(plan.parameters)) + "\n```",
         "Data": _data(settings, plan, samples),
         "Loss": _losses(rows),
-        **({"Evaluation": _evaluation(settings, plan, state)} if plan.evaluation is not None else {}),
+        **({"Evaluation": _evaluation(settings, plan, state)} if plan.evaluation is not None or plan.tasks else {}),
         "Throughput": _throughput(rows),
         "Settings": _table([["setting", "value"], *_settings(settings)]),
         "Versions": ", ".join([f"Python {platform.python_version()}", *_versions()]) + f"; {_device()}",
@@ -139,7 +163,7 @@ def _losses(rows: list[dict]) -> str:
 
 
 def _evaluation(settings: Settings, plan: Plan, state: TrainerState) -> str:
-    datasets = plan.evaluation if isinstance(plan.evaluation, dict) else {"": plan.evaluation}
+    datasets = plan.evaluation if isinstance(plan.evaluation, dict) else {"": plan.evaluation or ()}
     table = [["dataset", "samples", "first loss", "lowest", "at step", "last"]]
     for name, points in _evaluated(state).items():
         step, lowest = min(points, key=lambda point: point[1])
@@ -147,9 +171,17 @@ def _evaluation(settings: Settings, plan: Plan, state: TrainerState) -> str:
         # A run may be resumed with other datasets.
         samples = f"{len(datasets[name]):,}" if name in datasets else "not here"
         table.append([name or "evaluation", samples, *losses])
-    if len(table) == 1:
+    scores = [["benchmark", "questions", "first score", "highest", "at step", "last"]]
+    for name, points in _scored(state, plan).items():
+        step, highest = max(points, key=lambda point: point[1])
+        shown = [number(score, TASKS[name].digits) for score in (points[0][1], highest, points[-1][1])]
+        scores.append([TASKS[name].display_name, f"{len(plan.tasks[name]):,}", shown[0], shown[1], step, shown[2]])
+    tables = [_table(rows) for rows in (table, scores) if len(rows) > 1]
+    if not tables:
         return "Nothing was evaluated; lower `eval_steps`."
-    text = _table(table)
+    if len(scores) > 1:
+        tables.append(f"![Benchmarks]({TASKS_PLOT})")
+    text = "\n\n".join(tables)
     if settings.training.load_best_model_at_end and state.best_model_checkpoint:
         metric, best = settings.training.metric_for_best_model, os.path.basename(state.best_model_checkpoint)
         text += f"\n\nThe best model is that of {best}: {metric} {state.best_metric:.4f}."

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What makes a run under FSDP2 or DeepSpeed the same as in one process: models are built whole, the head is gathered before
-it is read, and folders are as one process writes them."""
+it is read, folders are as one process writes them, and a whole copy answers questions."""
 
+import copy
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, StateDictType
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed
 from trl import SFTConfig
@@ -172,3 +176,88 @@ def saved_as_one_process(model: nn.Module, state_dict: dict | None):
         yield
     finally:
         model.__class__ = own_class
+
+
+class WholeCopy:
+    """A copy of a model, to generate with where an engine shards the weights. Its own are on `meta` until it is filled.
+
+    Sharded weights are gathered layer by layer, by all processes at the same time. In generation they have neither the same
+    number of steps nor images in the same batches, and would wait for each other for ever.
+
+    Args:
+        model: before it is sharded, and before a hook is put into it that belongs to the original alone.
+
+    Raises:
+        ValueError: it is quantized.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel):
+        if getattr(model, "is_quantized", False):
+            raise ValueError(
+                "--eval_tasks cannot ask a quantized model that FSDP or ZeRO-3 shards; train it with DDP "
+                "(training/configs/accelerate/ddp.yaml), or leave --eval_tasks out"
+            )
+        empty = {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()
+        }
+        self._whole = copy.deepcopy(model, empty).eval()
+        self.model = self._whole.get_base_model() if isinstance(model, PeftModel) else self._whole
+        vars(self.model).pop("forward", None)  # TRL's calls the original
+
+    @contextmanager
+    def filled(self, source: nn.Module, dtype: torch.dtype | None, device: torch.device) -> Iterator[PreTrainedModel]:
+        """Inside, it holds the weights of `source`, the sharded model; all processes enter together.
+
+        Args:
+            dtype: of the weights, for those of floating point; None for that of `source`.
+        """
+        places = list(self._whole.named_parameters(remove_duplicate=False))
+        weights = {}
+        # By order: engines rename modules.
+        for (_, place), (_, weight) in zip(places, source.named_parameters(remove_duplicate=False), strict=True):
+            if id(place) not in weights:
+                weights[id(place)] = nn.Parameter(gathered(weight, dtype, device), requires_grad=False)
+        for buffer in self._whole.buffers():
+            buffer.data = buffer.data.to(device)
+        self._put({name: weights[id(place)] for name, place in places})
+        try:
+            yield self.model
+        finally:
+            self._put(dict(places))
+
+    def _put(self, parameters: dict[str, nn.Parameter]) -> None:
+        for path, parameter in parameters.items():
+            module, _, name = path.rpartition(".")
+            setattr(self._whole.get_submodule(module), name, parameter)
+
+
+@torch.no_grad()
+def gathered(weight: nn.Parameter, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:
+    """A weight of FSDP2 or ZeRO-3 in one piece; all processes call it together."""
+    if hasattr(weight, "ds_id"):
+        import deepspeed as library
+
+        with library.zero.GatheredParameters([weight]):
+            whole = weight.detach().clone()
+    else:
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight.detach()
+    return whole.to(device, dtype if whole.is_floating_point() else None)
+
+
+def shards_weights(state) -> bool:
+    """Whether no process holds a whole model.
+
+    Args:
+        state: of the trainer's accelerator.
+
+    Raises:
+        ValueError: FSDP's first version does, from whose weights a whole model is not made here.
+    """
+    if plugin := getattr(state, "fsdp_plugin", None):
+        if plugin.fsdp_version < 2:
+            raise ValueError(
+                "--eval_tasks cannot ask a model that FSDP1 shards; use fsdp_version 2, as "
+                "training/configs/accelerate/fsdp2.yaml does, or leave --eval_tasks out"
+            )
+        return True
+    return state.deepspeed_plugin is not None and state.deepspeed_plugin.zero_stage == 3

@@ -3,6 +3,7 @@
 
 import math
 import time
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -10,10 +11,13 @@ from peft import PeftModel
 from torch.utils.data import DataLoader, Sampler
 from trl import SFTTrainer
 
+from training.trainer.benchmarks import Benchmarks
 from training.trainer.engines import (
+    WholeCopy,
     check_saves_whole_models,
     gather_head_before_use,
     saved_as_one_process,
+    shards_weights,
     untie_originals,
 )
 from training.trainer.interruption import protect_workers
@@ -72,13 +76,13 @@ class HoneybeeTrainer(SFTTrainer):
     rates of their own, it has them as `learning_rate_vision` and `learning_rate_projector`.
 
     Evaluated is the loss alone, without logits: the mean over all learned tokens of a dataset, whatever shares a batch or
-    a process. It changes nothing in the training around it.
+    a process; and then benchmarks. It changes nothing in the training around it.
 
     Args:
         sampler: the order in which samples are read, or `TokenBatches` of them; None for the library's own order, which is
             random.
-        learning_rates: of parts of the model that have another one than `args.learning_rate`: "vision", "projector". The
-            other arguments are SFTTrainer's.
+        learning_rates: of parts of the model that have another one than `args.learning_rate`: "vision", "projector".
+        benchmarks: what the model is asked at each evaluation. The other arguments are SFTTrainer's.
     """
 
     def __init__(
@@ -86,9 +90,11 @@ class HoneybeeTrainer(SFTTrainer):
         *args,
         sampler: Sampler | TokenBatches | None = None,
         learning_rates: dict[str, float] | None = None,
+        benchmarks: Benchmarks | None = None,
         **kwargs,
     ):
         self.sampler, self.learning_rates = sampler, learning_rates or {}
+        self.benchmarks, self._whole_copy = benchmarks, None
         if isinstance(sampler, (LengthGroupedSampler, TokenBatches)):
             sampler.epoch = lambda: int(self.state.epoch or 0)
         self._counts = self._counted_since = None
@@ -98,6 +104,8 @@ class HoneybeeTrainer(SFTTrainer):
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         self.model_accepts_loss_kwargs = not getattr(parallelism, "sp_enabled", False)
         check_saves_whole_models(self.accelerator.state)
+        if benchmarks is not None and shards_weights(self.accelerator.state):
+            self._whole_copy = WholeCopy(self.model)
         gather_head_before_use(self.model)
         if self.is_fsdp_enabled:
             untie_originals(self.model)
@@ -184,18 +192,55 @@ class HoneybeeTrainer(SFTTrainer):
         self._evaluated.append((loss.item() * learned if learned else 0.0, learned))
         return loss, *rest
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        start, self._evaluated = time.perf_counter(), []
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        # For each of several datasets the library calls this again, with its name.
+        if eval_dataset is None and self.benchmarks is not None:
+            metrics = {**metrics, **self._ask_benchmarks()}
+        return metrics
+
+    def _ask_benchmarks(self) -> dict[str, float]:
+        # As the library's evaluation: the next step of training turns both back.
+        self.model_wrapped.eval()
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+        show_progress = self.is_local_process_zero() and not self.args.disable_tqdm
+        with self._beside_training(), self._answering() as model, self.accelerator.autocast():
+            metrics = self.benchmarks.metrics(model, self.accelerator, show_progress)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @contextmanager
+    def _answering(self):
+        """The model to generate with, as a Honeybee."""
+        whole = nullcontext(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+        if self._whole_copy is not None:
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+            whole = self._whole_copy.filled(self.model, dtype, self.args.device)
+        # Compiled parts would be compiled anew for a cache, and for each length of an answer.
+        with torch.compiler.set_stance("force_eager"), whole as model:
+            yield model
+
+    @contextmanager
+    def _beside_training(self):
+        """What runs inside takes no random numbers from training, and no time from its speed in the log."""
+        start = time.perf_counter()
         # The data loader draws seeds for its workers from the numbers that training goes on with.
         with torch.random.fork_rng(devices=[]):
+            yield
+        if self._counted_since is not None:
+            began, step = self._counted_since
+            self._counted_since = began + time.perf_counter() - start, step
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._evaluated = []
+        with self._beside_training():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         # The library's is a mean over batches, however many tokens they have.
         sums = torch.tensor([math.fsum(column) for column in zip(*self._evaluated)], device=self.args.device)
         loss, learned = self.accelerator.reduce(sums, "sum").tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(learned, 1)
-        if self._counted_since is not None:
-            began, step = self._counted_since
-            self._counted_since = began + time.perf_counter() - start, step
         return output
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

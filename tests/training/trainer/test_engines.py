@@ -7,6 +7,7 @@ the cells of the table that add least, too.
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -17,6 +18,7 @@ from transformers.integrations.deepspeed import is_deepspeed_available
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import processor_from_vision_text_pretrained
+from tests.evaluation.make_data_root import make_data_root
 from tests.tiny import (
     NEW_PROJECTOR,
     REPOSITORY,
@@ -42,12 +44,13 @@ ENGINES = {
     "zero3-json": ("ddp.yaml", "DEEPSPEED"),
 }
 RUNS = ["align", "instruct", "lora", "mixture", "killed"]
-MORE_RUNS = ["tied", "tied-lora", "grouped", "evaluated", "tokens", "tower", "tower-all", "tower-lora"]
+MORE_RUNS = ["tied", "tied-lora", "grouped", "evaluated", "tokens", "tower", "tower-all", "tower-lora", "asked-lora"]
 CELLS = [(engine, run) for engine in ("ddp", "fsdp2", "zero2", "zero3") for run in RUNS]
 CELLS += [("zero2-json", "align"), ("zero3-json", "instruct"), ("zero3-json", "lora"), ("fsdp2", "tied-lora")]
 CELLS += [("fsdp2", "evaluated"), ("zero3", "evaluated")]
 CELLS += [("fsdp2", "tokens"), ("zero2", "tokens"), ("ddp", "tower-all")]
 CELLS += [(engine, run) for engine in ("ddp", "fsdp2", "zero3") for run in ("tower", "tower-lora")]
+CELLS += [(engine, "asked-lora") for engine in ("ddp", "fsdp2", "zero3")]
 if os.environ.get("HONEYBEE_ALL_ENGINES"):
     CELLS = [(engine, run) for engine in ENGINES for run in RUNS + MORE_RUNS]
 if not is_deepspeed_available():
@@ -58,6 +61,8 @@ SHORT = [
     "--learning_rate", 1e-3, "--adam_epsilon", 1e-6, "--logging_steps", 1, "--bf16", "False", "--report_to", "none",
     "--dataloader_pin_memory", "False", "--save_strategy", "no", "--max_steps", 3,
 ]  # fmt: skip
+# In the last, some questions have no image.
+ASKED = ("mme", "pope", "scienceqa")
 LORA = ["--use_peft", "--lora_r", 4, "--lora_dropout", 0.0, "--merge", "--lora_modules_to_save", "lm_head"]
 
 
@@ -66,6 +71,8 @@ def arguments_of(run: str, root) -> list:
     new = new_model(root)
     kept = ["--set", "eval={text: 0.2, questions: 0.4}", "--metric_for_best_model", "eval_text_loss"]
     best = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps", "--save_steps", 1]
+    asked = ["--eval_tasks", *ASKED, "--eval_tasks_data", root / "benchmarks", "--eval_limit", 8]
+    asked += ["--per_device_eval_batch_size", 3]
     mixture = ["--mixture", root / "mixture" / "recipe.yaml", "--model_name_or_path", root / "tied-model"]
     rates = ["--vision_learning_rate", 5e-4, "--projector_learning_rate", 2e-3]
     return {
@@ -73,7 +80,8 @@ def arguments_of(run: str, root) -> list:
         "instruct": [*data, root / "text-model", "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2],
         "lora": [*data, root / "text-model", *LORA],
         "mixture": mixture,
-        "evaluated": [*mixture, *kept, *best, "--load_best_model_at_end", "--eval_on_start"],
+        "evaluated": [*mixture, *kept, *best, *asked, "--load_best_model_at_end", "--eval_on_start"],
+        "asked-lora": [*data, root / "text-model", *LORA, *best[:4], *asked, "--eval_on_start"],
         "tied": [*data, root / "tied-model"],
         "tied-lora": [*data, root / "tied-model", *LORA],
         "tokens": [*data, root / "text-model", "--max_tokens_per_batch", 100, "--max_length", 100],
@@ -118,6 +126,7 @@ def write_world(root) -> None:
         processor_from_vision_text_pretrained(vision, text, 4).save_pretrained(root / f"{name}-model")
     write_dataset(root / "data", [sample(i, image=i % 2 == 0) for i in range(16)])
     write_mixture(root / "mixture")
+    make_data_root(root / "benchmarks")
     auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping"), "auto")
     zero2 = {**auto, "gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}}
     (root / "zero2-json.json").write_text(json.dumps(zero2))
@@ -159,6 +168,25 @@ def losses(folder) -> list[float]:
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     names = ("loss", "eval_text_loss", "eval_questions_loss")
     return [row[name] for row in history for name in names if name in row]
+
+
+@pytest.mark.parametrize(("engine", "run"), [cell for cell in CELLS if re.search("evaluated|asked", str(cell))])
+def test_an_engine_answers_as_one_process(engine, run, world):
+    root, _ = world
+    one, *ranks = (
+        {(name, step): answers for name, step, answers in map(json.loads, path.read_text().splitlines())}
+        for path in (
+            root / "one" / f"{run}.log.0.answers",
+            *(root / engine / f"{run}.log.{rank}.answers" for rank in range(2)),
+        )
+    )
+    assert ranks[0] == ranks[1] and list(ranks[0]) == list(one) and len(one) == 4 * len(ASKED)
+    for name in ASKED:
+        assert ranks[0][name, 0] == one[name, 0]
+        assert len(set(one[name, 0].values())) > 1, "the model looks at what it is asked"
+    # Its weights are those of one process but for rounding, which may change an answer.
+    changed = sum(one[key][question] != ranks[0][key][question] for key in one for question in one[key])
+    assert changed <= sum(map(len, one.values())) / 10
 
 
 def settings(file) -> dict:
