@@ -18,6 +18,7 @@ from modeling_honeybee.model_folder import RUN_FILE, STATE_FILE
 from training.recipe.config import Recipe
 from training.run.lora import LORA_SETTINGS
 from training.run.settings import Settings
+from training.samples import BUFFER_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -216,9 +217,13 @@ def changes_since(identity: dict, training_args: SFTConfig) -> list[str]:
         return []
     with open(mark, encoding="utf-8") as file:
         before = json.load(file)
-    before = {"eval_split_size": None, **before, **before.get("training", {})}  # the first is younger than some marks,
+    # The settings with a default here are younger than some marks.
+    before = {"eval_split_size": None, "streaming": False, **before, **before.get("training", {})}
     if before.get("mixture"):
-        before["mixture"] = {"eval": {}, **before["mixture"]}  # and so is this
+        before["mixture"] = {"eval": {}, **before["mixture"]}
+        if "own" in before["mixture"]:
+            young = {"streaming": False, "buffer_size": BUFFER_SIZE}
+            before["mixture"]["own"] = [{**young, **dataset} for dataset in before["mixture"]["own"]]
     now = {**identity, **recorded(training_args)}
     changed = sorted(key for key in now if key not in CHANGEABLE and before.get(key, now[key]) != now[key])
     return [f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed]
