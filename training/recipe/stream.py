@@ -183,8 +183,11 @@ class ShuffledStream(Stream):
         self._restart()
 
     def _restart(self):
+        if "_close" in vars(self):
+            self._close()
         self._iterator = _endless_blocks(self.shards, self.seed, self.buffer_size)
-        weakref.finalize(self, self._iterator.close)  # at the interpreter's end `datasets` is gone before its iterators
+        # Also before the interpreter ends: an iterator of `datasets` closes with what is gone then.
+        self._close = weakref.finalize(self, self._iterator.close)
         self._next, self._kept = 0, deque()  # position of the next block; (position, block) of those before
         self._process = os.getpid()
 

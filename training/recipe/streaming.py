@@ -2,17 +2,21 @@
 """Conversations that are read while training: of files by a pattern, a folder or the Hub."""
 
 import importlib.util
+import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import fsspec
 import pyarrow as pa
-from datasets import IterableDataset, load_dataset, load_dataset_builder
+from datasets import IterableDataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
+from pyarrow.parquet import ParquetFile
 
 from training.conversations import READ, UNREAD, as_messages, media_in, normalize_conversation, unread_column
 from training.recipe.stream import ShuffledStream
@@ -25,7 +29,6 @@ CHECKED = 64  # records that are looked at before a run starts
 # Extension -> how a file is read; lines may be compressed.
 KINDS = {"jsonl": "lines", "ndjson": "lines", "parquet": "parquet", "tar": "tar"}
 COMPRESSIONS = ("gz", "bz2", "xz", "zst")
-TEXT_CHUNK = 1 << 20  # bytes of each of the files that are read in turn
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
@@ -35,7 +38,7 @@ def open_stream(
     columns: dict[str, str] | None = None,
     seed: int = 0,
     buffer_size: int = BUFFER_SIZE,
-) -> tuple[ShuffledStream, Callable[[dict], dict]]:
+) -> tuple[ShuffledStream, Callable[[Any], dict]]:
     """The records of a dataset that is not read in advance, and what makes conversations of them.
 
     Args:
@@ -60,13 +63,14 @@ def open_stream(
 
 def stream_root(name: str) -> str:
     """The folder of relative image paths in the files of a pattern: the one in front of the first wildcard."""
-    if os.path.isdir(name) or not (is_pattern(name) or os.path.isfile(name)):
+    if os.path.isfile(name):
+        return os.path.dirname(os.path.abspath(name))
+    if os.path.isdir(name) or "://" in name or not is_pattern(name):
         return ""
-    head = name if os.path.isfile(name) else name[: min(name.index(sign) for sign in PATTERN if sign in name)]
-    return os.path.dirname(os.path.abspath(head))
+    return os.path.abspath(os.path.dirname(name[: min(name.index(sign) for sign in PATTERN if sign in name)]))
 
 
-def _open(name: str, split: str) -> tuple[list, Callable[[dict], dict]]:
+def _open(name: str, split: str) -> tuple[list, Callable[[Any], dict]]:
     """Shards, and what makes a row of a record."""
     if os.path.isfile(os.path.join(name, "dataset_dict.json")) or os.path.isfile(os.path.join(name, "state.json")):
         raise ValueError(
@@ -86,7 +90,8 @@ def _open(name: str, split: str) -> tuple[list, Callable[[dict], dict]]:
         kinds = {_extension(file) for file in files}
         if len(kinds) == 1 and kinds <= KINDS.keys():
             return _open_files(name, files, KINDS[kinds.pop()])
-        return _arrow_shards(builder.as_streaming_dataset(split=split)), _as_it_is
+        records = builder.as_streaming_dataset(split=split)
+        return [partial(_shard, records, number) for number in range(records.num_shards)], _as_it_is
     except (DatasetsError, ConnectionError) as error:
         raise ValueError(f"dataset {name!r} cannot be streamed ({error})") from error
 
@@ -125,40 +130,62 @@ def _kind_of(name: str, files: list[str]) -> str:
     return kinds.pop()
 
 
-def _open_files(name: str, files: list[str], kind: str) -> tuple[list, Callable[[dict], dict]]:
-    if kind == "tar":
-        return [partial(_tar_pieces, file) for file in files], _tar_row
-    if kind == "parquet":
-        rows = {"batch_size": BUFFER_SIZE}  # else all rows of a row group are in memory at once
-        return _arrow_shards(_load("parquet", name, files, **rows)), _as_it_is
+def _open_files(name: str, files: list[str], kind: str) -> tuple[list, Callable[[Any], dict]]:
     if any(file.endswith(".zst") for file in files) and importlib.util.find_spec("zstandard") is None:
         raise ValueError(f"dataset {name!r}: .zst files need the package zstandard; pip install zstandard")
-    # As text, so that a line is parsed only where it is used, and a broken one is one bad record.
-    return _arrow_shards(_load("text", name, files, chunksize=TEXT_CHUNK)), _json_row
+    read, parse = {"lines": (_lines, _json_row), "parquet": (_tables, _as_it_is), "tar": (_tar_samples, _tar_row)}[kind]
+    return [partial(_pieces, read, file) for file in files], parse
 
 
-def _load(kind: str, name: str, files: list[str], **settings) -> IterableDataset:
+# How a file is read. Nothing here has threads: workers are forked, and those of `pyarrow.dataset` may abort a process that ends.
+
+
+def _pieces(read: Callable[[str, int], Iterator], file: str, rows: int) -> Iterator:
+    """Raises an OSError that names the file."""
     try:
-        return load_dataset(kind, data_files=files, split="train", streaming=True, **settings)
-    except (DatasetsError, ValueError, pa.ArrowException) as error:
-        raise ValueError(f"dataset {name!r} cannot be read ({error.__cause__ or error}); repair the files") from error
+        yield from read(file, rows)
+    except Exception as error:  # what decoders raise on broken data has no common class
+        raise OSError(f"{file}: {type(error).__name__}: {error}") from error
 
 
-def _arrow_shards(records: IterableDataset) -> list:
-    return [partial(_tables, records, number) for number in range(records.num_shards)]
+def _lines(file: str, rows: int) -> Iterator[list[bytes]]:
+    with _decompressed(file) as opened:
+        while lines := list(islice(opened, rows)):
+            yield lines
 
 
-def _tables(records: IterableDataset, number: int, rows: int) -> Iterator[pa.Table]:
-    yield from records.shard(records.num_shards, number).with_format("arrow").iter(batch_size=rows)
+@contextmanager
+def _decompressed(file: str) -> Iterator[Iterable[bytes]]:
+    if not file.endswith(".zst"):
+        with fsspec.open(file, "rb", compression="infer") as opened:
+            yield opened
+        return
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor()
+    # fsspec would stop behind the first frame.
+    with fsspec.open(file, "rb") as raw, decompressor.stream_reader(raw, read_across_frames=True) as opened:
+        yield io.BufferedReader(opened)
 
 
-def _tar_pieces(file: str, rows: int) -> Iterator[list[dict]]:
+def _tables(file: str, rows: int) -> Iterator[pa.Table]:
+    with fsspec.open(file, "rb") as opened:
+        # Read in small parts: a row group may be as large as its file.
+        for batch in ParquetFile(opened, buffer_size=1 << 20).iter_batches(batch_size=rows, use_threads=False):
+            yield pa.Table.from_batches([batch])
+
+
+def _tar_samples(file: str, rows: int) -> Iterator[list[dict]]:
     def wanted(extension: str) -> bool:
         return extension in ("json", "txt") or _is_picture(extension)
 
     samples = stream_tar(file, wanted)
-    while piece := list(islice(samples, rows)):
-        yield piece
+    while found := list(islice(samples, rows)):
+        yield found
+
+
+def _shard(records: IterableDataset, number: int, rows: int) -> Iterator[pa.Table]:
+    yield from records.shard(records.num_shards, number).with_format("arrow").iter(batch_size=rows)
 
 
 def _is_picture(extension: str) -> bool:
@@ -172,10 +199,10 @@ def _as_it_is(record: dict) -> dict:
     return record
 
 
-def _json_row(record: dict) -> dict:
-    row = json.loads(record["text"])
+def _json_row(line: bytes) -> dict:
+    row = json.loads(line)
     if not isinstance(row, dict):
-        raise ValueError(f"the line {record['text'][:80]!r} is not a JSON object")
+        raise ValueError(f"the line {line[:80]!r} is not a JSON object")
     return row
 
 
@@ -194,7 +221,7 @@ def _tar_row(record: dict[str, tuple[str, bytes]]) -> dict:
     return {**row, "images": pictures} if pictures else row
 
 
-def _conversation(record: dict, parse: Callable[[dict], dict], columns: dict[str, str]) -> dict:
+def _conversation(record: dict, parse: Callable[[Any], dict], columns: dict[str, str]) -> dict:
     """A record as `normalize_conversation` takes it.
 
     Raises:
