@@ -264,10 +264,10 @@ def load_conversations(name: str, split: str = "train", columns: dict[str, str] 
     """
     extension = os.path.splitext(name)[1].lstrip(".")
     if looks_local(name) and not os.path.exists(name):
-        remedy = "give an existing file or folder, or a Hub name"
-        if is_pattern(name):
-            remedy = "to read the files of a pattern, stream them (--streaming)"
-        raise FileNotFoundError(f"dataset {name!r} does not exist; {remedy}")
+        streamed = "; a pattern of files is for --streaming" if is_pattern(name) else ""
+        raise FileNotFoundError(
+            f"dataset {name!r} does not exist; give an existing file or folder, or a Hub name{streamed}"
+        )
     if os.path.isfile(name):
         if extension not in ("json", "jsonl", "parquet"):
             raise ValueError(

@@ -367,3 +367,19 @@ def test_images_lie_beside_the_files(tmp_path):
     roots = [stream_root(str(tmp_path / name)) for name in ("a/b/x.tar", "a/b/*.tar", "a/*/x.tar", "a/b/x?.tar", "a")]
     assert roots == [*map(str, (tmp_path / "a" / "b", tmp_path / "a" / "b", tmp_path / "a", tmp_path / "a" / "b")), ""]
     assert stream_root("user/name") == stream_root("file:///data/*.tar") == ""
+
+
+def test_urls_and_formats_of_datasets_are_read_too(files, tmp_path):
+    path = files("jsonl.gz")
+    assert answers("file://" + path, range(20), seed=1) == answers(path, range(20), seed=1)
+    (tmp_path / "lists").mkdir()
+    for number in range(3):
+        (tmp_path / "lists" / f"{number}.json").write_text(json.dumps([row(number * 10 + i) for i in range(10)]))
+    read = answers(str(tmp_path / "lists"), range(60), buffer_size=10)
+    assert sorted(read[:30]) == sorted(read[30:]) == list(range(30)) and read[:30] != read[30:]
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    picture(3).save(pictures / "a.png")
+    (pictures / "metadata.jsonl").write_text(lines([{"messages": row(7)["messages"], "file_name": "a.png"}]))
+    mixture = open_streamed(str(pictures), "train", 10, 1, seed=0)
+    assert list(mixture[0]["images"][0].getdata()) == list(picture(3).getdata())
