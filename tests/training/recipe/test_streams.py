@@ -354,7 +354,7 @@ def test_streams_join_a_recipe(files, tmp_path):
         load_recipe(plain)
 
 
-def test_checkpoints_of_mixtures_without_files_still_load(files):
+def test_checkpoints_of_mixtures_without_files_still_load():
     source = Source("x", "a", range(9), lambda record, rng: row(record))
     mixture = Mixture([source], np.ones(1), 9)
     assert "files" not in mixture.state_dict()
