@@ -18,13 +18,14 @@ from tqdm.auto import tqdm
 
 from processing import open_image
 from processing.processing_honeybee import IMAGE_TOKEN, flat_images
-from training.samples import COLUMNS, BadSampleError, looks_local
+from training.samples import COLUMNS, BadSampleError, is_pattern, looks_local
 
 logger = logging.getLogger(__name__)
 
 # Decoding is the only way to find a truncated file, and it takes milliseconds an image. Beyond this many images the
 # rest is checked for existence only; the collator names a broken one when it meets it.
 MAX_DECODED_CHECKS = 1000
+READ = {"messages", "images", "image", "system", "chat_template"}
 # Columns that would be missed in training: by the names that other trainers read, and by the endings of file names.
 UNREAD = {"video", "videos", "audio", "audios", "tools", "documents"}
 MEDIA = re.compile(
@@ -181,7 +182,9 @@ def _exists(image, root: str) -> bool:
     return True
 
 
-def _as_messages(example: dict) -> dict:
+def as_messages(example: dict) -> dict:
+    """The `messages` of a row with `prompt` and `completion`."""
+
     def turns(side, role: str) -> list[dict]:
         return [{"role": role, "content": side}] if isinstance(side, str) else list(side or ())
 
@@ -205,14 +208,22 @@ def _rename(dataset: Dataset, name: str, columns: dict[str, str]) -> Dataset:
     return dataset.remove_columns(clashing).rename_columns(renamed)
 
 
-def _media(value) -> str | None:
+def media_in(value) -> str | None:
     """What in a value of a column is a picture, sound or film, or where one is."""
     if isinstance(value, (dict, list)):
         parts = value.values() if isinstance(value, dict) else value
-        return next(filter(None, map(_media, parts)), None)
+        return next(filter(None, map(media_in, parts)), None)
     if isinstance(value, bytes):
         return "bytes"
     return repr(value[:80]) if isinstance(value, str) and MEDIA.search(value) else None
+
+
+def unread_column(name: str, column: str, held: str) -> str:
+    """What is said of a column with pictures or other data that the conversations need, and that training does not read."""
+    return (
+        f"dataset {name!r} has a column {column!r} with {held}, which training does not read; pictures belong in `images` (a "
+        "recipe's `columns` renames), and what is not needed has to be removed from the dataset"
+    )
 
 
 def _check_columns(dataset: Dataset, name: str) -> None:
@@ -224,7 +235,7 @@ def _check_columns(dataset: Dataset, name: str) -> None:
     ignored = []
     for column, feature in dataset.features.items():
         values = dataset.data.column(column)
-        if column in ("messages", "images", "image", "system", "chat_template") or values.null_count == len(values):
+        if column in READ or values.null_count == len(values):
             continue
         feature = getattr(feature, "feature", None) or feature
         held = "pictures, sound or films" if isinstance(feature, (Image, Audio, Video)) else None
@@ -232,12 +243,9 @@ def _check_columns(dataset: Dataset, name: str) -> None:
             held = "data"
         elif not held:
             some = islice((value for value in values if value.is_valid), 1000)
-            held = next(filter(None, (_media(value.as_py()) for value in some)), None)
+            held = next(filter(None, (media_in(value.as_py()) for value in some)), None)
         if held:
-            raise ValueError(
-                f"dataset {name!r} has a column {column!r} with {held}, which training does not read; pictures belong in "
-                "`images` (a recipe's `columns` renames), and what is not needed has to be removed from the dataset"
-            )
+            raise ValueError(unread_column(name, column, held))
         ignored.append(column)
     if ignored:
         logger.warning("columns of dataset %r that are not read: %s", name, ", ".join(ignored))
@@ -256,10 +264,15 @@ def load_conversations(name: str, split: str = "train", columns: dict[str, str] 
     """
     extension = os.path.splitext(name)[1].lstrip(".")
     if looks_local(name) and not os.path.exists(name):
-        raise FileNotFoundError(f"dataset {name!r} does not exist; give an existing file or folder, or a Hub name")
+        streamed = "; a pattern of files is for --streaming" if is_pattern(name) else ""
+        raise FileNotFoundError(
+            f"dataset {name!r} does not exist; give an existing file or folder, or a Hub name{streamed}"
+        )
     if os.path.isfile(name):
         if extension not in ("json", "jsonl", "parquet"):
-            raise ValueError(f"dataset {name!r} is not a .jsonl, .json or .parquet file; convert it to one of them")
+            raise ValueError(
+                f"dataset {name!r} is not a .jsonl, .json or .parquet file; convert it, or stream it (--streaming)"
+            )
         if os.path.getsize(name) == 0:
             raise ValueError(f"dataset {name!r} is empty; give it at least one sample")
         if split != "train":
@@ -285,7 +298,7 @@ def load_conversations(name: str, split: str = "train", columns: dict[str, str] 
     found = dataset.column_names
     if "messages" not in found:
         if "prompt" in found and "completion" in found:
-            dataset = undecoded(dataset).map(_as_messages, remove_columns=["prompt", "completion"])
+            dataset = undecoded(dataset).map(as_messages, remove_columns=["prompt", "completion"])
         else:
             raise ValueError(
                 f"dataset {name!r} has the columns {', '.join(found)}, but training reads `messages`, or `prompt` and "

@@ -35,6 +35,20 @@ class TooManyBadSamplesError(RuntimeError):
     """More samples than allowed could not be used."""
 
 
+BUFFER_SIZE = 1000  # records of a stream that are shuffled together, as many as in `datasets`
+PATTERN = "*?["  # what makes a name a pattern of files
+
+
 def looks_local(name: str) -> bool:
     """Whether the name of a dataset means something on this disk, also where it is not there."""
-    return os.path.isabs(name) or name.startswith(".") or name.endswith((".json", ".jsonl", ".parquet"))
+    return (
+        os.path.isabs(name)
+        or name.startswith(".")
+        or name.endswith((".json", ".jsonl", ".parquet"))
+        or is_pattern(name)
+    )
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name stands for files that match it."""
+    return any(sign in name for sign in PATTERN)

@@ -18,19 +18,15 @@ a stream, and its image is {"path", "bytes"}. The words around a question are in
 """
 
 import json
-import logging
 import os
 import re
-import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from glob import escape, glob, has_magic
 from itertools import chain, zip_longest
 
 from training.recipe.json_stream import stream_json
-
-logger = logging.getLogger(__name__)
+from training.recipe.tar_stream import stream_tar
 
 TURN = ("question", "answer", "options", "context", "phrase", "bbox")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -229,10 +225,7 @@ def _read_sharegpt(name, root, paths):
 
 
 def _read_pairs(name: str, root: str, paths: list[str]) -> Iterator[dict]:
-    """The samples of webdataset tars: neighbouring members whose names agree up to the first dot.
-
-    `datasets` reads them too, but an undecodable member that nobody needs (img2dataset adds a .json) ends its stream.
-    """
+    """The samples of webdataset tars."""
 
     def pair(files: dict[str, tuple[str, bytes]]) -> dict:
         path, image = files.get("jpg", (None, None))
@@ -247,29 +240,8 @@ def _read_pairs(name: str, root: str, paths: list[str]) -> Iterator[dict]:
             "turns": [] if caption is None else [_turn(answer=caption)],
         }
 
-    for tar_path in paths:
-        key, files = None, {}
-        try:
-            with tarfile.open(tar_path, "r|*") as tar:
-                for member in tar:
-                    if not member.isfile():
-                        continue
-                    folder, base = os.path.split(member.name)
-                    base, _, extension = base.partition(".")
-                    if files and (folder, base) != key:
-                        yield pair(files)
-                        files = {}
-                    key = folder, base
-                    extension = extension.lower()
-                    files[extension] = (
-                        member.name,
-                        tar.extractfile(member).read() if extension in ("jpg", "txt") else b"",
-                    )
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-            logger.warning("%s: %s; what is left of it is one malformed record", tar_path, error)
-            files = {"": ("", b"")}
-        if files:
-            yield pair(files)
+    for path in paths:
+        yield from map(pair, stream_tar(path, ("jpg", "txt").__contains__))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import yaml
 
 from training.recipe.balancing import BALANCINGS
 from training.recipe.catalogue import DATASETS, TASKS, annotation_files
-from training.samples import COLUMNS, looks_local
+from training.samples import BUFFER_SIZE, COLUMNS, is_pattern, looks_local
 from training.yaml_file import is_of_type, read_yaml
 
 # The weights of the official fine-tuning mixture.
@@ -87,10 +87,12 @@ class OwnDataset:
 
     Args:
         name: in the mixture, unique.
-        path: a Hub name, or a file or folder as `load_conversations` takes it.
+        path: a Hub name, or a file or folder as `load_conversations` takes it; of a stream as `open_stream` does.
         split: of a Hub dataset or a saved `DatasetDict`.
         task: the one that `per-task` counts it to.
         columns: name out of `COLUMNS` -> the dataset's name for it.
+        streaming: read it while training, and not in advance.
+        buffer_size: records of the stream that are shuffled together.
     """
 
     name: str
@@ -98,6 +100,8 @@ class OwnDataset:
     split: str = "train"
     task: str = "visual-instruction"
     columns: dict[str, str] = field(default_factory=dict)
+    streaming: bool = False
+    buffer_size: int = BUFFER_SIZE
 
 
 @dataclass
@@ -212,6 +216,10 @@ def _dataset_problems(recipe: Recipe) -> Iterator[str]:
         for column in own.columns:
             if column not in COLUMNS:
                 yield _unknown(f"own {own.name}: columns", column, COLUMNS)
+        if own.buffer_size < 1:
+            yield f"own {own.name}: buffer_size={own.buffer_size} must be at least 1, which shuffles nothing but files"
+        elif own.buffer_size != BUFFER_SIZE and not own.streaming:
+            yield f"own {own.name}: buffer_size={own.buffer_size} is for a stream; add streaming: true, or leave it out"
 
 
 def _turn_problems(recipe: Recipe) -> Iterator[str]:
@@ -231,11 +239,14 @@ def _turn_problems(recipe: Recipe) -> Iterator[str]:
 
 def _eval_problems(recipe: Recipe) -> Iterator[str]:
     chosen = recipe.chosen() if DATASETS.keys() >= set(recipe.datasets) else recipe.eval
+    streamed = {own.name for own in recipe.own if own.streaming}
     for name, share in recipe.eval.items():
         if name not in chosen:
             yield _unknown("eval", name, chosen)
         elif name in DATASETS and DATASETS[name].task == "captioning":
             yield f"eval.{name}={share}: captions are a stream, of which nothing can be kept; leave it out"
+        elif name in streamed:
+            yield f"eval.{name}={share}: nothing can be kept of a stream; leave it out, or use --eval_dataset"
         if not 0 < share < 1:
             yield f"eval.{name}={share} is not a share; use one between 0 and 1, for instance 0.01"
 
@@ -369,9 +380,10 @@ def missing_files(settings: dict, datasets: list[str]) -> list[str]:
         problems.append(f"templates {templates!r} do not exist; correct the path or leave it out")
     own_datasets = settings.get("own")
     for own in own_datasets if isinstance(own_datasets, list) else ():
-        path = own.get("path") if isinstance(own, dict) else None
+        path = own.get("path") if isinstance(own, dict) and own.get("streaming") is not True else None
         if isinstance(path, str) and looks_local(path) and not os.path.exists(path):
-            problems.append(f"own {own.get('name')}: path {path!r} does not exist; give a file, a folder or a Hub name")
+            remedy = "add streaming: true" if is_pattern(path) else "give a file, a folder or a Hub name"
+            problems.append(f"own {own.get('name')}: path {path!r} does not exist; {remedy}")
     return problems
 
 

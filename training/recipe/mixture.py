@@ -24,7 +24,7 @@ from torch.utils.data import get_worker_info
 
 from processing import open_image
 from training.conversations import normalize_conversation
-from training.recipe.stream import Stream
+from training.recipe.stream import ShuffledStream, Stream
 from training.samples import REASONS, BadSampleError, TooManyBadSamplesError
 
 logger = logging.getLogger(__name__)
@@ -393,7 +393,8 @@ class Mixture(torch.utils.data.Dataset):
 
     def _identity(self) -> dict:
         sources = {s.name: [s.size, float(w)] for s, w in zip(self.sources, self.weights)}
-        return {"seed": self.seed, "sources": sources}
+        files = {s.name: len(s.records.shards) for s in self.sources if isinstance(s.records, ShuffledStream)}
+        return {"seed": self.seed, "sources": sources, **({"files": files} if files else {})}
 
     def state_dict(self) -> dict:
         """What was mixed and what was skipped. The position is not in it: the trainer keeps it."""
@@ -406,9 +407,9 @@ class Mixture(torch.utils.data.Dataset):
             ValueError: the checkpoint is of another mixture, which gives other samples.
         """
         for key, now in self._identity().items():
-            if state[key] != now:
+            if state.get(key) != now:
                 raise ValueError(
-                    f"the checkpoint's mixture has {key}={state[key]} and this one has {now}; resume with the same "
+                    f"the checkpoint's mixture has {key}={state.get(key)} and this one has {now}; resume with the same "
                     "data, weights and seed, or start a new run"
                 )
         self._counts.zero_()

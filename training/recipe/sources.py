@@ -3,8 +3,12 @@
 
 import math
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import numpy as np
 from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetsError
 
@@ -16,9 +20,9 @@ from training.recipe.instructize import Instructions, instructize
 from training.recipe.mixture import Fits, Mixture, Source
 from training.recipe.records import read
 from training.recipe.stream import Stream
+from training.recipe.streaming import CHECKED, open_stream, stream_root
 from training.recipe.turns import choose_turns, merge_turns
-
-SHUFFLE_BUFFER = 1000  # records of a stream, undecoded, in each worker
+from training.samples import BUFFER_SIZE
 
 
 def render_record(
@@ -28,6 +32,14 @@ def render_record(
     if deduplicate is not None and record.get("turns"):
         record = {**record, "turns": choose_turns(record["turns"], deduplicate, keep, rng)}
     return instructize(record, instructions, rng)
+
+
+def render_streamed(
+    record, rng: random.Random, *, convert: Callable[[Any], dict], render: Callable | None = None
+) -> dict:
+    """A record of a stream as a conversation, in the words of the recipe if there is one."""
+    conversation = convert(record)
+    return conversation if render is None else render(conversation, rng)
 
 
 def open_sources(recipe: Recipe, path: str = "the recipe") -> list[Source]:
@@ -59,12 +71,16 @@ def _open(name: str, own: OwnDataset | None, recipe: Recipe, instructions: Instr
     deduplicate = recipe.turns.deduplicate.get(name)
     render = partial(render_record, instructions=instructions, deduplicate=deduplicate, keep=recipe.turns.keep)
     share = recipe.eval.get(name)
+    if own is not None and own.streaming:
+        stream, convert = open_stream(own.path, own.split, own.columns, recipe.seed, own.buffer_size)
+        render = partial(render_streamed, convert=convert, render=render)
+        return Source(name, own.task, stream, render, stream_root(own.path))
     if own is not None:
         dataset, held_out = keep_share(load_conversations(own.path, own.split, own.columns), share, recipe.seed)
         return Source(name, own.task, dataset, render, image_root(own.path), held_out)
     records, held_out = read(name, recipe.data_root), None
     if isinstance(records, IterableDataset):
-        records = Stream(records.shuffle(seed=recipe.seed, buffer_size=SHUFFLE_BUFFER))
+        records = Stream(records.shuffle(seed=recipe.seed, buffer_size=BUFFER_SIZE))
     else:
         records = merge_turns(records, recipe.turns.max_turns.get(name, 1), deduplicate)
         records, held_out = keep_share(records, share, recipe.seed)
@@ -97,3 +113,24 @@ def open_mixture(recipe: Recipe, num_samples: int, path: str = "the recipe", fit
     sources = open_sources(recipe, path)
     weights = sampling_weights(sources, recipe.balancing, recipe.weights)
     return Mixture(sources, weights, num_samples, recipe.seed, recipe.max_bad_fraction, fits)
+
+
+def open_streamed(
+    name: str, split: str, buffer_size: int, num_samples: int, seed: int, fits: Fits | None = None
+) -> Mixture:
+    """A stream alone, as a mixture of one, its first samples read with their images.
+
+    Args:
+        name, split: as [`open_stream`].
+        num_samples, fits: as [`open_mixture`].
+
+    Raises:
+        ValueError, FileNotFoundError: as [`open_stream`].
+        TooManyBadSamplesError: too many of the first samples cannot be used.
+    """
+    stream, convert = open_stream(name, split, seed=seed, buffer_size=buffer_size)
+    source = Source(name, "stream", stream, partial(render_streamed, convert=convert), stream_root(name))
+    trial = Mixture([source], np.ones(1), min(CHECKED, num_samples), seed, fits=fits)
+    for draw in range(len(trial)):
+        trial[draw]
+    return Mixture([replace(source, records=stream.anew())], np.ones(1), num_samples, seed, fits=fits)

@@ -7,6 +7,7 @@ from typing import Any, get_origin, get_type_hints
 
 from trl import TrlParser
 
+from training.samples import BUFFER_SIZE
 from training.stages import TRAINED
 from training.yaml_file import is_of_type, parts_of
 
@@ -42,6 +43,14 @@ class HoneybeeArguments:
         metadata={"help": "Settings of the mixture to change, as setting=value.", "aliases": ["--set"]},
     )
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read --dataset while training: a Hub name, a folder, or .jsonl, .jsonl.zst, .parquet or .tar files by "
+                  "a pattern in quotes."},
+    )  # fmt: skip
+    buffer_size: int = field(
+        default=BUFFER_SIZE, metadata={"help": "Records of the stream that are shuffled together, in each worker."}
+    )
     eval_dataset: dict | str | None = field(
         default=None,
         metadata={"help": "What --eval_strategy evaluates: as --dataset, or a name for each of several, as JSON or a YAML "

@@ -18,6 +18,7 @@ from modeling_honeybee.model_folder import RUN_FILE, STATE_FILE
 from training.recipe.config import Recipe
 from training.run.lora import LORA_SETTINGS
 from training.run.settings import Settings
+from training.samples import BUFFER_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ NOT_THE_RUN = (
 
 # Settings that are younger than some marks, and what a run did that has them not in its mark.
 YOUNGER = {
-    "batches_by_tokens": False, "eval_split_size": None, "train_vision_tower": None, "lora_vision": False,
+    "batches_by_tokens": False, "eval_split_size": None, "streaming": False, "train_vision_tower": None, "lora_vision": False,
     "vision_learning_rate": None, "projector_learning_rate": None,
 }  # fmt: skip
 
@@ -233,7 +234,10 @@ def changes_since(identity: dict, training_args: SFTConfig) -> list[str]:
         before = json.load(file)
     before = {**YOUNGER, **before, **before.get("training", {})}
     if before.get("mixture"):
-        before["mixture"] = {"eval": {}, **before["mixture"]}  # younger, too
+        before["mixture"] = {"eval": {}, **before["mixture"]}
+        if "own" in before["mixture"]:
+            young = {"streaming": False, "buffer_size": BUFFER_SIZE}
+            before["mixture"]["own"] = [{**young, **dataset} for dataset in before["mixture"]["own"]]
     now = {**identity, **recorded(training_args)}
     changed = sorted(key for key in now if key not in CHANGEABLE and before.get(key, now[key]) != now[key])
     return [f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed]

@@ -71,6 +71,7 @@ CHOICES = {"batching": BATCHINGS, "dtype": [name for name in DTYPES if name], "s
 MORE_THAN_0 = "more than 0"
 # Setting -> what it must be, and whether it is, given all settings of its class.
 RANGES: dict[str, tuple[str, Callable]] = {
+    "buffer_size": ("at least 1, which shuffles nothing but files", lambda s: s.buffer_size >= 1),
     "early_stopping_patience": ("at least 1", lambda s: s.early_stopping_patience is None or s.early_stopping_patience >= 1),
     "eval_limit": ("at least 1, or leave it out to ask all questions", lambda s: s.eval_limit is None or s.eval_limit >= 1),
     "eval_split_size": ("between 0 and 1, for instance 0.01",
@@ -153,7 +154,12 @@ def _check_data(settings: Settings) -> None:
             raise ValueError(
                 f"--set {' '.join(own.mixture_settings)} changes a mixture, and there is none; give --mixture"
             )
+        _check_streaming(settings)
         return
+    if own.streaming or is_set(own, "buffer_size"):
+        raise ValueError(
+            "--streaming and --buffer_size are for --dataset; a mixture's own datasets have `streaming` and `buffer_size` each"
+        )
     if own.dataset is not None:
         raise ValueError(f"--dataset {own.dataset} and --mixture: give one; a mixture takes datasets under `own`")
     if own.dataset_split != "train":
@@ -188,6 +194,22 @@ def _check_token_batches(settings: Settings) -> None:
         )
     if training.dataloader_drop_last:
         raise ValueError("dataloader_drop_last with max_tokens_per_batch: no batch is to be filled up; leave it out")
+
+
+def _check_streaming(settings: Settings) -> None:
+    own, training = settings.honeybee, settings.training
+    if not own.streaming:
+        if is_set(own, "buffer_size"):
+            raise ValueError(f"--buffer_size {own.buffer_size} shuffles a stream; give --streaming, or leave it out")
+        return
+    if own.eval_split_size is not None:
+        raise ValueError(
+            f"--eval_split_size {own.eval_split_size}: nothing can be kept of a stream; give --eval_dataset a file of its own"
+        )
+    if training.max_steps <= 0:
+        raise ValueError(f"max_steps={training.max_steps}: a stream has no end; give --max_steps the length of the run")
+    if training.ignore_data_skip:
+        raise ValueError("ignore_data_skip would read the stream from its start after resuming; leave it out")
 
 
 def check_evaluation(settings: Settings, recipe: Recipe | None) -> None:
@@ -530,12 +552,12 @@ def check_number(dataset: Dataset, settings: Settings, kind: str = "train") -> N
 def check_images(mixture: Mixture) -> None:
     """Raises a ValueError where alignment would see no image."""
     draws = range(min(SEARCHED_FOR_AN_IMAGE, len(mixture)))
-    images = []
+    ahead, images = mixture.read_ahead(1), []
     for draw in draws:
         with suppress(BadSampleError):
-            images.append(mixture.glance(draw)["images"])
+            images.append(ahead.glance(draw)["images"])
     if images and not any(images):
         raise ValueError(
-            f"none of the mixture's first {len(draws)} samples has an image, and alignment trains the projector alone, "
-            "which reads nothing else; add a captioning dataset, or use --stage instruct"
+            f"none of the first {len(draws)} samples has an image, and alignment trains the projector alone, which reads "
+            "nothing else; give data with images (to a mixture, a captioning dataset), or use --stage instruct"
         )

@@ -90,6 +90,12 @@ def batch_words(settings: Settings) -> str:
 def data_line(settings: Settings, plan: Plan) -> str:
     if plan.mixture is None:
         return f"{settings.honeybee.dataset}, {len(plan.dataset):,} samples"
+    if settings.honeybee.streaming:
+        files = len(plan.mixture.sources[0].records.shards)
+        return (
+            f"{settings.honeybee.dataset}, a stream of {files:,} file{'s' if files > 1 else ''}, "
+            f"{settings.honeybee.buffer_size:,} records shuffled together"
+        )
     shares = ", ".join(f"{s.name} {w:.1%}" for s, w in zip(plan.mixture.sources, plan.mixture.weights))
     return f"a mixture of {len(plan.mixture.sources)} datasets: {shares}"
 

@@ -15,7 +15,7 @@ from training.collator import HoneybeeDataCollator
 from training.conversations import check_dataset, image_root, load_conversations, with_images_opened
 from training.recipe.config import Recipe, load_recipe
 from training.recipe.mixture import Mixture
-from training.recipe.sources import keep_share, open_mixture
+from training.recipe.sources import keep_share, open_mixture, open_streamed
 from training.run.arguments import HoneybeeArguments
 from training.run.checkpoints import check_disk, check_output_dir, find_checkpoint, identity_of
 from training.run.checks import (
@@ -138,17 +138,23 @@ def open_data(
             is the mixture's to skip and count.
     """
     own, needs_images = settings.honeybee, not trains_language_model(settings.honeybee.stage)
+    training = settings.training
+    num_samples = training.max_steps * settings.global_batch_size
     # The first process fills the caches, the others read them.
-    with settings.training.main_process_first(desc="opening the data"):
-        if recipe is None:
+    with training.main_process_first(desc="opening the data"):
+        if own.streaming:
+            seed = training.seed if training.data_seed is None else training.data_seed
+            mixture = open_streamed(
+                own.dataset, own.dataset_split, own.buffer_size, num_samples, seed, collator.check_length
+            )
+        elif recipe is None:
             dataset = load_conversations(own.dataset, own.dataset_split)
             collator.image_root = image_root(own.dataset)
             check_dataset(dataset, collator.image_root, needs_images, collator.check_length)
             return dataset, None
-        path = own.mixture if isinstance(own.mixture, str) else "mixture"
-        mixture = open_mixture(
-            recipe, settings.training.max_steps * settings.global_batch_size, path, collator.check_length
-        )
+        else:
+            path = own.mixture if isinstance(own.mixture, str) else "mixture"
+            mixture = open_mixture(recipe, num_samples, path, collator.check_length)
         if needs_images:
             check_images(mixture)
         return mixture.as_dataset(), mixture
