@@ -105,6 +105,10 @@ def parts_table(counts: dict[str, tuple[int, int]]) -> list[str]:
 
 def keep_trained_in_float32(model: nn.Module) -> None:
     """Under mixed precision only what is computed is in half precision: a step of AdamW is too small for weights in it."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.is_floating_point():
+    tower = [p for name, p in model.named_parameters() if ".model.vision_tower." in f".{name}"]
+    whole = tower if tower and tower[0].requires_grad else []
+    # Trained from its start on, a tower hands float32 to the norm behind its blocks, which is frozen. On a CPU torch has no
+    # norm in half precision for that.
+    for parameter in [*whole, *(p for p in model.parameters() if p.requires_grad)]:
+        if parameter.is_floating_point():
             parameter.data = parameter.data.float()

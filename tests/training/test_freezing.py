@@ -179,6 +179,17 @@ def test_a_block_of_a_half_precision_tower_is_trained_in_float32(tmp_path):
     assert before["model.vision_tower.encoder.layers.0.mlp.fc1.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
+def test_a_half_precision_tower_is_trained_from_its_start_on(tower, tmp_path):
+    """Behind its blocks is a frozen norm, which reads what they make."""
+    model = with_tower(tower).to(torch.bfloat16)
+    freeze_for_stage(model, "align", "all")
+    keep_trained_in_float32(model)
+    before, after, _ = train(model, tmp_path, bf16=True, learning_rate=1e-5)
+    assert changed(before, after) == tower_parameters(model, "all") | {n for n in before if "projector" in n}
+    assert before["model.language_model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
 def test_a_batch_of_text_gives_a_trained_tower_a_gradient_of_zero():
     """Also in one process, whose optimizer would pass over a gradient that is not there. DDP and ZeRO have one."""
     model = with_tower("clip_vision_model").train()

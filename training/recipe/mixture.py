@@ -366,7 +366,7 @@ class Mixture(torch.utils.data.Dataset):
                 raise TooManyBadSamplesError(
                     f"{bad} of {read} {kind} of {name} could not be used ({bad / read:.1%}), more than "
                     f"max_bad_fraction={limit}: {self.report()}. The last is in record {index} of {name}: {detail}. Repair "
-                    "the files, leave the dataset out, or raise max_bad_fraction"
+                    "the files, or in a recipe leave the dataset out or raise max_bad_fraction"
                 )
 
     def skipped(self) -> dict[str, dict[str, int]]:

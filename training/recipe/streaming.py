@@ -134,13 +134,13 @@ def _open_files(name: str, files: list[str], kind: str) -> tuple[list, Callable[
     if any(file.endswith(".zst") for file in files) and importlib.util.find_spec("zstandard") is None:
         raise ValueError(f"dataset {name!r}: .zst files need the package zstandard; pip install zstandard")
     read, parse = {"lines": (_lines, _json_row), "parquet": (_tables, _as_it_is), "tar": (_tar_samples, _tar_row)}[kind]
-    return [partial(_pieces, read, file) for file in files], parse
+    return [partial(_read_file, read, file) for file in files], parse
 
 
 # How a file is read. Nothing here has threads: workers are forked, and those of `pyarrow.dataset` may abort a process that ends.
 
 
-def _pieces(read: Callable[[str, int], Iterator], file: str, rows: int) -> Iterator:
+def _read_file(read: Callable[[str, int], Iterator], file: str, rows: int) -> Iterator:
     """Raises an OSError that names the file."""
     try:
         yield from read(file, rows)

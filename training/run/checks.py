@@ -15,15 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, SFTConfig
 
-from evaluation.tasks import TASKS
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, HoneybeeProjectorConfig
 from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS
 from modeling_honeybee.model_folder import NetworkError, read_model_config
 from processing import HoneybeeProcessor, check_processor
-from training.recipe.config import Recipe
 from training.recipe.mixture import Mixture
 from training.run.arguments import BATCHINGS, HoneybeeArguments
 from training.run.loading import DTYPES
@@ -76,6 +74,7 @@ RANGES: dict[str, tuple[str, Callable]] = {
     "eval_limit": ("at least 1, or leave it out to ask all questions", lambda s: s.eval_limit is None or s.eval_limit >= 1),
     "eval_split_size": ("between 0 and 1, for instance 0.01",
                         lambda s: s.eval_split_size is None or 0 < s.eval_split_size < 1),
+    "global_batch_size": ("at least 1", lambda s: s.global_batch_size is None or s.global_batch_size >= 1),
     "gradient_accumulation_steps": (MORE_THAN_0, lambda s: s.gradient_accumulation_steps > 0),
     "image_size": ("at least one patch; leave it out for the tower's own", lambda s: s.image_size is None or s.image_size >= 1),
     "label_smoothing_factor": ("from 0 to below 1", lambda s: 0 <= s.label_smoothing_factor < 1),
@@ -118,12 +117,7 @@ def check_settings(settings: Settings) -> None:
     _check_parts(settings)
     _check_optimizer(settings.training)
     _check_processes(settings.training)
-    if settings.compile is not None:
-        if settings.liger:
-            raise ValueError(
-                "torch_compile with use_liger_kernel: torch cannot compile Liger's kernels in every release; give one of them"
-            )
-        check_compile(**settings.compile)
+    _check_compile(settings)
     _check_trackers(settings.training)
     _check_hub(settings.training)
 
@@ -149,13 +143,26 @@ def _check_data(settings: Settings) -> None:
         raise ValueError(
             "no data: give --dataset a Hub name or a path, or --mixture a recipe (or no arguments at all for the quickstart)"
         )
-    if own.mixture is None:
-        if own.mixture_settings:
-            raise ValueError(
-                f"--set {' '.join(own.mixture_settings)} changes a mixture, and there is none; give --mixture"
-            )
-        _check_streaming(settings)
+    if own.mixture is not None:
+        _check_mixture(own)
+    elif own.mixture_settings:
+        raise ValueError(f"--set {' '.join(own.mixture_settings)} changes a mixture, and there is none; give --mixture")
+    elif is_set(own, "buffer_size") and not own.streaming:
+        raise ValueError(f"--buffer_size {own.buffer_size} shuffles a stream; give --streaming, or leave it out")
+    elif own.streaming and own.eval_split_size is not None:
+        raise ValueError(
+            f"--eval_split_size {own.eval_split_size}: nothing can be kept of a stream; give --eval_dataset a file of its own"
+        )
+    if own.mixture is None and not own.streaming:
         return
+    kind = "stream" if own.mixture is None else "mixture"
+    if training.max_steps <= 0:
+        raise ValueError(f"max_steps={training.max_steps}: a {kind} has no end; give --max_steps the length of the run")
+    if training.ignore_data_skip:
+        raise ValueError(f"ignore_data_skip would read the {kind} from its start after resuming; leave it out")
+
+
+def _check_mixture(own: HoneybeeArguments) -> None:
     if own.streaming or is_set(own, "buffer_size"):
         raise ValueError(
             "--streaming and --buffer_size are for --dataset; a mixture's own datasets have `streaming` and `buffer_size` each"
@@ -171,12 +178,6 @@ def _check_data(settings: Settings) -> None:
             f"--eval_split_size {own.eval_split_size} is a share of --dataset; a mixture has a share for each dataset "
             "under `eval`, or give --eval_dataset"
         )
-    if training.max_steps <= 0:
-        raise ValueError(
-            f"max_steps={training.max_steps}: a mixture has no end; give --max_steps the length of the run"
-        )
-    if training.ignore_data_skip:
-        raise ValueError("ignore_data_skip would read the mixture from its start after resuming; leave it out")
 
 
 def _check_token_batches(settings: Settings) -> None:
@@ -184,6 +185,15 @@ def _check_token_batches(settings: Settings) -> None:
     tokens, longest = own.max_tokens_per_batch, training.max_length
     if tokens is None:
         return
+    if own.global_batch_size is None:
+        raise ValueError(
+            f"max_tokens_per_batch={tokens} needs to know the samples of a step; give --global_batch_size, for instance 128"
+        )
+    if training.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"gradient_accumulation_steps={training.gradient_accumulation_steps} follows from max_tokens_per_batch={tokens}; "
+            "leave it out"
+        )
     if own.batching != "packed":
         raise ValueError(
             f"max_tokens_per_batch={tokens} is for --batching packed, and this is {own.batching}; leave it out"
@@ -194,114 +204,6 @@ def _check_token_batches(settings: Settings) -> None:
         )
     if training.dataloader_drop_last:
         raise ValueError("dataloader_drop_last with max_tokens_per_batch: no batch is to be filled up; leave it out")
-
-
-def _check_streaming(settings: Settings) -> None:
-    own, training = settings.honeybee, settings.training
-    if not own.streaming:
-        if is_set(own, "buffer_size"):
-            raise ValueError(f"--buffer_size {own.buffer_size} shuffles a stream; give --streaming, or leave it out")
-        return
-    if own.eval_split_size is not None:
-        raise ValueError(
-            f"--eval_split_size {own.eval_split_size}: nothing can be kept of a stream; give --eval_dataset a file of its own"
-        )
-    if training.max_steps <= 0:
-        raise ValueError(f"max_steps={training.max_steps}: a stream has no end; give --max_steps the length of the run")
-    if training.ignore_data_skip:
-        raise ValueError("ignore_data_skip would read the stream from its start after resuming; leave it out")
-
-
-def check_evaluation(settings: Settings, recipe: Recipe | None) -> None:
-    """Whether there is something to evaluate if, and only if, the settings ask for it.
-
-    Raises:
-        ValueError: with the value and the remedy.
-    """
-    own, training = settings.honeybee, settings.training
-    given = [f"--{name}" for name in ("eval_dataset", "eval_split_size") if getattr(own, name) is not None]
-    kept = recipe.eval if recipe is not None else {}
-    given += ["the recipe's eval"] if kept else []
-    _check_tasks(own)
-    if not given and own.eval_tasks is None:
-        asking = [name for name in ("eval_strategy", "load_best_model_at_end", "metric_for_best_model", "eval_on_start")
-                  if is_set(training, name)]  # fmt: skip
-        asking += [name for name in ("early_stopping_patience", "eval_dataset_split") if is_set(own, name)]
-        if asking:
-            raise ValueError(
-                f"{', '.join(asking)}: there is nothing to evaluate; give --eval_dataset, or the share of --dataset to "
-                "keep for it, --eval_split_size 0.01, or benchmarks, --eval_tasks pope, or leave it out"
-            )
-        return
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)}: give one of them")
-    if own.eval_dataset is None and is_set(own, "eval_dataset_split"):
-        raise ValueError(f"--eval_dataset_split {own.eval_dataset_split} is for --eval_dataset; leave it out")
-    names = own.eval_dataset
-    if isinstance(names, dict) and not (names and all(isinstance(path, str) and path for path in names.values())):
-        raise ValueError(f"--eval_dataset {names}: each name needs a path or a Hub name, such as validation: val.jsonl")
-    if training.eval_strategy == IntervalStrategy.NO:
-        raise ValueError(
-            f"{given[0] if given else '--eval_tasks'} alone evaluates nothing; say when: --eval_strategy steps --eval_steps "
-            "100, or --eval_strategy epoch"
-        )
-    names = list(names) if isinstance(names, dict) else list(kept)
-    losses = [f"eval_{name}_loss" for name in names] or ["eval_loss", "eval_mean_token_accuracy"]
-    _check_best_model(settings, [*(losses if given else []), *(f"eval_{name}" for name in own.eval_tasks or ())])
-
-
-def _check_tasks(own: HoneybeeArguments) -> None:
-    if own.eval_tasks is None:
-        for name in ("eval_tasks_data", "eval_limit"):
-            if getattr(own, name) is not None:
-                raise ValueError(
-                    f"--{name} {getattr(own, name)} is for the benchmarks of --eval_tasks; give it, for instance "
-                    "--eval_tasks pope, or leave this out"
-                )
-        return
-    scored = [n for n, task in TASKS.items() if task.score and (task.judging is None or task.judging.optional)]
-    unknown = [name for name in own.eval_tasks if name not in scored]
-    if unknown or not own.eval_tasks:
-        why = "has no score without a judge or people" if unknown and unknown[0] in TASKS else "is no task"
-        raise ValueError(f"--eval_tasks: {unknown[0] if unknown else 'nothing'} {why}; use {', '.join(scored)}")
-    if own.eval_tasks_data is None:
-        raise ValueError(
-            "--eval_tasks needs the folder with the benchmarks' files; give --eval_tasks_data DIR, laid out as in "
-            "docs/evaluation.md"
-        )
-    if not Path(own.eval_tasks_data).is_dir():
-        raise ValueError(f"--eval_tasks_data {own.eval_tasks_data} does not exist; give the folder of the benchmarks")
-
-
-def _check_best_model(settings: Settings, evaluated: list[str]) -> None:
-    """`evaluated`: names of what can be compared."""
-    own, training = settings.honeybee, settings.training
-    if own.early_stopping_patience is not None and not training.load_best_model_at_end:
-        raise ValueError(
-            f"early_stopping_patience={own.early_stopping_patience} would save the last model, which is not the best; give "
-            "--load_best_model_at_end as well"
-        )
-    metric = training.metric_for_best_model
-    if metric is not None:
-        if metric.removeprefix("eval_") not in [name.removeprefix("eval_") for name in evaluated]:
-            raise ValueError(
-                f"metric_for_best_model={metric!r} is not evaluated; with --metric_for_best_model use "
-                f"{' or '.join(evaluated)}"
-            )
-        if training.greater_is_better != (not metric.endswith("loss")):
-            raise ValueError(f"greater_is_better={training.greater_is_better} is wrong for {metric}; leave it out")
-    if not training.load_best_model_at_end:
-        return
-    if training.save_strategy == SaveStrategy.STEPS and training.save_steps != training.eval_steps:
-        raise ValueError(
-            f"load_best_model_at_end needs a checkpoint of each step that is evaluated, and save_steps={training.save_steps} "
-            f"with eval_steps={training.eval_steps}; give them the same number"
-        )
-    if training.save_total_limit == 1:
-        raise ValueError(
-            "save_total_limit=1 with load_best_model_at_end leaves no checkpoint to go on from but the best; use "
-            "--save_total_limit 2 for the best and the last"
-        )
 
 
 def _check_model(own: HoneybeeArguments, model: ModelConfig) -> None:
@@ -442,6 +344,16 @@ def _check_processes(training: SFTConfig) -> None:
             f"{training.n_gpu} GPUs are visible to one process; start one process for each with `accelerate launch` "
             "(training/configs/README.md), or show it one with CUDA_VISIBLE_DEVICES=0"
         )
+
+
+def _check_compile(settings: Settings) -> None:
+    if settings.compile is None:
+        return
+    if settings.liger:
+        raise ValueError(
+            "torch_compile with use_liger_kernel: torch cannot compile Liger's kernels in every release; give one of them"
+        )
+    check_compile(**settings.compile)
 
 
 def _check_trackers(training: SFTConfig) -> None:

@@ -139,12 +139,11 @@ def callbacks(settings: Settings, plan: Plan) -> list[TrainerCallback]:
 
 def choose_sampler(settings: Settings, plan: Plan) -> Sampler | None:
     """The order in which samples are read; None for a random one."""
-    training = settings.training
     if plan.batches is not None:
         return plan.batches
     if settings.honeybee.batching == "grouped":
-        seed = training.seed if training.data_seed is None else training.data_seed
-        return grouped_sampler(plan.dataset, plan.mixture, plan.collator, settings.global_batch_size, seed)
+        size, seed = settings.global_batch_size, settings.data_seed
+        return grouped_sampler(plan.dataset, plan.mixture, plan.collator, size, seed)
     # A mixture is shuffled already. (transformers 5 has a setting for this, 4 has nothing.)
     return None if plan.mixture is None else SequentialSampler(plan.dataset)
 

@@ -8,24 +8,16 @@ import torch
 from peft import LoraConfig
 
 from evaluation.prompts import Question
-from evaluation.task import read_task, subset
-from evaluation.tasks import TASKS
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
 from training.collator import HoneybeeDataCollator
-from training.conversations import check_dataset, image_root, load_conversations, with_images_opened
+from training.conversations import check_dataset, image_root, load_conversations
 from training.recipe.config import Recipe, load_recipe
 from training.recipe.mixture import Mixture
-from training.recipe.sources import keep_share, open_mixture, open_streamed
+from training.recipe.sources import open_mixture, open_streamed
 from training.run.arguments import HoneybeeArguments
 from training.run.checkpoints import check_disk, check_output_dir, find_checkpoint, identity_of
-from training.run.checks import (
-    check_evaluation,
-    check_images,
-    check_model_files,
-    check_number,
-    check_settings,
-    check_weights,
-)
+from training.run.checks import check_images, check_model_files, check_number, check_settings, check_weights
+from training.run.evaluation import check_evaluation, open_evaluation, read_tasks
 from training.run.loading import DTYPES, load_config_and_processor
 from training.run.lora import lora_config, parameter_counts_with
 from training.run.settings import Settings
@@ -143,9 +135,8 @@ def open_data(
     # The first process fills the caches, the others read them.
     with training.main_process_first(desc="opening the data"):
         if own.streaming:
-            seed = training.seed if training.data_seed is None else training.data_seed
             mixture = open_streamed(
-                own.dataset, own.dataset_split, own.buffer_size, num_samples, seed, collator.check_length
+                own.dataset, own.dataset_split, own.buffer_size, num_samples, settings.data_seed, collator.check_length
             )
         elif recipe is None:
             dataset = load_conversations(own.dataset, own.dataset_split)
@@ -168,69 +159,13 @@ def batches_by_tokens(
     Raises:
         ValueError: the samples of a step do not fit.
     """
-    own, training = settings.honeybee, settings.training
-    if own.max_tokens_per_batch is None:
+    step_size, tokens = settings.global_batch_size, settings.honeybee.max_tokens_per_batch
+    if tokens is None:
         return None
-    seed = training.seed if training.data_seed is None else training.data_seed
-    batches = token_batches(
-        dataset, mixture, collator, own.global_batch_size, own.max_tokens_per_batch, training.world_size, seed
-    )
-    settings.accumulate(batches.batches_per_step // training.world_size)
+    processes = settings.training.world_size
+    batches = token_batches(dataset, mixture, collator, step_size, tokens, processes, settings.data_seed)
+    settings.accumulate(batches.batches_per_step // processes)
     return batches
-
-
-def open_evaluation(
-    settings: Settings, dataset: datasets.Dataset, mixture: Mixture | None, collator: HoneybeeDataCollator
-) -> tuple[datasets.Dataset, datasets.Dataset | dict[str, datasets.Dataset] | None]:
-    """What is left of a dataset to train on, and what is evaluated: a share of it, what a mixture keeps, other datasets, or
-    nothing.
-
-    Raises:
-        ValueError, FileNotFoundError: samples that cannot be evaluated, or nothing is left to train on.
-    """
-    own, training = settings.honeybee, settings.training
-    if own.eval_split_size is not None:
-        # Also what a resumed run has not trained on: both seeds are part of what makes it the same run.
-        seed = training.seed if training.data_seed is None else training.data_seed
-        with training.main_process_first(desc="splitting the data"):
-            dataset, kept = keep_share(dataset, own.eval_split_size, seed)
-        check_number(kept, settings, "eval")
-        return dataset, kept
-    if own.eval_dataset is None:
-        held_out = {} if mixture is None else mixture.held_out()
-        held_out = {name: part.as_dataset() for name, part in held_out.items()}
-        for part in held_out.values():
-            check_number(part, settings, "eval")
-        return dataset, held_out or None
-
-    def opened(name: str) -> datasets.Dataset:
-        root = image_root(name)
-        try:
-            evaluated = load_conversations(name, own.eval_dataset_split)
-            check_dataset(evaluated, root, check_length=collator.check_length)
-            check_number(evaluated, settings, "eval")
-        except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"--eval_dataset {name}: {error}") from error
-        return evaluated if root == collator.image_root else with_images_opened(evaluated, root)
-
-    with training.main_process_first(desc="opening the data to evaluate"):
-        if isinstance(own.eval_dataset, dict):
-            return dataset, {name: opened(path) for name, path in own.eval_dataset.items()}
-        return dataset, opened(own.eval_dataset)
-
-
-def read_tasks(settings: Settings) -> dict[str, list[Question]]:
-    """Benchmark -> its questions, or those of the subset. Images are opened when they are asked about.
-
-    Raises:
-        ValueError: files are missing, or not in the benchmark's layout.
-    """
-    own = settings.honeybee
-    with settings.training.main_process_first(desc="reading the benchmarks"):
-        return {
-            name: subset(TASKS[name], read_task(TASKS[name], own.eval_tasks_data), own.eval_limit)
-            for name in own.eval_tasks or ()
-        }
 
 
 def bytes_to_write(settings: Settings, parameters: dict[str, tuple[int, int]], config: HoneybeeConfig) -> int:

@@ -23,7 +23,7 @@ from training.stages import parts_table
 logger = logging.getLogger(__name__)
 
 # Our own settings that the page shows where they are given.
-OF_PARTS = ("train_vision_tower", "lora_vision", "vision_learning_rate", "projector_learning_rate")
+OWN = ("train_vision_tower", "lora_vision", "vision_learning_rate", "projector_learning_rate", "max_tokens_per_batch")
 PLOT, TASKS_PLOT, SUMMARY = "loss.png", "tasks.png", "run_summary.md"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes", "deepspeed")
 
@@ -140,7 +140,7 @@ def run_summary(settings: Settings, plan: Plan, state: TrainerState, interrupted
 
 
 def _settings(settings: Settings) -> list[list[str]]:
-    rows = [[name, getattr(settings.honeybee, name)] for name in OF_PARTS if is_set(settings.honeybee, name)]
+    rows = [[name, getattr(settings.honeybee, name)] for name in OWN if is_set(settings.honeybee, name)]
     rows += [[name, getattr(settings.training, name)] for name in RECORDED]
     return [[name, str(getattr(value, "value", value))] for name, value in rows]
 

@@ -68,8 +68,8 @@ class Settings:
         training.dataset_kwargs = {**(training.dataset_kwargs or {}), "skip_prepare_dataset": True}
         self._put_back_what_has_no_effect()
         self._take_from_the_trainer()
-        self._set_accumulation()
         if self.honeybee.max_tokens_per_batch is None:
+            self._set_accumulation()
             self.accumulate(training.gradient_accumulation_steps)
 
     @property
@@ -83,6 +83,11 @@ class Settings:
     def samples_at_once(self) -> int:
         """Samples that all processes take at a time."""
         return self.training.train_batch_size * self.training.world_size
+
+    @property
+    def data_seed(self) -> int:
+        """Of the order of samples, and of the share that is kept for the evaluation."""
+        return self.training.seed if self.training.data_seed is None else self.training.data_seed
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -111,7 +116,7 @@ class Settings:
         training.torch_compile_backend = training.torch_compile_mode = None
 
     def accumulate(self, batches: int) -> None:
-        """Sets how many batches a process makes in a step, where that follows from the data (`max_tokens_per_batch`)."""
+        """Sets how many batches a process makes in a step. With `max_tokens_per_batch` the plan does, which sees the data."""
         from training.trainer.engines import settle_deepspeed
 
         self.training.gradient_accumulation_steps = batches
@@ -119,9 +124,6 @@ class Settings:
 
     def _set_accumulation(self) -> None:
         wanted, at_once = self.honeybee.global_batch_size, self.samples_at_once
-        if self.honeybee.max_tokens_per_batch is not None:
-            self._check_token_batches()
-            return
         if wanted is None:
             return
         training, given = self.training, self.training.gradient_accumulation_steps
@@ -137,17 +139,6 @@ class Settings:
                 "leave gradient_accumulation_steps out, it follows"
             )
         training.gradient_accumulation_steps = wanted // at_once
-
-    def _check_token_batches(self) -> None:
-        tokens, accumulated = self.honeybee.max_tokens_per_batch, self.training.gradient_accumulation_steps
-        if self.honeybee.global_batch_size is None:
-            raise ValueError(
-                f"max_tokens_per_batch={tokens} needs to know the samples of a step; give --global_batch_size, for instance 128"
-            )
-        if accumulated != 1:
-            raise ValueError(
-                f"gradient_accumulation_steps={accumulated} follows from max_tokens_per_batch={tokens}; leave it out"
-            )
 
 
 def is_set(settings: HoneybeeArguments | SFTConfig | ModelConfig, name: str) -> bool:

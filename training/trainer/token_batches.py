@@ -76,7 +76,7 @@ class TokenBatches(Sampler[list[int]]):
         seed, shuffle, epoch: see [`LengthGroupedSampler`].
 
     Raises:
-        ValueError: a step has fewer samples than batches.
+        ValueError: a step, or the whole epoch, has fewer samples than batches.
     """
 
     drop_last = False
@@ -96,22 +96,31 @@ class TokenBatches(Sampler[list[int]]):
         self.max_tokens, self.seed, self.shuffle, self.epoch = max_tokens, seed, shuffle, epoch
         self._warned = False
         self.batches_per_step = self._count_batches(processes)
+        if not len(self):
+            raise ValueError(
+                f"max_tokens_per_batch={max_tokens}: {num_samples} samples do not fill the {self.batches_per_step} batches of a "
+                "step; give more data, raise --max_tokens_per_batch, or use fewer processes"
+            )
 
     def _count_batches(self, processes: int) -> int:
         measured = min(MEASURED * WINDOW * self.step_size, self.num_samples)
         limit = self.max_tokens * (1 if measured == self.num_samples else 1 - SPARE)
         steps = [lengths for _, lengths in self._steps(0, measured)]
+        longest_sample = max(int(lengths.max()) for lengths in steps)
+        limit = min(
+            max(limit, longest_sample), self.max_tokens
+        )  # a sample that is a batch by itself needs nothing to spare
         # No fewer than the tokens need; then one more for each process until the longest batch fits.
         number = processes * max(1, int(max(lengths.sum() for lengths in steps) / (limit * processes)))
         while number <= self.step_size:
             batches = (deal_to_batches(lengths, number)[0] for lengths in steps if len(lengths) >= number)
-            longest = max(lengths[batch].sum() for lengths, batch in zip(steps, batches)) if steps else 0
+            longest = max((lengths[batch].sum() for lengths, batch in zip(steps, batches)), default=0)
             if longest <= limit:
                 return number
             number += processes
         raise ValueError(
             f"max_tokens_per_batch={self.max_tokens}: {self.step_size} samples of a step with up to "
-            f"{max(int(lengths.max()) for lengths in steps):,} tokens do not fill {number} batches, a multiple of {processes} "
+            f"{longest_sample:,} tokens do not fill {number} batches, a multiple of {processes} "
             "processes; raise --max_tokens_per_batch or --global_batch_size"
         )
 

@@ -122,6 +122,7 @@ def new(**projector):
         # Speed
         (["--max_tokens_per_batch", "2048"], ["max_tokens_per_batch=2048", "--global_batch_size"]),
         (["--max_tokens_per_batch", "0", *STEP], ["max_tokens_per_batch=0", "at least 1"]),
+        (["--max_tokens_per_batch", "2048", "--global_batch_size", "0"], ["global_batch_size=0", "at least 1"]),
         (["--max_tokens_per_batch", "512", *STEP], ["max_tokens_per_batch=512", "max_length=1024"]),
         (["--max_tokens_per_batch", "2048", *STEP, "--batching", "grouped"], ["--batching packed", "this is grouped"]),
         (["--max_tokens_per_batch", "2048", *STEP, "--gradient_accumulation_steps", "4"],

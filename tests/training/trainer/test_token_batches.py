@@ -98,6 +98,17 @@ def test_a_step_that_cannot_be_dealt():
         batches_of(processes=200)
 
 
+def test_data_that_fills_no_step():
+    with pytest.raises(ValueError, match="max_tokens_per_batch=4096: 5 samples do not fill the 8 batches .* more data"):
+        batches_of(num_samples=5)
+
+
+def test_a_sample_as_long_as_a_batch():
+    """Where not all samples are measured, so that a part of a batch is left for longer ones."""
+    batches = TokenBatches(lambda samples: [100] * len(samples), 1000, step_size=8, max_tokens=100)
+    assert batches.batches_per_step == 8
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
