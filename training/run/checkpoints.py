@@ -40,9 +40,9 @@ NOT_THE_RUN = (
     "eval_limit", "early_stopping_patience", "max_tokens_per_batch",
 )  # fmt: skip
 
-# Settings that are younger than some marks, and what a run did that has them not in its mark.
+# Settings that are younger than some marks: what a run did whose mark does not have them.
 YOUNGER = {
-    "batches_by_tokens": False, "eval_split_size": None, "streaming": False, "train_vision_tower": None, "lora_vision": False,
+    "max_tokens_per_batch": None, "eval_split_size": None, "streaming": False, "train_vision_tower": None, "lora_vision": False,
     "vision_learning_rate": None, "projector_learning_rate": None,
 }  # fmt: skip
 
@@ -50,14 +50,14 @@ YOUNGER = {
 def identity_of(settings: Settings, recipe: Recipe | None) -> dict:
     """What makes a run this run and not another; kept in its output folder."""
     own, model = settings.honeybee, settings.model
-    # Losses on other data, or another measure, would be compared with those of before.
+    # The best so far would be compared with losses on other data, or with another measure.
     best = [(own, "eval_dataset"), (own, "eval_dataset_split"), (own, "eval_tasks"), (own, "eval_tasks_data")]
     best += [(own, "eval_limit"), (settings.training, "metric_for_best_model")]
     return {
         **{name: value for name, value in asdict(own).items() if name not in NOT_THE_RUN},
         "mixture": asdict(recipe) if recipe else None,
-        # That decides the order of samples; of how many tokens they are does not.
-        "batches_by_tokens": own.max_tokens_per_batch is not None,
+        # Batches by tokens have an order of samples of their own, whatever the number of tokens.
+        "max_tokens_per_batch": None if own.max_tokens_per_batch is None else "given",
         "model_name_or_path": model.model_name_or_path,
         "model_revision": model.model_revision,
         "dtype": model.dtype,

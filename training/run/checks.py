@@ -45,6 +45,8 @@ PACKING = (
 GROUPING = "the trainer's group_by_length does not know how long a sample is; use --batching grouped"
 # Settings that ask for what a run does not do, and why. What would change nothing is in `settings.WITHOUT_EFFECT`.
 REFUSED = {
+    "auto_find_batch_size": "the samples of a step would change where memory runs out; lower --per_device_train_batch_size (or "
+    "--max_tokens_per_batch), and --global_batch_size keeps the step as it is",
     "chat_template_path": OF_TRL,
     "completion_only_loss": OF_TRL,
     "eos_token": OF_TRL,
@@ -200,7 +202,7 @@ def _check_token_batches(settings: Settings) -> None:
         )
     if longest is None or longest > tokens:
         raise ValueError(
-            f"max_tokens_per_batch={tokens} has no room for a sample of max_length={longest}; raise the first or lower the other"
+            f"max_tokens_per_batch={tokens} must hold a sample of max_length={longest}; raise the first, or give a lower --max_length"
         )
     if training.dataloader_drop_last:
         raise ValueError("dataloader_drop_last with max_tokens_per_batch: no batch is to be filled up; leave it out")
@@ -288,7 +290,7 @@ def _check_parts(settings: Settings) -> None:
     reentrant = (training.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     if training.gradient_checkpointing and reentrant and (own.train_vision_tower is not None or own.lora_vision):
         raise ValueError(
-            "gradient_checkpointing_kwargs: with use_reentrant=True the vision tower's blocks would get no gradient, because the "
+            "gradient_checkpointing_kwargs: with use_reentrant=True the vision tower's blocks would get no gradient where the "
             "embeddings in front of them need none; leave it out"
         )
     given = [f"{part}_learning_rate={rate}" for part, rate in settings.learning_rates.items()]

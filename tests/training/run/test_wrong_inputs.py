@@ -128,6 +128,7 @@ def new(**projector):
         (["--max_tokens_per_batch", "2048", *STEP, "--gradient_accumulation_steps", "4"],
          ["gradient_accumulation_steps=4", "leave it out"]),
         (["--max_tokens_per_batch", "2048", *STEP, "--dataloader_drop_last"], ["dataloader_drop_last", "leave it out"]),
+        (["--auto_find_batch_size"], ["auto_find_batch_size=True", "--per_device_train_batch_size"]),
         (["--use_liger_kernel"], ["use_liger_kernel", "GPU", "leave it out"]),
         (["--use_liger_kernel", "--torch_compile"], ["torch_compile with use_liger_kernel", "give one of them"]),
         (["--torch_compile_backend", "inducter"], ["torch_compile_backend='inducter'", "leave both out"]),
