@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each of the two training stages trains (paper, section 4): the projector, then the projector and the LLM. In either,
-and only where it is asked for, the vision tower or its last blocks."""
+"""What each of the two training stages trains (paper, section 4): the projector, then the projector and the LLM. Either
+trains the vision tower or its last blocks as well, where that is asked for."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def set_trained(model: HoneybeeForConditionalGeneration, stage: str, vision_towe
 
 
 def tower_parameters(model: HoneybeeForConditionalGeneration, trained: int | str) -> set[str]:
-    """Names of parameters of the vision tower, of those alone that the projector's input depends on. Others would never get
-    a gradient, and DDP would wait for one: a norm or a head behind the blocks, the mask token of DINOv2.
+    """Names of the vision tower's parameters that are trained. The projector's input depends on all of them. Others (a norm or a
+    head behind the blocks, the mask token of DINOv2) would never get a gradient, and DDP would wait for one.
 
     Args:
         trained: "all", or a number of blocks, counted from the deepest layer that the projector reads.

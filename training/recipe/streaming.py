@@ -110,7 +110,7 @@ def _matching(name: str) -> list[str]:
 
 
 def _extension(file: str) -> str:
-    """Of what is in the file, lines alone compressed."""
+    """The extension of a file in lower case; of compressed lines, the one in front of the compression's."""
     base, extension = os.path.splitext(file.lower())
     inner = os.path.splitext(base)[1].lstrip(".")
     return inner if extension[1:] in COMPRESSIONS and KINDS.get(inner) == "lines" else extension[1:]

@@ -90,16 +90,17 @@ class HoneybeeArguments:
     train_vision_tower: int | str | None = field(
         default=None,
         metadata={"help": "Train the vision tower as well: `all` of it, or the last n blocks that the projector reads. "
-                  "Default: nothing of it, as the paper."},
+                  "Default: nothing of it, as in the paper."},
     )  # fmt: skip
     lora_vision: bool = field(
         default=False, metadata={"help": "With --use_peft: LoRA in the vision tower's blocks, too."}
     )
     vision_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of what is trained of the vision tower; default: learning_rate."}
+        default=None, metadata={"help": "Learning rate of what is trained of the vision tower; default: learning_rate."}
     )
     projector_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the projector, where the LLM is trained, too; default: learning_rate."}
+        default=None,
+        metadata={"help": "Learning rate of the projector, where the LLM is trained, too; default: learning_rate."},
     )
     projector: dict | str | None = field(
         default=None,
@@ -111,8 +112,8 @@ class HoneybeeArguments:
     )
     max_tokens_per_batch: int | None = field(
         default=None,
-        metadata={"help": "Instead of per_device_train_batch_size: as many samples of a step share a packed batch as fit into "
-                  "this many tokens, in every process as many tokens."},
+        metadata={"help": "Instead of per_device_train_batch_size: the samples of a step are packed into batches of at most "
+                  "this many tokens, the same work for every process."},
     )  # fmt: skip
     resume: bool = field(
         default=False, metadata={"help": "Go on from the last checkpoint: --resume_from_checkpoint true."}

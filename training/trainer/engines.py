@@ -251,7 +251,7 @@ def shards_weights(state) -> bool:
         state: of the trainer's accelerator.
 
     Raises:
-        ValueError: FSDP's first version does, from whose weights a whole model is not made here.
+        ValueError: FSDP's first version shards them; a whole model is not made of its weights here.
     """
     if plugin := getattr(state, "fsdp_plugin", None):
         if plugin.fsdp_version < 2:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of about as many tokens, in place of as many samples, for packed training.
+"""Batches of about the same number of tokens, and not of samples, for packed training.
 
-A step has its number of samples, as ever. They are dealt to the step's batches (one a process, times the accumulated ones) so
-that all are of one length: no process waits for another, and the longest batch, which decides the memory, is not far from the
-mean.
+A step keeps its number of samples. They are dealt to the step's batches (one a process, times the accumulated ones) so that all
+are of one length: no process waits for another, and the longest batch, which decides the memory, is not far from the mean.
 """
 
 import heapq
@@ -26,7 +25,7 @@ SPARE = 0.05  # share of a batch that is left for windows with longer samples, u
 
 
 def deal_to_steps(lengths: np.ndarray, steps: int) -> list[np.ndarray]:
-    """Samples for each of several steps, as many for each and of about as many tokens.
+    """Deals samples to several steps: the same number to each, of about the same number of tokens.
 
     Args:
         lengths: (samples,) tokens; a multiple of `steps`.
@@ -44,7 +43,7 @@ def deal_to_steps(lengths: np.ndarray, steps: int) -> list[np.ndarray]:
 
 
 def deal_to_batches(lengths: np.ndarray, batches: int) -> list[list[int]]:
-    """Batches of about as many tokens, the longest first.
+    """Deals samples to batches of about the same number of tokens, the longest batch first.
 
     Args:
         lengths: (samples,) tokens, at least as many as `batches`.
@@ -65,7 +64,7 @@ class TokenBatches(Sampler[list[int]]):
     """A batch sampler whose batches hold at most `max_tokens` tokens, where the samples allow it.
 
     Which samples make a step depends on the seed, the epoch and the window, and not on the number of batches: a run may be
-    resumed with more processes. The last step of an epoch has what is left; of fewer samples than batches it drops them.
+    resumed with more processes. The last step of an epoch has what is left, and is left out where that is fewer samples than batches.
 
     Args:
         lengths: see [`dataset_lengths`] and [`mixture_lengths`].
