@@ -5,6 +5,7 @@ Loading takes longer than most trainings of the tests. The process starts as the
 exit code, no state of the tests. (tests/training/run/test_startup.py starts scripts whole.)
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -33,7 +34,9 @@ def environment(settings: dict[str, str]):
         os.environ.update(before)
 
 
-def _run(arguments: list[str], folder: str, variables: dict[str, str], output: str) -> None:
+def _run(arguments: list[str], folder: str, variables: dict[str, str], output: str, start_method: str) -> None:
+    # Processes that it starts, such as workers, are to start as everywhere, and not as this one did.
+    multiprocessing.set_start_method(start_method, force=True)
     file = os.open(output, os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -42,7 +45,10 @@ def _run(arguments: list[str], folder: str, variables: dict[str, str], output: s
     os.chdir(folder)
     sys.argv = arguments
     sys.path.insert(0, os.path.dirname(arguments[0]))
-    runpy.run_path(arguments[0], run_name="__main__")
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which a process of `multiprocessing` leaves out
 
 
 def run_forked(arguments: list[str], cwd=None) -> subprocess.CompletedProcess:
@@ -56,7 +62,8 @@ def run_forked(arguments: list[str], cwd=None) -> subprocess.CompletedProcess:
     """
     with tempfile.NamedTemporaryFile() as output, environment(ENVIRONMENT):
         folder = os.fspath(cwd or os.getcwd())
-        process = _context.Process(target=_run, args=(arguments, folder, dict(os.environ), output.name))
+        given = arguments, folder, dict(os.environ), output.name, multiprocessing.get_start_method()
+        process = _context.Process(target=_run, args=given)
         process.start()
         process.join(TIMEOUT)
         if process.exitcode is None:
