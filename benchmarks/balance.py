@@ -15,8 +15,8 @@ from benchmarks import lengths as stand_ins
 from benchmarks.batching import GLOBAL_BATCH, MAX_LENGTH
 from benchmarks.measure import markdown
 from training.collator import HoneybeeDataCollator
-from training.trainer.length_grouping import mixture_lengths
-from training.trainer.token_batches import WINDOW, TokenBatches
+from training.trainer.length_grouping import WINDOW, mixture_lengths
+from training.trainer.token_batches import TokenBatches
 
 STEPS = 4 * WINDOW
 

@@ -18,7 +18,7 @@ from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, check_processor
 from tests.tiny import (
     NEW_PROJECTOR,
-    REPOSITORY,
+    SFT,
     SHORT_RUN,
     new_model,
     run_script,
@@ -29,7 +29,6 @@ from tests.tiny import (
     write_dataset,
 )
 
-SFT = REPOSITORY / "training" / "sft.py"
 SHORT = ["--max_steps", 4, "--logging_steps", 1, *SHORT_RUN]
 
 

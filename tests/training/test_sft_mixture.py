@@ -16,11 +16,10 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 from trl import SFTTrainer
 
-from tests.tiny import REPOSITORY, new_model, picture, run_script, save_clip, save_llama
+from tests.tiny import REPOSITORY, SFT, new_model, picture, run_script, save_clip, save_llama
 from training import sft
 from training.run.checkpoints import last_whole_checkpoint
 
-SFT = REPOSITORY / "training" / "sft.py"
 RUN_SFT = REPOSITORY / "tests" / "training" / "run_sft.py"
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
 TWO_ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

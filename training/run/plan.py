@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run is going to do, worked out and checked before a weight is read."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import datasets
 import torch
@@ -56,7 +56,7 @@ class Plan:
     lora: LoraConfig | None
     parameters: dict[str, tuple[int, int]]
     disk_bytes: int
-    tasks: dict[str, list[Question]] = field(default_factory=dict)
+    tasks: dict[str, list[Question]]
 
 
 @whole_models()

@@ -18,6 +18,15 @@ WINDOW = 16  # global batches that are sorted together
 Lengths = Callable[[list[int]], list[int]]  # sample numbers -> tokens of each
 
 
+def windows(num_samples: int, size: int, seed: int, epoch: int, shuffle: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """The samples of an epoch, in random order if `shuffle`, `size` at a time, each with the place of its first."""
+    order = np.arange(num_samples)
+    if shuffle:
+        np.random.default_rng((seed, epoch)).shuffle(order)
+    for start in range(0, num_samples, size):
+        yield start, order[start : start + size]
+
+
 class LengthGroupedSampler(Sampler[int]):
     """Sorts a window of samples by length, cuts it into global batches, and shuffles these.
 
@@ -53,13 +62,8 @@ class LengthGroupedSampler(Sampler[int]):
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
-        epoch = self.epoch()
-        order = np.arange(self.num_samples)
-        if self.shuffle:
-            np.random.default_rng((self.seed, epoch)).shuffle(order)
-        size = self.window * self.batch_size
-        for start in range(0, self.num_samples, size):
-            samples = order[start : start + size]
+        epoch, size = self.epoch(), self.window * self.batch_size
+        for start, samples in windows(self.num_samples, size, self.seed, epoch, self.shuffle):
             samples = samples[np.argsort(self.lengths(samples.tolist()), kind="stable")]
             whole = len(samples) // self.batch_size * self.batch_size
             batches = samples[:whole].reshape(-1, self.batch_size)
@@ -72,10 +76,17 @@ def grouped_sampler(
     dataset: Dataset, mixture: Mixture | None, collator: HoneybeeDataCollator, batch_size: int, seed: int
 ) -> LengthGroupedSampler:
     """The sampler for a dataset of conversations, or for the draws of a mixture, which is shuffled already."""
+    lengths = lengths_by_window(dataset, mixture, collator, batch_size)
+    return LengthGroupedSampler(lengths, len(dataset), batch_size, seed, shuffle=mixture is None)
+
+
+def lengths_by_window(
+    dataset: Dataset, mixture: Mixture | None, collator: HoneybeeDataCollator, batch_size: int
+) -> Lengths:
+    """Lengths of the samples of a dataset, or of a mixture's draws where `WINDOW` global batches are read together."""
     if mixture is None:
-        return LengthGroupedSampler(dataset_lengths(dataset, collator), len(dataset), batch_size, seed)
-    lengths = mixture_lengths(mixture, collator, WINDOW * batch_size)
-    return LengthGroupedSampler(lengths, len(mixture), batch_size, seed, shuffle=False)
+        return dataset_lengths(dataset, collator)
+    return mixture_lengths(mixture, collator, WINDOW * batch_size)
 
 
 def dataset_lengths(dataset: Dataset, collator: HoneybeeDataCollator) -> Lengths:

@@ -15,12 +15,11 @@ from torch.utils.data import Sampler
 
 from training.collator import HoneybeeDataCollator
 from training.recipe.mixture import Mixture
-from training.trainer.length_grouping import Lengths, dataset_lengths, mixture_lengths
+from training.trainer.length_grouping import WINDOW, Lengths, lengths_by_window, windows
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 16  # steps whose samples are dealt together
-MEASURED = 4  # windows that say how many batches a step needs
+MEASURED = 4  # windows, whose steps are dealt together, that say how many batches a step needs
 SPARE = 0.05  # share of a batch that is left for windows with longer samples, unless all samples were measured
 
 
@@ -67,7 +66,7 @@ class TokenBatches(Sampler[list[int]]):
     resumed with more processes. The last step of an epoch has what is left, and is left out where that is fewer samples than batches.
 
     Args:
-        lengths: see [`dataset_lengths`] and [`mixture_lengths`].
+        lengths: see [`lengths_by_window`].
         num_samples: in an epoch.
         step_size: samples of a step.
         max_tokens: of a batch.
@@ -106,15 +105,13 @@ class TokenBatches(Sampler[list[int]]):
         limit = self.max_tokens * (1 if measured == self.num_samples else 1 - SPARE)
         steps = [lengths for _, lengths in self._steps(0, measured)]
         longest_sample = max(int(lengths.max()) for lengths in steps)
-        limit = min(
-            max(limit, longest_sample), self.max_tokens
-        )  # a sample that is a batch by itself needs nothing to spare
+        # A sample that is a batch by itself needs nothing to spare.
+        limit = min(max(limit, longest_sample), self.max_tokens)
         # No fewer than the tokens need; then one more for each process until the longest batch fits.
         number = processes * max(1, int(max(lengths.sum() for lengths in steps) / (limit * processes)))
         while number <= self.step_size:
-            batches = (deal_to_batches(lengths, number)[0] for lengths in steps if len(lengths) >= number)
-            longest = max((lengths[batch].sum() for lengths, batch in zip(steps, batches)), default=0)
-            if longest <= limit:
+            dealt = (lengths for lengths in steps if len(lengths) >= number)
+            if max((lengths[deal_to_batches(lengths, number)[0]].sum() for lengths in dealt), default=0) <= limit:
                 return number
             number += processes
         raise ValueError(
@@ -143,12 +140,10 @@ class TokenBatches(Sampler[list[int]]):
 
     def _steps(self, epoch: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Samples of each step, and their lengths."""
-        order = np.arange(self.num_samples)
-        if self.shuffle:
-            np.random.default_rng((self.seed, epoch)).shuffle(order)
         size = WINDOW * self.step_size
-        for start in range(0, stop, size):
-            samples = order[start : start + size]
+        for start, samples in windows(self.num_samples, size, self.seed, epoch, self.shuffle):
+            if start >= stop:
+                return
             lengths = np.array(self.lengths(samples.tolist()))
             steps, left = divmod(len(samples), self.step_size)
             whole = len(samples) - left
@@ -175,8 +170,5 @@ def token_batches(
     Raises:
         ValueError: see [`TokenBatches`].
     """
-    shared = {"step_size": step_size, "max_tokens": max_tokens, "processes": processes, "seed": seed}
-    if mixture is None:
-        return TokenBatches(dataset_lengths(dataset, collator), len(dataset), **shared)
-    lengths = mixture_lengths(mixture, collator, WINDOW * step_size)
-    return TokenBatches(lengths, len(mixture), **shared, shuffle=False)
+    lengths = lengths_by_window(dataset, mixture, collator, step_size)
+    return TokenBatches(lengths, len(dataset), step_size, max_tokens, processes, seed, shuffle=mixture is None)

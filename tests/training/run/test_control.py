@@ -19,21 +19,12 @@ from trl import SFTTrainer
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, check_processor
-from tests.tiny import (
-    REPOSITORY,
-    SHORT_RUN,
-    run_script,
-    sample,
-    save_joined,
-    tiny_inputs,
-    write_dataset,
-)
+from tests.tiny import REPOSITORY, SFT, SHORT_RUN, run_script, sample, save_joined, tiny_inputs, write_dataset
 from tests.training.test_sft_mixture import RUN_SFT, TWO, TWO_ON_CPU, write_mixture
 from training import sft
 from training.run.checkpoints import is_whole
 from training.trainer.trainer import count_batch
 
-SFT = REPOSITORY / "training" / "sft.py"
 SHORT = ["--max_steps", 8, "--logging_steps", 2, *SHORT_RUN]
 
 

@@ -12,15 +12,7 @@ from transformers import TrainerState
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor
-from tests.tiny import (
-    REPOSITORY,
-    SHORT_RUN,
-    picture,
-    run_script,
-    sample,
-    save_joined,
-    write_dataset,
-)
+from tests.tiny import SFT, SHORT_RUN, picture, run_script, sample, save_joined, write_dataset
 from tests.training.test_sft_mixture import RUN_SFT, TWO, TWO_ON_CPU
 from training.collator import HoneybeeDataCollator
 from training.run.checkpoints import changes_since, copy_model, mark_run
@@ -28,7 +20,6 @@ from training.run.plan import make_plan
 from training.run.settings import parse_arguments
 from training.trainer.trainer import learned_of_first
 
-SFT = REPOSITORY / "training" / "sft.py"
 SHORT = ["--logging_steps", 2, *SHORT_RUN]
 
 

@@ -19,6 +19,7 @@ from tests.hub_upload.fake_hub import FakeHub, HttpError
 from tests.tiny import (
     NEW_PROJECTOR,
     REPOSITORY,
+    SFT,
     SHORT_RUN,
     run_script,
     sample,
@@ -30,7 +31,6 @@ from tests.training.test_sft_mixture import RUN_SFT, TWO, TWO_ON_CPU
 from training import sft
 from training.run.checkpoints import TRIAL
 
-SFT = REPOSITORY / "training" / "sft.py"
 SHORT = ["--max_steps", 3, "--logging_steps", 1, *SHORT_RUN]
 
 

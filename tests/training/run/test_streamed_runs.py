@@ -8,14 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import REPOSITORY, SHORT_RUN, picture, run_script, sample, save_joined, write_dataset
+from tests.tiny import SFT, SHORT_RUN, picture, run_script, sample, save_joined, write_dataset
 from tests.training.test_sft_mixture import RUN_SFT, TWO, TWO_ON_CPU
 from training.run.checkpoints import changes_since, mark_run
 from training.run.dry_run import dry_run
 from training.run.plan import make_plan
 from training.run.settings import parse_arguments
 
-SFT = REPOSITORY / "training" / "sft.py"
 ROWS = 150
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from hub_upload.model_card import _describe_training, read_provenance
 from modeling_honeybee import HoneybeeForConditionalGeneration
-from tests.tiny import IMAGE_SIZE, REPOSITORY, SHORT_RUN, run_script, sample, save_joined, tiny_inputs, write_dataset
+from tests.tiny import IMAGE_SIZE, SFT, SHORT_RUN, run_script, sample, save_joined, tiny_inputs, write_dataset
 from tests.training.test_sft_mixture import RUN_SFT
 from training.run.checkpoints import changes_since
 from training.run.checks import check_settings
@@ -20,7 +20,6 @@ from training.run.dry_run import dry_run
 from training.run.plan import make_plan
 from training.run.settings import parse_arguments
 
-SFT = REPOSITORY / "training" / "sft.py"
 TOWER = ["--train_vision_tower", 1, "--vision_learning_rate", 1e-3, "--projector_learning_rate", 2e-2]
 
 

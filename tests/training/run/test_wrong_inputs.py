@@ -17,7 +17,7 @@ from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import processor_from_vision_text_pretrained
 from tests.tiny import (
     NEW_PROJECTOR,
-    REPOSITORY,
+    SFT,
     run_script,
     sample,
     save_clip,
@@ -29,7 +29,6 @@ from tests.tiny import (
 from training import sft
 from training.run.settings import parse_arguments
 
-SFT = REPOSITORY / "training" / "sft.py"
 SHORT = ["--max_steps", 4, "--bf16", "False", "--report_to", "none", "--save_strategy", "no", "--use_cpu"]
 
 

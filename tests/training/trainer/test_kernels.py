@@ -8,12 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import REPOSITORY, SHORT_RUN, llama_config, run_script, sample, write_dataset
+from tests.tiny import SFT, SHORT_RUN, llama_config, run_script, sample, write_dataset
 from training.run.settings import parse_arguments
 from training.trainer import kernels, packed_attention
 from training.trainer.packed_attention import use_packed_attention
 
-SFT = REPOSITORY / "training" / "sft.py"
 ON_A_GPU = pytest.mark.skipif(
     not (torch.cuda.is_available() and find_spec("liger_kernel")), reason="Liger's kernels need a GPU, and liger-kernel"
 )

@@ -11,7 +11,7 @@ from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
-from tests.tiny import REPOSITORY, picture, run_script, save_clip, save_llama, tiny_processor
+from tests.tiny import SFT, picture, run_script, save_clip, save_llama, tiny_processor
 from training.collator import HoneybeeDataCollator
 from training.conversations import load_conversations
 from training.recipe.mixture import Mixture, Source
@@ -159,13 +159,12 @@ def test_the_script_trains_and_resumes_exactly(data, tmp_path):
         "--num_train_epochs", 1.5, "--logging_steps", 1, "--report_to", "none", "--learning_rate", 1e-2, "--dataloader_pin_memory", "False",
         "--save_strategy", "steps", "--save_steps", 5,
     ]  # fmt: skip
-    script = REPOSITORY / "training" / "sft.py"
-    run_script(script, *common, "--output_dir", tmp_path / "whole")
+    run_script(SFT, *common, "--output_dir", tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     for path in (tmp_path / "stopped").iterdir():
         if path.name not in ("honeybee_run.json", "checkpoint-5"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    run_script(script, *common, "--output_dir", tmp_path / "stopped", "--resume_from_checkpoint", "true")
+    run_script(SFT, *common, "--output_dir", tmp_path / "stopped", "--resume_from_checkpoint", "true")
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     assert all((whole[name] == resumed[name]).all() for name in whole)
     state = json.loads((tmp_path / "stopped" / "trainer_state.json").read_text())

@@ -11,12 +11,11 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
 
-from tests.tiny import REPOSITORY, SHORT_RUN, run_script, sample, save_joined, write_dataset
+from tests.tiny import SFT, SHORT_RUN, run_script, sample, save_joined, write_dataset
 from tests.training.test_sft_mixture import TWO, TWO_ON_CPU, write_mixture
 from training.trainer.token_batches import TokenBatches, deal_to_batches, deal_to_steps
 
 LENGTHS = np.clip(np.random.default_rng(0).lognormal(5.4, 0.7, 4096).astype(int), 20, 1024)
-SFT = REPOSITORY / "training" / "sft.py"
 
 
 def lengths_of(samples):
