@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lab.experiment import Experiment, Task
-from lab.projectors import CANDIDATES, CONTROL_NAMES, matched_width, number_of_parameters, projector_config
+from lab.projectors import CANDIDATES, matched_width, number_of_parameters, projector_config
 
 RATES = (1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2)
 RATE_STEP = 2.5  # by which the grid grows where the best value is at its edge
@@ -159,8 +159,8 @@ def experiments(
                     add(name, task, num_tokens)
         for name, num_tokens, width in matched(names, preset, task, num_patches):
             add(name, task, num_tokens, hidden_size=width)
-        for name in CONTROL_NAMES if preset.controls else ():
-            if CANDIDATES[name].control in rates:
+        for name, candidate in CANDIDATES.items():
+            if preset.controls and candidate.control in rates:
                 add(name, task, tokens_of(name, preset.num_tokens, num_patches))
     return sorted(planned, key=lambda each: -each.points[-1] * (50 + each.num_tokens))
 

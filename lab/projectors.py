@@ -101,8 +101,6 @@ CANDIDATES = {
     "shuffled": Candidate(Shuffled, control="c-abs"),
     "placeless": Candidate(Placeless, per_patch=True, control="mlp"),
 }
-PROJECTOR_NAMES = tuple(name for name, candidate in CANDIDATES.items() if candidate.control is None)
-CONTROL_NAMES = tuple(name for name in CANDIDATES if name not in PROJECTOR_NAMES)
 
 
 def names_of(given: str | None) -> list[str]:
@@ -111,9 +109,10 @@ def names_of(given: str | None) -> list[str]:
     Raises:
         ValueError: an unknown name, with the known ones.
     """
-    names = list(dict.fromkeys(given.split(","))) if given else list(PROJECTOR_NAMES)
-    if unknown := [name for name in names if name not in PROJECTOR_NAMES]:
-        raise ValueError(f"--projectors: {', '.join(unknown)} unknown; known are {', '.join(PROJECTOR_NAMES)}")
+    known = [name for name, candidate in CANDIDATES.items() if candidate.control is None]
+    names = list(dict.fromkeys(given.split(","))) if given else known
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--projectors: {', '.join(unknown)} unknown; known are {', '.join(known)}")
     return names
 
 

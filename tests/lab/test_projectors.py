@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lab's own projectors, its controls, and where projectors look."""
 
+import re
+
 import pytest
 import torch
 
+from lab import projectors
 from lab.looks import map_of_tokens
 from lab.projectors import (
     CANDIDATES,
-    Candidate,
-    PoolMLP,
     make_projector,
     matched_width,
     names_of,
@@ -17,6 +18,7 @@ from lab.projectors import (
 )
 from lab.stand_ins import language_model_config, tower_config
 from modeling_honeybee.projectors_honeybee import HoneybeeDAbstractor
+from tests.tiny import REPOSITORY
 
 PARTS = tower_config("clip"), language_model_config()
 FREE = [name for name, candidate in CANDIDATES.items() if candidate.has_width]
@@ -120,10 +122,11 @@ def test_maps_of_the_c_abstractor_are_local():
     assert maps[1, 8:, 8:].mean() > 3 * maps[1, :4, :4].mean()
 
 
-def test_a_new_candidate_is_a_class_and_a_line(monkeypatch):
-    class Mine(PoolMLP):
-        pass
-
-    monkeypatch.setitem(CANDIDATES, "mine", Candidate(Mine))
-    monkeypatch.setattr("lab.projectors.PROJECTOR_NAMES", (*names_of(None), "mine"))
-    assert names_of("mine,c-abs") == ["mine", "c-abs"] and build("mine")(features()).shape == (5, 16, 64)
+def test_the_example_of_the_docs(monkeypatch):
+    """A new candidate is a class and a line."""
+    text = (REPOSITORY / "docs" / "lab" / "README.md").read_text()
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Mine" in block]
+    monkeypatch.setattr(projectors, "CANDIDATES", dict(CANDIDATES))
+    exec(example, vars(projectors))
+    assert build("mine")(features()).shape == (5, 16, 64)
+    assert "mine" in projectors.names_of("mine,c-abs")
