@@ -103,14 +103,14 @@ CANDIDATES = {
 }
 
 
-def names_of(given: str | None) -> list[str]:
-    """Names of projectors from a list with commas; None: all.
+def names_of(given: str | None, left_out: tuple[str, ...] = ()) -> list[str]:
+    """Names of projectors from a list with commas; None: all but some.
 
     Raises:
         ValueError: an unknown name, with the known ones.
     """
     known = [name for name, candidate in CANDIDATES.items() if candidate.control is None]
-    names = list(dict.fromkeys(given.split(","))) if given else known
+    names = list(dict.fromkeys(given.split(","))) if given else [name for name in known if name not in left_out]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"--projectors: {', '.join(unknown)} unknown; known are {', '.join(known)}")
     return names

@@ -13,7 +13,7 @@ from lab.claims import MIN_SEEDS, Setting, judge
 from lab.experiment import Experiment, Task
 from lab.looks import map_of_tokens
 from lab.loop import write_whole
-from lab.plan import Preset, best_rate, tokens_of
+from lab.plan import Preset, best_rate, is_at_the_edge, tokens_of
 from lab.projectors import CANDIDATES, make_projector, projector_config
 from lab.results import DRAWS, Cell, Estimate, Results, estimate
 from lab.scenes import GROUPS
@@ -224,7 +224,8 @@ class Report:
         rows = []
         for name, found in self.searched.items():
             tried = ", ".join(f"{rate:g}: {found[rate]:.3f}" for rate in sorted(found))
-            rows.append([name, f"{best_rate(found):g}", tried])
+            edge = f", at the edge of {len(found)} values" if is_at_the_edge(found) else ""
+            rows.append([name, f"{best_rate(found):g}{edge}", tried])
         return _table(["projector", "chosen", "validation accuracy by learning rate"], rows)
 
     def plot_over(self, file: str, title: str, place) -> None:

@@ -81,7 +81,6 @@ def main() -> None:
     from lab.scene_task import SCOPE, scene_tasks
 
     try:
-        names = names_of(arguments.projectors)
         processes, shared = arguments.processes or number_of_cores(), os.path.join(arguments.output_dir, "shared")
         if arguments.config:
             from lab.dataset_task import dataset_tasks, read_config  # loads datasets
@@ -92,6 +91,7 @@ def main() -> None:
         else:
             preset, title = PRESETS[arguments.preset], arguments.preset
             tasks, scope = scene_tasks(preset, arguments.seed, shared), SCOPE
+        names = names_of(arguments.projectors, preset.left_out)
         print(describe(names, preset, tasks))
         if arguments.dry_run:
             return

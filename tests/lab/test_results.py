@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lab.claims import CLAIMS, Setting, equal, judge, larger, no_worse
-from lab.plan import PRESETS, RATES, rate_search
+from lab.plan import MAX_RATES, PRESETS, RATES, best_rate, is_at_the_edge, rate_search
 from lab.results import Cell, Estimate, Results, estimate
 
 
@@ -136,7 +136,9 @@ def test_the_best_learning_rate_is_not_at_the_edge(best, tried):
     assert min(found) < max(found, key=found.get) < max(found)
 
 
-def test_a_best_learning_rate_that_stays_at_the_edge_is_refused():
+def test_a_best_learning_rate_at_the_edge():
+    """The search ends, and the report can tell. Where all are equally good, the middle is taken."""
+
     def run_all(planned):
         return [
             {
@@ -147,5 +149,7 @@ def test_a_best_learning_rate_that_stays_at_the_edge_is_refused():
             for each in planned
         ]
 
-    with pytest.raises(RuntimeError, match="c-abs: the best of the learning rates .* is at the edge"):
-        rate_search(["c-abs"], PRESETS["quick"], None, 144, run_all)
+    (found,) = rate_search(["c-abs"], PRESETS["quick"], None, 144, run_all).values()
+    assert len(found) == MAX_RATES and best_rate(found) == max(found) and is_at_the_edge(found)
+    alike = dict.fromkeys(RATES, 0.3)
+    assert best_rate(alike) == RATES[2] and not is_at_the_edge(alike)
