@@ -49,14 +49,14 @@ After {steps} steps with {batch} images each. CPU time is that of training on on
 ![by steps](steps.png)
 
 ![by CPU time](cpu_time.png)
-{curve}
+{longer}{curve}
 ## Controls
 
 {controls}
 
 `blind` sees the same tokens for every image: what it gets right can be guessed. `shuffled` is a C-Abstractor whose tokens
 come from images drawn by chance; it must fall to `blind`. `placeless` is an MLP on patches whose positions were taken away:
-it must lose what needs a place and keep the content.
+it must lose what needs a place and keep the content. (Who knows the content guesses better what is at a place.)
 
 ## Where they look
 
@@ -65,7 +65,8 @@ it must lose what needs a place and keep the content.
 ## Learning rates
 
 Chosen by accuracy on validation images, {rate_tower}, after {search_steps} steps, for each projector alone; where the best
-value was at the edge, the grid grew. The same value is used at other M, widths, seeds and towers.
+value was at the edge, the grid grew. The same value is used at other M, widths, seeds and towers, where another might be
+better: figures at other M are lower bounds.
 
 {rates}
 """
@@ -130,6 +131,7 @@ class Report:
             steps=self.setting.end,
             batch=Experiment.batch_size,
             table=self.comparison(),
+            longer=self.longer(),
             curve=self.curve(),
             controls=self.controls(),
             looks=self.looks(),
@@ -172,6 +174,12 @@ class Report:
             rows.append([*name, f"{parameters:,}", f"{seconds:.0f}", *figures])
         head = ["projector", "M", "hidden size", "towers", "parameters", "CPU s", "all", *self.groups]
         return _table(head, rows)
+
+    def longer(self) -> str:
+        names = [name for name in self.preset.long if name in self.names]
+        if not names:
+            return ""
+        return f"\nBeyond {self.setting.end} steps: {', '.join(names)} with {self.preset.towers[0]} alone.\n"
 
     def curve(self) -> str:
         if not self.preset.curve:
@@ -299,7 +307,7 @@ class Report:
         axis.set_ylabel("accuracy")
         axis.set_ylim(0, 1)
         axis.grid(axis="y", alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
         figure.tight_layout()
         figure.savefig(os.path.join(self.folder, file), dpi=90)
         pyplot.close(figure)
