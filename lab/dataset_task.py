@@ -17,16 +17,13 @@ from tqdm.auto import tqdm
 from lab.experiment import Task
 from lab.loop import write_whole
 from lab.plan import Preset
-from lab.rows import Rows, padded
+from lab.rows import SPLITS, Rows, padded
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, open_image, processor_from_vision_text_pretrained
 from processing.pixels import Pixels
 from training.collator import HoneybeeDataCollator
 from training.conversations import image_root, load_conversations, normalize_conversation
 from training.yaml_file import is_of_type, read_yaml
-
-SPLITS = ("train", "validation", "test")
-
 
 # Settings of a preset that are of scenes and stand-ins, or follow from the parts.
 NOT_REAL = ("towers", "own_stand_ins", "tower_steps", "language_model_steps")
@@ -53,7 +50,7 @@ class RealParts:
     image_size: int | None = None
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    processes: int = 1
+    processes: int = field(default=1, repr=False)
 
     @property
     def scope(self) -> str:
@@ -89,11 +86,6 @@ def read_config(path: str) -> tuple[RealParts, Preset]:
         towers=(os.path.basename(parts.vision_tower.rstrip("/")),),
         **{name: value for name, value in given.items() if name in of_preset},
     )
-    if len(preset.images) != len(SPLITS) or len(preset.points) < 2 or min(*preset.images, *preset.points) < 1:
-        raise ValueError(
-            f"{path}: images={list(preset.images)} and points={list(preset.points)}: three numbers of images (train, "
-            "validation, test) and at least two numbers of steps are needed, all above 0"
-        )
     return parts, preset
 
 
@@ -123,6 +115,10 @@ class DatasetTask(Task):
     @property
     def name(self) -> str:
         return f"{self.tower}-seed{self.seed}"
+
+    @property
+    def images(self) -> int:
+        return self.seed
 
     @property
     def device(self) -> str:
@@ -158,9 +154,11 @@ class DatasetTask(Task):
         model, pixels = self._model(), Pixels(self._processor(1).image_processor)
         os.makedirs(self.folder, exist_ok=True)
         for split in SPLITS:
-            samples, features = self._samples[split], []
-            for start in tqdm(range(0, len(samples), 16), desc=f"Features ({split})"):
-                images = [open_image(image, self._root) for _, image, _ in samples[start : start + 16]]
+            if os.path.isfile(self._path(split)):
+                continue
+            rows, features = self._samples[split], []
+            for start in tqdm(range(0, len(rows), 16), desc=f"Features ({split})"):
+                images = [open_image(self._sample(row)[1], self._root) for row in rows[start : start + 16]]
                 batch = pixels(images).to(self.device, model.dtype)
                 features.append(model.model.get_patch_features(batch).half().cpu())
             write_whole(self._path(split), partial(torch.save, torch.cat(features)))
@@ -170,25 +168,33 @@ class DatasetTask(Task):
         return image_root(self.parts.data)
 
     @cached_property
-    def _samples(self) -> dict[str, list[tuple]]:
-        """By split: (messages, image, kind)."""
+    def _dataset(self):
         dataset = load_conversations(self.parts.data, columns=self.parts.columns)
         if len(dataset) < sum(self.sizes):
             raise ValueError(
                 f"{self.parts.data} has {len(dataset)} samples and images={list(self.sizes)} takes {sum(self.sizes)}"
             )
-        order = np.random.default_rng(self.seed).permutation(len(dataset))[: sum(self.sizes)]
-        rows = []
-        for row in dataset.select(order):
-            messages, images = normalize_conversation(row)
-            if len(images) != 1:
-                raise ValueError(f"{self.parts.data}: a sample has {len(images)} images; the lab takes one for each")
-            rows.append((messages, images[0], row.get("kind") or "all"))
+        return dataset
+
+    @cached_property
+    def _samples(self) -> dict[str, list[int]]:
+        """By split, rows of the dataset."""
+        order = np.random.default_rng(self.seed).permutation(len(self._dataset)).tolist()
         ends = np.cumsum(self.sizes)
-        return {split: rows[end - size : end] for split, size, end in zip(SPLITS, self.sizes, ends)}
+        return {split: order[end - size : end] for split, size, end in zip(SPLITS, self.sizes, ends)}
+
+    def _sample(self, row: int) -> tuple:
+        """(messages, image, kind). The image is not opened."""
+        example = self._dataset[row]
+        messages, images = normalize_conversation(example)
+        if len(images) != 1:
+            raise ValueError(f"{self.parts.data}: row {row} has {len(images)} images; the lab takes one for each")
+        return messages, images[0], example.get("kind") or "all"
 
     def check(self) -> None:
-        self._samples  # noqa: B018  reads the dataset and every conversation
+        for rows in self._samples.values():
+            for row in rows:
+                self._sample(row)
 
     def configs(self) -> tuple:
         config = HoneybeeForConditionalGeneration.config_from_vision_text_pretrained(
@@ -211,15 +217,17 @@ class DatasetTask(Task):
 
     def batch(self, step: int, size: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         chosen = np.random.default_rng((self.seed, step)).integers(self.sizes[0], size=size)
-        return *self._tokenized([self._samples["train"][i] for i in chosen], num_tokens), torch.from_numpy(chosen)
+        samples = [self._sample(self._samples["train"][image]) for image in chosen]
+        return *self._tokenized(samples, num_tokens), torch.from_numpy(chosen)
 
     def rows(self, split: str, num_tokens: int) -> Rows:
-        samples = self._samples[split]
-        return Rows(*self._tokenized(samples, num_tokens), torch.arange(len(samples)), [kind for *_, kind in samples])
+        samples = [self._sample(row) for row in self._samples[split]]
+        kinds = [kind for *_, kind in samples]
+        return Rows(*self._tokenized(samples, num_tokens), torch.arange(len(samples)), kinds)
 
     def picture(self) -> tuple[int, np.ndarray]:
         size = self._processor(1).image_processor.size
-        image = open_image(self._samples["test"][0][1], self._root)
+        image = open_image(self._sample(self._samples["test"][0])[1], self._root)
         return 0, np.asarray(image.resize((size["width"], size["height"])))
 
 

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run of the lab would train, without training it."""
 
-import math
-
 from lab.experiment import Experiment, Task
-from lab.plan import RATES, Preset, experiments, tokens_of
+from lab.plan import RATES, Preset, experiments, main_variants, other_variants
 from lab.projectors import number_of_parameters, projector_config
 
 
@@ -15,18 +13,22 @@ def describe(names: list[str], preset: Preset, tasks: list[Task]) -> str:
         ValueError: parts, data or settings do not fit.
         OSError: parts or data cannot be had.
     """
-    configs = tasks[0].configs()
-    num_patches = tasks[0].num_patches
-    check_tokens(preset, num_patches)
+    configs, num_patches = tasks[0].configs(), tasks[0].num_patches
+    if max(preset.num_tokens, *preset.curve, 0) >= num_patches:
+        raise ValueError(
+            f"M of num_tokens={preset.num_tokens} and curve={list(preset.curve)} must be below the number of patches, "
+            f"{num_patches}; use fewer tokens"
+        )
     for task in tasks:
         task.check()
-    lines = [f"{'projector':12} {'M':>5} {'parameters':>12}"]
-    for name in names:
-        num_tokens = tokens_of(name, preset.num_tokens, num_patches)
-        parameters = number_of_parameters(name, projector_config(name, *configs, num_tokens, None))
-        lines.append(f"{name:12} {num_tokens:5} {parameters:12,}")
-    planned = experiments(names, dict.fromkeys(names, RATES[0]), preset, tasks, num_patches)
-    trials = len(names) * len(RATES)
+    variants = main_variants(names, preset, num_patches) + other_variants(names, preset, configs, num_patches)
+    lines = [f"{'projector':12} {'M':>5} {'hidden size':>12} {'parameters':>12}"]
+    for variant in variants:
+        config = projector_config(variant.projector, *configs, variant.num_tokens, variant.hidden_size)
+        parameters, width = number_of_parameters(variant.projector, config), config.projector_config.hidden_size
+        lines.append(f"{variant.projector:12} {variant.num_tokens:5} {width:12} {parameters:12,}")
+    planned = experiments(dict.fromkeys(variants, RATES[0]), preset, tasks, num_patches)
+    trials = len(variants) * len(RATES)
     steps = sum(experiment.points[-1] for experiment in planned) + trials * preset.search_steps
     features = sum(preset.images) * num_patches * configs[0].hidden_size * 2
     lines += [
@@ -34,19 +36,6 @@ def describe(names: list[str], preset: Preset, tasks: list[Task]) -> str:
         f"towers {', '.join(preset.towers)}; seeds {', '.join(str(s) for s in sorted({task.seed for task in tasks}))}",
         f"at least {trials} runs of {preset.search_steps} steps to choose learning rates, then {len(planned)} experiments: "
         f"{steps:,} steps of {Experiment.batch_size} images",
-        f"features of a task (a tower and a seed) on disk: {features / 2**20:,.0f} MiB; {len(tasks)} tasks",
+        f"features of a tower's images on disk: {features / 2**20:,.0f} MiB",
     ]
     return "\n".join(lines)
-
-
-def check_tokens(preset: Preset, num_patches: int) -> None:
-    """
-    Raises:
-        ValueError: an M that is not a square.
-    """
-    for num_tokens in (preset.num_tokens, *preset.curve):
-        if math.isqrt(num_tokens) ** 2 != num_tokens:
-            root = math.isqrt(num_tokens)
-            raise ValueError(f"M = {num_tokens} is not a square; use {root**2} or {(root + 1) ** 2}")
-    if max(preset.num_tokens, *preset.curve, 0) > num_patches:
-        raise ValueError(f"M above the number of patches, {num_patches}, adds nothing to compare; use fewer tokens")

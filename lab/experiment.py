@@ -8,21 +8,22 @@ Shapes: B images of a batch, N patches, M visual tokens, Q rows of questions, T 
 """
 
 import hashlib
+import inspect
 import json
 import os
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from lab.loop import train, write_whole
-from lab.projectors import make_projector, number_of_parameters, projector_config
+from lab.projectors import CANDIDATES, make_projector, number_of_parameters, projector_config
 from lab.rows import Rows
 from modeling_honeybee import HoneybeeConfig
 
@@ -54,8 +55,10 @@ class Experiment:
 
     @property
     def name(self) -> str:
-        """Of its files; two experiments that differ in anything have two names."""
-        digest = hashlib.sha256(repr(self).encode()).hexdigest()[:8]
+        """Of its files. Two experiments that differ in a setting, or in the code of the projector's class, have two names."""
+        candidate = CANDIDATES[self.projector]
+        settings = repr(self), repr(candidate.settings), inspect.getsource(candidate.build)
+        digest = hashlib.sha256("".join(settings).encode()).hexdigest()[:8]
         return f"{self.projector}-m{self.num_tokens}-{self.task.name}-{self.split}-{digest}"
 
 
@@ -65,6 +68,7 @@ class Task:
     Attributes:
         name: for files.
         tower, seed: by which results are grouped.
+        images: tells sets of images apart; tasks that ask about the same images have the same.
         placeholder: the id that stands where a visual token goes.
         device: on which projector and language model run.
     """
@@ -72,8 +76,13 @@ class Task:
     name: str
     tower: str
     seed: int
+    images: int
     placeholder: int
     device: str = "cpu"
+
+    def __getstate__(self) -> dict:
+        """Without what was cached."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def preparations(self) -> dict[str, Callable[[], None]]:
         """What has to be done once before experiments, by the file that it leaves. Tasks may share some."""
@@ -112,6 +121,11 @@ class Task:
         return HoneybeeConfig(*self.configs()).num_patches
 
 
+def running_average(average: torch.Tensor, weight: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """The average after a step. Early it reaches back over a share of the steps, so that first weights are soon forgotten."""
+    return average + (weight - average) * max(1 / AVERAGED_STEPS, 1 - (1 + int(steps)) / (10 + int(steps)))
+
+
 def _hidden_states(language_model, ids: torch.Tensor, tokens: torch.Tensor, placeholder: int) -> torch.Tensor:
     """(B, T, D_lm), with visual tokens (B, M, D_lm) in the places of the placeholders."""
     visual = ids == placeholder
@@ -146,7 +160,7 @@ def run(experiment: Experiment, folder: str) -> str:
     torch.manual_seed(task.seed)
     config = projector_config(experiment.projector, *task.configs(), num_tokens, experiment.hidden_size)
     projector = make_projector(experiment.projector, config).to(task.device)
-    averaged = AveragedModel(projector, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / AVERAGED_STEPS))
+    averaged = AveragedModel(projector, avg_fn=running_average).requires_grad_(False)
     language_model, features = task.language_model().to(task.device), task.features("train")
     tested = task.features(experiment.split)
     asked = {number: task.rows(experiment.split, number) for number in (num_tokens, *experiment.elsewhere)}
@@ -158,6 +172,8 @@ def run(experiment: Experiment, folder: str) -> str:
         hidden = _hidden_states(language_model, ids, tokens, task.placeholder)[:, :-1]
         learned = labels != -100
         return F.cross_entropy(language_model.get_output_embeddings()(hidden[learned]), labels[learned])
+
+    task.batch(0, 1, num_tokens)  # reads what is read once, which is no part of training's time
 
     def ask(number: int) -> dict[str, str]:
         averaged.module.num_query_tokens = number
@@ -176,6 +192,7 @@ def run(experiment: Experiment, folder: str) -> str:
         experiment.points,
         at_point,
         path + ".state",
+        after_step=lambda: averaged.update_parameters(projector),
     )
     record = {
         "name": experiment.name,

@@ -24,8 +24,9 @@ def train(
     points: Iterable[int],
     at_point: Callable[[int, float], dict | None],
     state_file: str,
+    after_step: Callable[[], None] = lambda: None,
 ) -> list[dict]:
-    """Trains the modules that require gradients, with AdamW and clipped gradients.
+    """Trains the weights that require gradients, with AdamW and clipped gradients.
 
     Args:
         modules: all state that changes; what an average of weights needs, too.
@@ -34,6 +35,7 @@ def train(
         points: the steps behind which `at_point` is called, with the number of steps done and the seconds of CPU time that
             training took so far, and behind which the state is saved. The last step is one of them.
         at_point: returns what is to be kept of a point.
+        after_step: called after each step, as a part of it.
 
     Returns:
         What `at_point` returned, point by point.
@@ -58,9 +60,7 @@ def train(
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-        for module in modules.values():
-            if isinstance(module, torch.optim.swa_utils.AveragedModel):
-                module.update_parameters(modules["projector"])
+        after_step()
         seconds += time.process_time() - started
         if step + 1 in points:
             kept.append(at_point(step + 1, seconds))

@@ -22,12 +22,12 @@ WIDE_MLP = "pool-mlp"  # which is an MLP on each patch, of any width, where M = 
 class Preset:
     """
     Args:
-        towers: by name. Learning rates are chosen on the first.
+        towers: by name. All but the main comparison is run on the first alone.
         seeds: how many.
         own_stand_ins: stand-ins and scenes of its own for each seed; otherwise all have those of the first.
         points: steps at which a run is evaluated. The last is the length of the comparison, the one before it "early".
         long: who goes on after that, on the first tower, to `long_points`.
-        search_steps: length of a run that a learning rate is chosen by.
+        search_steps: length of a run that a learning rate is chosen by; on the first tower with the first seed.
         num_tokens: M of the main comparison.
         curve: other M.
         every_patch: who is also run with M = N.
@@ -54,6 +54,29 @@ class Preset:
     images: tuple[int, ...] = (5000, 200, 300)
     tower_steps: int = 400
     language_model_steps: int = 1500
+
+    def __post_init__(self):
+        """
+        Raises:
+            ValueError: settings that cannot be run, with the value.
+        """
+        steps = self.points + self.long_points * bool(self.long)
+        if len(self.points) < 2 or list(steps) != sorted(set(steps)) or steps[0] < 1:
+            raise ValueError(
+                f"points and long_points are {list(steps)}; at least two points, all ascending, are needed"
+            )
+        tokens = (self.num_tokens, *self.curve)
+        for number in tokens:
+            if number < 1 or math.isqrt(number) ** 2 != number:
+                root = max(1, math.isqrt(max(number, 0)))
+                raise ValueError(f"M = {number} is not a square; use {root**2} or {(root + 1) ** 2}")
+        if len(set(tokens)) < len(tokens):
+            raise ValueError(f"num_tokens={self.num_tokens} and curve={list(self.curve)} name an M twice; take one out")
+        if len(self.images) != 3 or min(*self.images, self.seeds, self.search_steps) < 1:
+            raise ValueError(
+                f"images={list(self.images)}, seeds={self.seeds}, search_steps={self.search_steps}: three numbers of images "
+                "(train, validation, test) are needed, and everything above 0"
+            )
 
 
 PRESETS = {
@@ -86,37 +109,72 @@ PRESETS = {
 }
 
 
+@dataclass(frozen=True)
+class Variant:
+    """What is trained, apart from data and learning rate. `hidden_size` None: the default width."""
+
+    projector: str
+    num_tokens: int
+    hidden_size: int | None = None
+
+
 def tokens_of(name: str, num_tokens: int, num_patches: int) -> int:
     return num_patches if CANDIDATES[name].per_patch else num_tokens
 
 
-def rate_search(
-    names: list[str], preset: Preset, task: Task, num_patches: int, run_all: Callable[[list[Experiment]], list[dict]]
-) -> dict[str, dict[float, float]]:
-    """By projector, validation accuracy (mean over kinds) by learning rate. The grid grows until the best value is inside,
-    or it has `MAX_RATES` values: the report says so then."""
-    found = {name: {} for name in names}
-    wanted = {name: list(RATES) for name in names}
-    while any(wanted.values()):
-        trials = [
-            Experiment(
-                name,
-                task,
-                tokens_of(name, preset.num_tokens, num_patches),
-                rate,
-                (preset.search_steps,),
-                split="validation",
-            )
-            for name in names
-            for rate in wanted[name]
+def main_variants(names: list[str], preset: Preset, num_patches: int) -> list[Variant]:
+    """The main comparison: each projector at the main M."""
+    return [Variant(name, tokens_of(name, preset.num_tokens, num_patches)) for name in names]
+
+
+def other_variants(names: list[str], preset: Preset, configs: tuple, num_patches: int) -> list[Variant]:
+    """The curve, the ends of it, and as many parameters as the C-Abstractor has."""
+    variants = [
+        Variant(name, num_tokens)
+        for name in names
+        if not CANDIDATES[name].per_patch
+        for num_tokens in preset.curve + (num_patches,) * (name in preset.every_patch)
+    ]
+    if preset.matched and MATCHED_TO in names:
+        config = projector_config(MATCHED_TO, *configs, preset.num_tokens, None)
+        target = number_of_parameters(MATCHED_TO, config)
+        wide = [(name, preset.num_tokens) for name in names if CANDIDATES[name].has_width and name != MATCHED_TO]
+        wide += [(WIDE_MLP, num_patches)] * (WIDE_MLP in names)
+        variants += [
+            Variant(name, num_tokens, matched_width(name, *configs, num_tokens, target)) for name, num_tokens in wide
         ]
-        for record in run_all(trials):
-            right = record["points"][-1]["right"]
-            found[record["projector"]][record["learning_rate"]] = float(
-                np.mean([each.count("1") / len(each) for each in right.values()])
-            )
-        wanted = {name: _beyond_the_edge(found[name]) for name in names}
+    return variants
+
+
+def rate_search(
+    variants: list[Variant], preset: Preset, task: Task, run_all: Callable[[list[Experiment]], list[dict]]
+) -> dict[Variant, dict[float, float]]:
+    """By variant, validation accuracy (mean over kinds) by learning rate. The grid grows until the best value is inside,
+    or it has `MAX_RATES` values: the report says so then."""
+    found = {variant: {} for variant in variants}
+    wanted = [(variant, rate) for variant in variants for rate in RATES]
+    while wanted:
+        trials = [_experiment(variant, task, rate, (preset.search_steps,), "validation") for variant, rate in wanted]
+        for (variant, rate), record in zip(wanted, run_all(trials)):
+            right = record["points"][-1]["right"].values()
+            found[variant][rate] = float(np.mean([each.count("1") / len(each) for each in right]))
+        wanted = [(variant, rate) for variant in variants for rate in _beyond_the_edge(found[variant])]
     return found
+
+
+def _experiment(
+    variant: Variant, task: Task, rate: float, points: tuple[int, ...], split: str = "test", **settings
+) -> Experiment:
+    return Experiment(
+        variant.projector,
+        task,
+        variant.num_tokens,
+        rate,
+        points,
+        hidden_size=variant.hidden_size,
+        split=split,
+        **settings,
+    )
 
 
 def best_rate(accuracies: dict[float, float]) -> float:
@@ -137,47 +195,25 @@ def _beyond_the_edge(accuracies: dict[float, float]) -> list[float]:
     return [float(f"{high * RATE_STEP if best_rate(accuracies) == high else low / RATE_STEP:.2g}")]
 
 
-def experiments(
-    names: list[str], rates: dict[str, float], preset: Preset, tasks: list[Task], num_patches: int
-) -> list[Experiment]:
-    """All that is planned on the tasks with the first tower; on the others, the comparison at the main M. What takes long
-    comes first."""
+def experiments(rates: dict[Variant, float], preset: Preset, tasks: list[Task], num_patches: int) -> list[Experiment]:
+    """Everything on the tasks with the first tower; on the others the main comparison, without those whose M is N. What
+    takes long comes first."""
     planned = []
-
-    def add(name: str, task: Task, num_tokens: int, points: tuple[int, ...] = preset.points, **settings):
-        rate = rates[CANDIDATES[name].control or name]
-        planned.append(Experiment(name, task, num_tokens, rate, points, **settings))
-
-    first, others = (
-        [task for task in tasks if (task.tower == preset.towers[0]) == on_first] for on_first in (True, False)
-    )
-    for task in others:
-        for name in names:
-            if not CANDIDATES[name].per_patch:
-                add(name, task, preset.num_tokens)
-    for task in first:
-        for name in names:
-            points = preset.points + preset.long_points * (name in preset.long)
-            used_at = preset.curve * (name == USED_ELSEWHERE)
-            add(name, task, tokens_of(name, preset.num_tokens, num_patches), points, elsewhere=used_at)
-            if not CANDIDATES[name].per_patch:
-                for num_tokens in preset.curve + (num_patches,) * (name in preset.every_patch):
-                    add(name, task, num_tokens)
-        for name, num_tokens, width in matched(names, preset, task, num_patches):
-            add(name, task, num_tokens, hidden_size=width)
+    for task in tasks:
+        on_first = task.tower == preset.towers[0]
+        for variant, rate in rates.items():
+            name, default = variant.projector, variant.hidden_size is None
+            is_main = default and variant.num_tokens == tokens_of(name, preset.num_tokens, num_patches)
+            if on_first:
+                points = preset.points + preset.long_points * (is_main and name in preset.long)
+                used_at = preset.curve * (is_main and name == USED_ELSEWHERE)
+                planned.append(_experiment(variant, task, rate, points, elsewhere=used_at))
+            elif is_main and not CANDIDATES[name].per_patch:
+                planned.append(_experiment(variant, task, rate, preset.points))
         for name, candidate in CANDIDATES.items():
-            if preset.controls and candidate.control in rates and name not in preset.left_out:
-                add(name, task, tokens_of(name, preset.num_tokens, num_patches))
+            if on_first and preset.controls and candidate.control and name not in preset.left_out:
+                num_tokens = tokens_of(name, preset.num_tokens, num_patches)
+                rate = rates.get(Variant(candidate.control, num_tokens))
+                if rate is not None:
+                    planned.append(_experiment(Variant(name, num_tokens), task, rate, preset.points))
     return sorted(planned, key=lambda each: -each.points[-1] * (50 + each.num_tokens))
-
-
-def matched(names: list[str], preset: Preset, task: Task, num_patches: int) -> list[tuple[str, int, int]]:
-    """(projector, M, hidden size) with as many parameters as the C-Abstractor of default width."""
-    if not preset.matched or MATCHED_TO not in names:
-        return []
-    configs, num_tokens = task.configs(), preset.num_tokens
-    target = number_of_parameters(MATCHED_TO, projector_config(MATCHED_TO, *configs, num_tokens, None))
-    at = [(name, num_tokens) for name in names if CANDIDATES[name].has_width and name != MATCHED_TO]
-    if WIDE_MLP in names:
-        at.append((WIDE_MLP, num_patches))
-    return [(name, tokens, matched_width(name, *configs, tokens, target)) for name, tokens in at]

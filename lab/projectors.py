@@ -93,10 +93,7 @@ CANDIDATES = {
         PROJECTORS["resampler"], {"projector_type": "resampler", "num_hidden_layers": 3, "num_attention_heads": 4}
     ),
     "c-abs": Candidate(PROJECTORS["c-abs"]),
-    # With larger weights its points start far from their references, and it learns half as fast.
-    "d-abs": Candidate(
-        PROJECTORS["d-abs"], {"projector_type": "d-abs", "num_hidden_layers": 3, "initializer_range": 0.02}
-    ),
+    "d-abs": Candidate(PROJECTORS["d-abs"], {"projector_type": "d-abs", "num_hidden_layers": 3}),
     "blind": Candidate(Blind, control="pool-mlp"),
     "shuffled": Candidate(Shuffled, control="c-abs"),
     "placeless": Candidate(Placeless, per_patch=True, control="mlp"),
@@ -117,8 +114,8 @@ def names_of(given: str | None, left_out: tuple[str, ...] = ()) -> list[str]:
 
 
 def projector_config(name: str, vision_config, text_config, num_tokens: int, hidden_size: int | None) -> HoneybeeConfig:
-    """The config that a candidate is built from. Every candidate gets a learned position embedding, so that they do not
-    differ by that; `hidden_size` None: the tower's width.
+    """The config that a candidate is built from. All get a learned position embedding and no dropout, so that they do not
+    differ by those; `hidden_size` None: the tower's width.
 
     Raises:
         ValueError: the candidate cannot make `num_tokens` visual tokens, or its settings are wrong.
@@ -128,8 +125,7 @@ def projector_config(name: str, vision_config, text_config, num_tokens: int, hid
         "num_query_tokens": num_tokens,
         "hidden_size": hidden_size or vision_config.hidden_size,
         "pos_emb": True,
-        # 0.02 is Honeybee's, for widths of 1024; a layer of another width carries a signal on as well as that with this.
-        "initializer_range": 0.02 * math.sqrt(1024 / vision_config.hidden_size),
+        "dropout": 0.0,
         **CANDIDATES[name].settings,
     }
     # A placeholder has no row in the language model's embedding: rows are put in before it is asked.
@@ -137,11 +133,16 @@ def projector_config(name: str, vision_config, text_config, num_tokens: int, hid
 
 
 def make_projector(name: str, config: HoneybeeConfig) -> nn.Module:
-    """A candidate with new weights, which start as those of a new Honeybee's projector do."""
+    """A candidate with new weights. They start as those of a new Honeybee do; but its standard deviation is meant for layers
+    of 1024 inputs, so that here each linear layer has the one that does the same for its own number of inputs."""
     projector = CANDIDATES[name].build(config)
     with torch.device("meta"):
         model = HoneybeeForConditionalGeneration(config)
     projector.apply(model._init_weights)
+    with torch.no_grad():
+        for module in projector.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.mul_(math.sqrt(1024 / module.in_features))
     return projector
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracies of finished experiments, with intervals.
 
-An accuracy is the mean over kinds of questions. Its interval is a bootstrap over seeds and, within a seed, over images.
+An accuracy is the mean over kinds of questions. Its interval is a bootstrap over seeds and, within a seed, over images,
+widened by sqrt(n / (n - 1)) for n seeds. With three seeds it is a rough one.
 All draws use the same random numbers, so that a difference of two accuracies is one of pairs: the same images, the same
 stand-ins.
 """
@@ -53,15 +54,19 @@ class Results:
     Args:
         records: as `lab.experiment.run` writes them, of the `test` split.
         images: by unit and kind, the image that each row asks about.
+        sets: by unit, the number of its set of images. Units with the same set are drawn together.
     """
 
-    def __init__(self, records: list[dict], images: dict[Unit, dict[str, np.ndarray]]):
-        self.images = images
-        self.cells: dict[Cell, dict[Unit, dict]] = defaultdict(dict)
+    def __init__(
+        self, records: list[dict], images: dict[Unit, dict[str, np.ndarray]], sets: dict[Unit, int] | None = None
+    ):
+        self.images, self.sets = images, sets or {unit: unit[1] for unit in images}
+        self.cells: dict[Cell, dict[Unit, dict]] = {}
         for record in records:
             cell = Cell(record["projector"], record["num_tokens"], record["width"])
-            self.cells[cell][record["tower"], record["seed"]] = record
-        self.kinds = tuple(next(iter(images.values())))
+            self.cells.setdefault(cell, {})[record["tower"], record["seed"]] = record
+        everywhere = set.intersection(*(set(kinds) for kinds in images.values()))
+        self.kinds = tuple(kind for kind in next(iter(images.values())) if kind in everywhere)
         self.seeds = sorted({record["seed"] for record in records})
 
     def points(self, cell: Cell) -> list[int]:
@@ -105,11 +110,14 @@ class Results:
         """(1 + DRAWS,) accuracies: first what was seen, then draws of it. Towers count the same."""
         by_seed = defaultdict(list)
         for unit, right in answers.items():
-            by_seed[unit[1]].append(self._image_draws(unit, right, tuple(kinds or self.kinds)))
+            by_seed[unit[1]].append(self._image_draws(unit, right, self.kinds if kinds is None else tuple(kinds)))
         accuracies = np.stack([np.mean(by_seed[seed], axis=0) for seed in sorted(by_seed)])  # (seeds, 1 + DRAWS)
         chosen = np.random.default_rng(0).integers(len(accuracies), size=(len(accuracies), DRAWS))
         drawn = np.take_along_axis(accuracies[:, 1:], chosen, axis=0).mean(axis=0)
-        return np.concatenate([accuracies[:, :1].mean(axis=0), drawn])
+        mean = accuracies[:, :1].mean(axis=0)
+        # The spread of draws of n has n where an unbiased one has n - 1.
+        wider = np.sqrt(len(accuracies) / max(1, len(accuracies) - 1))
+        return np.concatenate([mean, mean + (drawn - mean) * wider])
 
     def difference(
         self, first: dict[Unit, Right], second: dict[Unit, Right], kinds: Iterable[str] | None = None
@@ -122,7 +130,7 @@ class Results:
     def _image_draws(self, unit: Unit, right: Right, kinds: tuple[str, ...]) -> np.ndarray:
         images = self.images[unit]
         number = 1 + max(int(each.max()) for each in images.values())
-        counts = np.random.default_rng(unit[1]).multinomial(number, np.full(number, 1 / number), size=DRAWS)
+        counts = np.random.default_rng(self.sets[unit]).multinomial(number, np.full(number, 1 / number), size=DRAWS)
         counts = np.concatenate([np.ones((1, number), dtype=counts.dtype), counts])  # (1 + DRAWS, images)
         shares = []
         for kind in kinds:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+SPLITS = ("train", "validation", "test")
+
 
 @dataclass
 class Rows:

@@ -12,6 +12,7 @@ one was stopped.
 """
 
 import argparse
+import glob
 import json
 import os
 import sys
@@ -30,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--config", help="a YAML file that names a pretrained tower, a language model and a dataset")
     parser.add_argument("--projectors", help="names of lab/projectors.py, with commas between them; default: all")
     parser.add_argument("--seed", type=int, default=0, help="the first of the seeds (default: 0)")
-    parser.add_argument("--processes", type=int, help="default: one a core")
+    parser.add_argument("--processes", type=int, help="default: one a core; with --config what the file says")
     parser.add_argument("--output_dir", default=os.path.join("outputs", "lab"), help="default: outputs/lab")
     parser.add_argument("--dry_run", action="store_true", help="say what would be trained, and end")
     return parser.parse_args()
@@ -43,7 +44,7 @@ def number_of_cores() -> int:
 def compare(names: list[str], preset, tasks: list, processes: int, folder: str, scope: str) -> str:
     """Does what is left to do, and writes the report. Returns its path."""
     from lab.experiment import run
-    from lab.plan import best_rate, experiments, rate_search
+    from lab.plan import best_rate, experiments, main_variants, other_variants, rate_search
     from lab.report import Report
     from lab.workers import Workers
 
@@ -59,10 +60,13 @@ def compare(names: list[str], preset, tasks: list, processes: int, folder: str, 
 
         preparations = {path: call for task in tasks for path, call in task.preparations().items()}
         workers.do([(call, ()) for path, call in preparations.items() if not os.path.isfile(path)], "Preparations")
-        num_patches = tasks[0].num_patches
-        searched = rate_search(names, preset, tasks[0], num_patches, partial(run_all, title="Learning rates"))
-        rates = {name: best_rate(found) for name, found in searched.items()}
-        records = run_all(experiments(names, rates, preset, tasks, num_patches), "Experiments")
+        configs, num_patches = tasks[0].configs(), tasks[0].num_patches
+        variants = main_variants(names, preset, num_patches) + other_variants(names, preset, configs, num_patches)
+        searched = rate_search(variants, preset, tasks[0], partial(run_all, title="Learning rates"))
+        rates = {variant: best_rate(found) for variant, found in searched.items()}
+        records = run_all(experiments(rates, preset, tasks, num_patches), "Experiments")
+    for path in glob.glob(os.path.join(glob.escape(runs), "*.state")):
+        os.remove(path)  # of a process that was killed when it had just finished
     return Report(folder, records, searched, preset, tasks, num_patches).write(scope)
 
 
@@ -81,24 +85,25 @@ def main() -> None:
     from lab.scene_task import SCOPE, scene_tasks
 
     try:
-        processes, shared = arguments.processes or number_of_cores(), os.path.join(arguments.output_dir, "shared")
+        shared = os.path.join(arguments.output_dir, "shared")
         if arguments.config:
             from lab.dataset_task import dataset_tasks, read_config  # loads datasets
 
             parts, preset = read_config(arguments.config)
             tasks, scope, processes = dataset_tasks(parts, preset, arguments.seed, shared), parts.scope, parts.processes
-            title = os.path.splitext(os.path.basename(arguments.config))[0]
+            title = os.path.basename(arguments.config)
         else:
-            preset, title = PRESETS[arguments.preset], arguments.preset
+            preset, title, processes = PRESETS[arguments.preset], arguments.preset, number_of_cores()
             tasks, scope = scene_tasks(preset, arguments.seed, shared), SCOPE
         names = names_of(arguments.projectors, preset.left_out)
-        print(describe(names, preset, tasks))
-        if arguments.dry_run:
-            return
-        folder = os.path.join(arguments.output_dir, f"{title}-seed{arguments.seed}")
-        print(f"\nReport: {compare(names, preset, tasks, processes, folder, scope)}")
+        print(describe(names, preset, tasks), flush=True)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    if arguments.dry_run:
+        return
+    folder = os.path.join(arguments.output_dir, f"{title}-seed{arguments.seed}")
+    try:
+        print(f"\nReport: {compare(names, preset, tasks, arguments.processes or processes, folder, scope)}")
     except KeyboardInterrupt:
         sys.exit("Interrupted; the same command goes on behind what is finished")
 

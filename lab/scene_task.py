@@ -3,7 +3,7 @@
 
 import os
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import torch
 from lab.experiment import Task
 from lab.loop import write_whole
 from lab.plan import Preset
-from lab.rows import Rows
+from lab.rows import SPLITS, Rows
 from lab.scenes import NO_DIGIT, PLACEHOLDER, Scenes, make_scenes, test_rows, training_rows
 from lab.stand_ins import (
     language_model_config,
@@ -26,7 +26,6 @@ SCOPE = """\
 Digit scenes of 72 x 72 pixels, 144 patches; the digits lie across the lines of every grid of tokens. The tower and the
 language model are small stand-ins that stay as they are; only the projector learns. What is found here is found about these
 scenes: it says what a projector makes easy to learn, not how it ranks at 7B on real pictures."""
-SPLITS = ("train", "validation", "test")
 
 
 def scene_tasks(preset: Preset, first_seed: int, folder: str) -> list["SceneTask"]:
@@ -37,6 +36,11 @@ def scene_tasks(preset: Preset, first_seed: int, folder: str) -> list["SceneTask
         for seed in range(first_seed, first_seed + preset.seeds)
         for tower in preset.towers
     ]
+
+
+@lru_cache(maxsize=8)
+def _scenes(split: str, seed: int, number: int) -> Scenes:
+    return make_scenes(split, seed, number)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,10 @@ class SceneTask(Task):
     def name(self) -> str:
         return f"{self.tower}-seed{self.seed}"
 
+    @property
+    def images(self) -> int:
+        return self.stand_ins
+
     def _path(self, name: str) -> str:
         """Of a file, whose name has all the settings that it follows from."""
         settings = f"seed{self.stand_ins}-{'-'.join(map(str, self.scenes))}"
@@ -72,8 +80,8 @@ class SceneTask(Task):
             return os.path.join(self.folder, f"{settings}-language_model{self.language_model_steps}.pt")
         return os.path.join(self.folder, f"{settings}-{self.tower}{self.tower_steps}{name}.pt")
 
-    def make_scenes(self, split: str) -> Scenes:
-        return make_scenes(split, self.stand_ins, self.scenes[SPLITS.index(split)])
+    def _scenes(self, split: str) -> Scenes:
+        return _scenes(split, self.stand_ins, self.scenes[SPLITS.index(split)])
 
     def preparations(self) -> dict:
         return {self._path("language_model"): self._make_language_model, self._path("-test"): self._make_tower}
@@ -82,16 +90,16 @@ class SceneTask(Task):
         path = self._path("language_model")
         if not os.path.isfile(path):
             os.makedirs(self.folder, exist_ok=True)
-            make_language_model(self.make_scenes("train"), self.stand_ins, self.language_model_steps, path)
+            make_language_model(self._scenes("train"), self.stand_ins, self.language_model_steps, path)
 
     def _make_tower(self) -> None:
         """And the features of all splits."""
         os.makedirs(self.folder, exist_ok=True)
         if not os.path.isfile(self._path("")):
-            make_tower(self.tower, self.make_scenes("train"), self.stand_ins, self.tower_steps, self._path(""))
+            make_tower(self.tower, self._scenes("train"), self.stand_ins, self.tower_steps, self._path(""))
         for split in SPLITS:
             if not os.path.isfile(self._path(f"-{split}")):
-                features = tower_features(self.tower, self._path(""), self.make_scenes(split))
+                features = tower_features(self.tower, self._path(""), self._scenes(split))
                 write_whole(self._path(f"-{split}"), partial(torch.save, features))
 
     def check(self) -> None:
@@ -106,19 +114,15 @@ class SceneTask(Task):
     def features(self, split: str) -> torch.Tensor:
         return torch.load(self._path(f"-{split}"), weights_only=True, mmap=True)
 
-    @cached_property
-    def _training_scenes(self) -> Scenes:
-        return self.make_scenes("train")
-
     def batch(self, step: int, size: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         chosen = np.random.default_rng((self.seed, step)).integers(self.scenes[0], size=size)
-        ids, labels = training_rows(self._training_scenes, chosen.tolist(), f"{self.seed} {step}", num_tokens)
+        ids, labels = training_rows(self._scenes("train"), chosen.tolist(), f"{self.seed} {step}", num_tokens)
         return ids, labels, torch.from_numpy(chosen)
 
     def rows(self, split: str, num_tokens: int) -> Rows:
-        return test_rows(self.make_scenes(split), f"{split} {self.stand_ins}", num_tokens)
+        return test_rows(self._scenes(split), f"{split} {self.stand_ins}", num_tokens)
 
     def picture(self) -> tuple[int, np.ndarray]:
-        scenes = self.make_scenes("test")
+        scenes = self._scenes("test")
         fullest = int((scenes.digits != NO_DIGIT).sum(1).argmax())
         return fullest, scenes.pixels[fullest]

@@ -92,7 +92,7 @@ class Asker(SceneMaker):
     """Questions about scenes that exist already; the same seed asks the same."""
 
     def __init__(self, seed: str):
-        self.random = random.Random(seed)
+        self.random = random.Random(seed)  # all that asking needs; whoever draws scenes loads digits, too
 
     def conversation(self, contents: list[int | None], questions: int) -> tuple[list[int], list[int]]:
         """(ids, labels) of questions in a row; answers, each with its end, are learned."""
@@ -100,7 +100,7 @@ class Asker(SceneMaker):
         kinds = list(TRAINING_WEIGHTS)
         while questions:
             kind = self.random.choices(kinds, TRAINING_WEIGHTS.values())[0]
-            if (asked := self._ask(contents, kind)) is None:
+            if (asked := self.ask(contents, kind)) is None:
                 continue
             words = [VOCABULARY[word] for word in asked[0].split()]
             answer = [VOCABULARY[asked[1]], EOS]
@@ -125,7 +125,7 @@ def test_rows(scenes: Scenes, seed: str, num_tokens: int) -> Rows:
     ids, labels, images, kinds = [], [], [], []
     for scene, contents in enumerate(scenes.contents):
         for kind in KINDS:
-            asked = next(filter(None, (asker._ask(contents, kind) for _ in range(8))), None)
+            asked = next(filter(None, (asker.ask(contents, kind) for _ in range(8))), None)
             if asked is not None:
                 words = [VOCABULARY[word] for word in asked[0].split()]
                 ids.append(head + words + [VOCABULARY[asked[1]]])

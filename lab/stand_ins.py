@@ -44,7 +44,7 @@ from training.quickstart.digit_scenes import GRID
 
 WIDTH = 64
 TOWERS = {"clip": (CLIPVisionConfig, CLIPVisionModel), "siglip": (SiglipVisionConfig, SiglipVisionModel)}
-SIDES = range(2, 13)  # of the square of visual tokens, each drawn equally often
+SIDES = range(2, 13)  # of the square of visual tokens; one after the other, so that all are seen equally often
 FORMS = ("slots", "map", "hard")
 
 
@@ -206,7 +206,7 @@ def make_language_model(scenes: Scenes, seed: int, steps: int, path: str, batch_
     def loss_at(step: int) -> torch.Tensor:
         draw = random.Random(f"language model {seed} {step}")
         noise = torch.Generator().manual_seed(draw.randrange(2**31))
-        side, form = draw.choice(SIDES), draw.choice(FORMS)
+        side, form = SIDES[step % len(SIDES)], draw.choice(FORMS)
         rows = torch.randint(len(scenes), (batch_size,), generator=noise)
         ids, labels = training_rows(scenes, rows.tolist(), f"language model {seed} {step}", side**2)
         seen = symbols(scenes, rows, side, form, embeddings, noise)

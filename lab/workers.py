@@ -3,6 +3,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,6 +16,7 @@ def _set_up() -> None:
     import torch
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
 
     def follow() -> None:
         multiprocessing.parent_process().join()
@@ -36,7 +38,10 @@ class Workers:
     def __enter__(self) -> "Workers":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error, *_) -> None:
+        if error is not None:
+            for process in multiprocessing.active_children():
+                process.terminate()
         self.pool.shutdown(cancel_futures=True)
 
     def do(self, calls: list[tuple[Callable, tuple]], title: str) -> None:
