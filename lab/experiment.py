@@ -112,6 +112,10 @@ class Task:
         """All that is asked of the images of a split."""
         raise NotImplementedError
 
+    def ceiling(self, num_tokens: int) -> dict[str, str] | None:
+        """[`evaluate`] of test images whose visual tokens are perfect; None where nobody knows them."""
+        return None
+
     def picture(self) -> tuple[int, np.ndarray]:
         """A test image that is worth looking at: its number, and the picture (S, S) or (S, S, 3), uint8."""
         raise NotImplementedError
@@ -136,14 +140,20 @@ def _hidden_states(language_model, ids: torch.Tensor, tokens: torch.Tensor, plac
 
 
 @torch.inference_mode()
-def evaluate(projector, language_model, features: torch.Tensor, rows: Rows, placeholder: int) -> dict[str, str]:
-    """By kind, `1` for each row whose labelled tokens are all what the model finds likeliest there, and `0` for others."""
-    right, device = defaultdict(str), next(projector.parameters()).device
+def evaluate(
+    visual_tokens: Callable[[torch.Tensor], torch.Tensor], language_model, rows: Rows, placeholder: int, device: str
+) -> dict[str, str]:
+    """By kind, `1` for each row whose labelled tokens are all what the model finds likeliest there, and `0` for others.
+
+    Args:
+        visual_tokens: makes the tokens (images, M, D_lm) of images, given by number (images,).
+    """
+    right = defaultdict(str)
     size = max(1, 40_000 // rows.ids.shape[1])
     for start in range(0, len(rows.ids), size):
         ids, labels = (each[start : start + size].to(device) for each in (rows.ids, rows.labels[:, 1:]))
         images, each = rows.images[start : start + size].unique_consecutive(return_inverse=True)
-        tokens = projector(features[images].to(device).float())[each.to(device)]
+        tokens = visual_tokens(images)[each.to(device)]
         hidden, asked = _hidden_states(language_model, ids, tokens, placeholder)[:, :-1], labels != -100
         wrong = torch.zeros(labels.shape, dtype=torch.bool, device=device)
         wrong[asked] = language_model.get_output_embeddings()(hidden[asked]).argmax(-1) != labels[asked]
@@ -176,8 +186,15 @@ def run(experiment: Experiment, folder: str) -> str:
     task.batch(0, 1, num_tokens)  # reads what is read once, which is no part of training's time
 
     def ask(number: int) -> dict[str, str]:
-        averaged.module.num_query_tokens = number
-        return evaluate(averaged.module.eval(), language_model, tested, asked[number], task.placeholder)
+        evaluated = averaged.module.eval()
+        evaluated.num_query_tokens = number
+        return evaluate(
+            lambda images: evaluated(tested[images].to(task.device).float()),
+            language_model,
+            asked[number],
+            task.placeholder,
+            task.device,
+        )
 
     def at_point(step: int, seconds: float) -> dict:
         elsewhere = {str(other): ask(other) for other in experiment.elsewhere}

@@ -15,7 +15,7 @@ from lab.looks import map_of_tokens
 from lab.loop import write_whole
 from lab.plan import Preset, best_rate, is_at_the_edge, tokens_of
 from lab.projectors import CANDIDATES, make_projector, projector_config
-from lab.results import DRAWS, Cell, Estimate, Results, estimate
+from lab.results import DRAWS, Cell, Estimate, Results, arrays, estimate
 from lab.scenes import GROUPS
 
 matplotlib.use("Agg")
@@ -54,7 +54,7 @@ After {steps} steps with {batch} images each. CPU time is that of training on on
 {longer}{curve}
 ## Controls
 
-{controls}
+{ceiling}{controls}
 
 `blind` sees the same tokens for every image: what it gets right can be guessed. `shuffled` is a C-Abstractor whose tokens
 come from images drawn by chance; it must fall to `blind`. `placeless` is an MLP on patches whose positions were taken away:
@@ -137,6 +137,7 @@ class Report:
             table=self.comparison(),
             longer=self.longer(),
             curve=self.curve(),
+            ceiling=self.ceiling(),
             controls=self.controls(),
             limit=CONTROL_LIMIT,
             looks=self.looks(),
@@ -207,6 +208,26 @@ class Report:
     def _first_tower(self, cell: Cell) -> Estimate:
         answers = self.results.at_step(cell, self.setting.end)
         return estimate(self.results.draws({u: right for u, right in answers.items() if u[0] == self.preset.towers[0]}))
+
+    def ceiling(self) -> str:
+        """What the language model answers from perfect tokens."""
+        rows = []
+        for num_tokens in sorted({cell.num_tokens for cell in self.results.cells}):
+            found = {
+                (task.tower, task.seed): task.ceiling(num_tokens)
+                for task in self.tasks
+                if task.tower == self.preset.towers[0]
+            }
+            if None in found.values():
+                return ""
+            answers = {unit: arrays(right) for unit, right in found.items()}
+            kinds = [None, *self.groups.values()]
+            rows.append([num_tokens, *(estimate(self.results.draws(answers, each)) for each in kinds)])
+        return (
+            "What the language model answers where the tokens are symbols, in which every digit and its cell are named:\n\n"
+            + _table(["M", "all", *self.groups], rows)
+            + "\n\n"
+        )
 
     def controls(self) -> str:
         rows = [

@@ -76,7 +76,7 @@ class Results:
 
     def at_step(self, cell: Cell, step: int) -> dict[Unit, Right]:
         """Answers after a number of steps, of the runs that have it."""
-        return {unit: _arrays(point["right"]) for unit, point in self._points(cell, step).items()}
+        return {unit: arrays(point["right"]) for unit, point in self._points(cell, step).items()}
 
     def seconds(self, cell: Cell, step: int) -> dict[Unit, float]:
         """CPU time that a number of steps took."""
@@ -92,7 +92,7 @@ class Results:
         for unit, record in self.cells[cell].items():
             if unit in seconds:
                 times = [point["cpu_seconds"] for point in record["points"]]
-                answers = [_arrays(point["right"]) for point in record["points"]]
+                answers = [arrays(point["right"]) for point in record["points"]]
                 place = float(np.interp(seconds[unit], times, range(len(times))))
                 before, share = int(place), place % 1
                 after = min(before + 1, len(times) - 1)
@@ -104,7 +104,7 @@ class Results:
     def elsewhere(self, cell: Cell, num_tokens: int, step: int) -> dict[Unit, Right]:
         """Answers of a projector used with another M than it was trained with."""
         points = ((unit, point["elsewhere"]) for unit, point in self._points(cell, step).items())
-        return {unit: _arrays(found[str(num_tokens)]) for unit, found in points if str(num_tokens) in found}
+        return {unit: arrays(found[str(num_tokens)]) for unit, found in points if str(num_tokens) in found}
 
     def draws(self, answers: dict[Unit, Right], kinds: Iterable[str] | None = None) -> np.ndarray:
         """(1 + DRAWS,) accuracies: first what was seen, then draws of it. Towers count the same."""
@@ -140,5 +140,6 @@ class Results:
         return np.mean(shares, axis=0)
 
 
-def _arrays(right: dict[str, str]) -> Right:
+def arrays(right: dict[str, str]) -> Right:
+    """Answers as `lab.experiment.evaluate` gives them, as numbers."""
     return {kind: np.frombuffer(answers.encode(), dtype=np.uint8) - float(ord("0")) for kind, answers in right.items()}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Digit scenes as a task of the lab, with the stand-ins that belong to a seed."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -8,7 +9,7 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 
-from lab.experiment import Task
+from lab.experiment import Task, evaluate
 from lab.loop import write_whole
 from lab.plan import Preset
 from lab.rows import SPLITS, Rows
@@ -18,6 +19,7 @@ from lab.stand_ins import (
     load_language_model,
     make_language_model,
     make_tower,
+    symbols,
     tower_config,
     tower_features,
 )
@@ -121,6 +123,17 @@ class SceneTask(Task):
 
     def rows(self, split: str, num_tokens: int) -> Rows:
         return test_rows(self._scenes(split), f"{split} {self.stand_ins}", num_tokens)
+
+    def ceiling(self, num_tokens: int) -> dict[str, str]:
+        language_model, scenes, side = self.language_model(), self._scenes("test"), math.isqrt(num_tokens)
+        embeddings, draw = language_model.get_input_embeddings(), torch.Generator()
+        return evaluate(
+            lambda images: symbols(scenes, images, side, "map", embeddings, draw),
+            language_model,
+            self.rows("test", num_tokens),
+            self.placeholder,
+            self.device,
+        )
 
     def picture(self) -> tuple[int, np.ndarray]:
         scenes = self._scenes("test")

@@ -113,7 +113,7 @@ def test_maps_of_the_resampler_are_its_attention():
     patches[0, 100] *= -1
     maps = map_of_tokens(projector, patches, [0, 5]).flatten(1)
     others = maps[:, [patch for patch in range(144) if patch != 100]]
-    assert (others.std(1) < 1e-6).all() and ((maps[:, 100] - others[:, 0]).abs() > 1e-3).all()
+    assert (others.std(1) < 1e-6).all() and ((maps[:, 100] - others[:, 0]).abs() > 1e-4).all()
 
 
 def test_maps_of_the_c_abstractor_are_local():
