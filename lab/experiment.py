@@ -113,7 +113,7 @@ class Task:
         raise NotImplementedError
 
     def ceiling(self, num_tokens: int) -> dict[str, str] | None:
-        """[`evaluate`] of test images whose visual tokens are perfect; None where nobody knows them."""
+        """What [`evaluate`] finds right of test images whose visual tokens are perfect; None where nobody knows them."""
         return None
 
     def picture(self) -> tuple[int, np.ndarray]:
@@ -142,24 +142,27 @@ def _hidden_states(language_model, ids: torch.Tensor, tokens: torch.Tensor, plac
 @torch.inference_mode()
 def evaluate(
     visual_tokens: Callable[[torch.Tensor], torch.Tensor], language_model, rows: Rows, placeholder: int, device: str
-) -> dict[str, str]:
-    """By kind, `1` for each row whose labelled tokens are all what the model finds likeliest there, and `0` for others.
+) -> tuple[dict[str, str], float]:
+    """By kind, `1` for each row whose labelled tokens are all what the model finds likeliest there, and `0` for others; and
+    the cross-entropy of a labelled token, in nats.
 
     Args:
         visual_tokens: makes the tokens (images, M, D_lm) of images, given by number (images,).
     """
-    right = defaultdict(str)
+    right, losses = defaultdict(str), []
     size = max(1, 40_000 // rows.ids.shape[1])
     for start in range(0, len(rows.ids), size):
         ids, labels = (each[start : start + size].to(device) for each in (rows.ids, rows.labels[:, 1:]))
         images, each = rows.images[start : start + size].unique_consecutive(return_inverse=True)
         tokens = visual_tokens(images)[each.to(device)]
         hidden, asked = _hidden_states(language_model, ids, tokens, placeholder)[:, :-1], labels != -100
+        logits = language_model.get_output_embeddings()(hidden[asked]).float()
+        losses.append(F.cross_entropy(logits, labels[asked], reduction="none"))
         wrong = torch.zeros(labels.shape, dtype=torch.bool, device=device)
-        wrong[asked] = language_model.get_output_embeddings()(hidden[asked]).argmax(-1) != labels[asked]
+        wrong[asked] = logits.argmax(-1) != labels[asked]
         for kind, failed in zip(rows.kinds[start : start + size], wrong.any(1).tolist()):
             right[kind] += "01"[not failed]
-    return dict(right)
+    return dict(right), float(torch.cat(losses).mean())
 
 
 def run(experiment: Experiment, folder: str) -> str:
@@ -185,7 +188,7 @@ def run(experiment: Experiment, folder: str) -> str:
 
     task.batch(0, 1, num_tokens)  # reads what is read once, which is no part of training's time
 
-    def ask(number: int) -> dict[str, str]:
+    def ask(number: int) -> tuple[dict[str, str], float]:
         evaluated = averaged.module.eval()
         evaluated.num_query_tokens = number
         return evaluate(
@@ -197,8 +200,9 @@ def run(experiment: Experiment, folder: str) -> str:
         )
 
     def at_point(step: int, seconds: float) -> dict:
-        elsewhere = {str(other): ask(other) for other in experiment.elsewhere}
-        return {"step": step, "cpu_seconds": round(seconds, 2), "right": ask(num_tokens), "elsewhere": elsewhere}
+        elsewhere = {str(other): ask(other)[0] for other in experiment.elsewhere}
+        right, loss = ask(num_tokens)
+        return {"step": step, "cpu_seconds": round(seconds, 2), "loss": loss, "right": right, "elsewhere": elsewhere}
 
     points = train(
         nn.ModuleDict({"projector": projector, "average": averaged}),

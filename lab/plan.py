@@ -5,8 +5,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from lab.experiment import Experiment, Task
 from lab.projectors import CANDIDATES, matched_width, number_of_parameters, projector_config
 
@@ -149,15 +147,15 @@ def other_variants(names: list[str], preset: Preset, configs: tuple, num_patches
 def rate_search(
     variants: list[Variant], preset: Preset, task: Task, run_all: Callable[[list[Experiment]], list[dict]]
 ) -> dict[Variant, dict[float, float]]:
-    """By variant, validation accuracy (mean over kinds) by learning rate. The grid grows until the best value is inside,
-    or it has `MAX_RATES` values: the report says so then."""
+    """By variant, loss on validation images by learning rate. (Loss, because many accuracies are alike after short runs.) The
+    grid grows until the best value is inside, or it has `MAX_RATES` values: the report says so then."""
     found = {variant: {} for variant in variants}
     wanted = [(variant, rate) for variant in variants for rate in RATES]
     while wanted:
         trials = [_experiment(variant, task, rate, (preset.search_steps,), "validation") for variant, rate in wanted]
         for (variant, rate), record in zip(wanted, run_all(trials)):
-            right = record["points"][-1]["right"].values()
-            found[variant][rate] = float(np.mean([each.count("1") / len(each) for each in right]))
+            loss = record["points"][-1]["loss"]
+            found[variant][rate] = loss if math.isfinite(loss) else math.inf
         wanted = [(variant, rate) for variant in variants for rate in _beyond_the_edge(found[variant])]
     return found
 
@@ -177,22 +175,22 @@ def _experiment(
     )
 
 
-def best_rate(accuracies: dict[float, float]) -> float:
-    """Of several that are equally good, the one nearest to the middle."""
-    middle = math.sqrt(min(accuracies) * max(accuracies))
-    return max(accuracies, key=lambda rate: (accuracies[rate], -abs(math.log(rate / middle))))
+def best_rate(losses: dict[float, float]) -> float:
+    """The one with the least loss; of several, the one nearest to the middle."""
+    middle = math.sqrt(min(losses) * max(losses))
+    return min(losses, key=lambda rate: (losses[rate], abs(math.log(rate / middle))))
 
 
-def is_at_the_edge(accuracies: dict[float, float]) -> bool:
+def is_at_the_edge(losses: dict[float, float]) -> bool:
     """Whether a value outside might be better than the best."""
-    return best_rate(accuracies) in (min(accuracies), max(accuracies))
+    return best_rate(losses) in (min(losses), max(losses))
 
 
-def _beyond_the_edge(accuracies: dict[float, float]) -> list[float]:
-    if not is_at_the_edge(accuracies) or len(accuracies) >= MAX_RATES:
+def _beyond_the_edge(losses: dict[float, float]) -> list[float]:
+    if not is_at_the_edge(losses) or len(losses) >= MAX_RATES:
         return []
-    low, high = min(accuracies), max(accuracies)
-    return [float(f"{high * RATE_STEP if best_rate(accuracies) == high else low / RATE_STEP:.2g}")]
+    low, high = min(losses), max(losses)
+    return [float(f"{high * RATE_STEP if best_rate(losses) == high else low / RATE_STEP:.2g}")]
 
 
 def experiments(rates: dict[Variant, float], preset: Preset, tasks: list[Task], num_patches: int) -> list[Experiment]:

@@ -67,7 +67,7 @@ is in a cell.) Passed: the interval is within {limit} of what it must equal, or 
 
 ## Learning rates
 
-Chosen by accuracy on validation images, {rate_tower}, after {search_steps} steps, for each projector at each M and width; where
+Chosen by the loss on validation images, {rate_tower}, after {search_steps} steps, for each projector at each M and width; where
 the best value was at the edge, the grid grew. Other seeds and towers use the same.
 
 {rates}
@@ -95,7 +95,7 @@ class Report:
     Args:
         folder: of the report; what experiments wrote is in `runs` there.
         records: of all experiments.
-        searched: validation accuracy by projector and learning rate.
+        searched: validation loss by variant and learning rate.
     """
 
     def __init__(
@@ -280,7 +280,7 @@ class Report:
             edge = f", at the edge of {len(found)} values" if is_at_the_edge(found) else ""
             about = [variant.projector, variant.num_tokens, variant.hidden_size or "default"]
             rows.append([*about, f"{best_rate(found):g}{edge}", tried])
-        return _table(["projector", "M", "hidden size", "chosen", "validation accuracy by learning rate"], rows)
+        return _table(["projector", "M", "hidden size", "chosen", "validation loss by learning rate"], rows)
 
     def plot_over(self, file: str, title: str, place) -> None:
         figure, axis = pyplot.subplots(figsize=(6, 4))

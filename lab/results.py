@@ -122,8 +122,14 @@ class Results:
     def difference(
         self, first: dict[Unit, Right], second: dict[Unit, Right], kinds: Iterable[str] | None = None
     ) -> np.ndarray:
-        """Draws of the first minus the second, over the units that both have."""
+        """Draws of the first minus the second, over the units that both have.
+
+        Raises:
+            KeyError: there is none.
+        """
         common = first.keys() & second.keys()
+        if not common:
+            raise KeyError("no tower and seed that both were run with")
         first, second = ({unit: each[unit] for unit in sorted(common)} for each in (first, second))
         return self.draws(first, kinds) - self.draws(second, kinds)
 

@@ -127,13 +127,14 @@ class SceneTask(Task):
     def ceiling(self, num_tokens: int) -> dict[str, str]:
         language_model, scenes, side = self.language_model(), self._scenes("test"), math.isqrt(num_tokens)
         embeddings, draw = language_model.get_input_embeddings(), torch.Generator()
-        return evaluate(
+        right, _ = evaluate(
             lambda images: symbols(scenes, images, side, "map", embeddings, draw),
             language_model,
             self.rows("test", num_tokens),
             self.placeholder,
             self.device,
         )
+        return right
 
     def picture(self) -> tuple[int, np.ndarray]:
         scenes = self._scenes("test")
