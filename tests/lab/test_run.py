@@ -153,6 +153,11 @@ def test_wrong_settings_of_pretrained_parts(parts, tmp_path, wrong, sentence):
         describe(["c-abs"], preset, dataset_tasks(own, preset, 0, str(tmp_path)))
 
 
+def test_the_shipped_config():
+    own, preset = read_config(str(REPOSITORY / "lab" / "real_parts.yaml"))
+    assert own.device == "cuda" and preset.points[-1] < preset.long_points[0] and preset.seeds == 3
+
+
 def test_one_projector_in_one_process(whole):
     """Claims and pictures that need others are left out."""
     run_script(
