@@ -16,7 +16,8 @@ MARGIN = 0.03  # below which two accuracies count as equal
 
 
 def larger(found: Estimate) -> str:
-    return _verdict(found.low > 0, found.high < 0)
+    """By more than what counts as equal."""
+    return _verdict(found.low > MARGIN, found.high < 0)
 
 
 def no_worse(found: Estimate) -> str:

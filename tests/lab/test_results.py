@@ -99,7 +99,8 @@ def test_answers_between_two_points():
 @pytest.mark.parametrize(
     "rule, low, high, verdict",
     [
-        (larger, 0.01, 0.2, "supported"),
+        (larger, 0.04, 0.2, "supported"),
+        (larger, 0.02, 0.2, "undecided"),
         (larger, -0.01, 0.2, "undecided"),
         (larger, -0.2, -0.01, "not supported"),
         (no_worse, -0.02, 0.2, "supported"),

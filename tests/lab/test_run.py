@@ -46,7 +46,7 @@ def test_what_a_run_leaves(whole):
     assert "With fewer than 3 every claim is undecided" in report and "**supported**" not in report
     assert "| c-abs | 16 | default |" in report and "| pool-mlp | 144 | 592 |" in report  # the chosen learning rates
     assert "C-Abs is better than average pooling + MLP, at equal tokens and parameters" in report
-    assert "`shuffled` falls to `blind`" in report
+    assert "| `shuffled` loses everything that `c-abs` knows |" in report
     for name in ("kinds", "steps", "cpu_time", "tokens", "looks"):
         assert f"({name}.png)" in report and (whole / f"{name}.png").stat().st_size > 5000
     records = results(whole).values()
