@@ -380,7 +380,9 @@ class HoneybeeModel(HoneybeePreTrainedModel):
                 )
             if not projector.is_trained(number):
                 trained = projector.elastic_num_query_tokens or projector.num_query_tokens
-                logger.warning_once(f"num_query_tokens={number}: the model is trained for {trained}, and answers worse")
+                logger.warning_once(
+                    f"num_query_tokens={number} is no number that the model is trained for ({trained}): expect worse answers"
+                )
         return numbers
 
     def count_image_tokens(self, num_query_tokens: int | torch.LongTensor | None, num_images: int) -> list[int]:

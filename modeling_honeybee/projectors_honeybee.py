@@ -53,7 +53,7 @@ class HoneybeeProjector(nn.Module):
         super().__init__()
         settings = config.projector_config
         self.num_patches = config.num_patches
-        self.num_query_tokens = settings.num_query_tokens
+        self.num_query_tokens, self.num_eos_tokens = settings.num_query_tokens, settings.num_eos_tokens
         self.initializer_range = settings.initializer_range
         width = {
             "vision": config.vision_config.hidden_size,
@@ -84,15 +84,13 @@ class HoneybeeProjector(nn.Module):
         if not isinstance(num_query_tokens, list):
             return self.decode(features, num_query_tokens or self.num_query_tokens)
         numbers = torch.tensor(num_query_tokens)
-        tokens, owners = [], []  # what one pass for each M makes, and the image of each token
-        for number in sorted(set(num_query_tokens)):
-            images = (numbers == number).nonzero().flatten()
-            alike = self.decode(features.index_select(0, images.to(features.device)), number)
-            tokens.append(alike.flatten(0, 1))
-            owners.append(images.repeat_interleave(alike.shape[1]))
-        owners = torch.cat(owners)
-        tokens = torch.cat(tokens).index_select(0, owners.argsort(stable=True).to(features.device))
-        return list(tokens.split(owners.bincount().tolist()))
+        order = numbers.argsort(stable=True)
+        distinct, counts = numbers.unique(return_counts=True)
+        alike = features.index_select(0, order.to(features.device)).split(counts.tolist())
+        tokens = [self.decode(part, number).flatten(0, 1) for part, number in zip(alike, distinct.tolist())]
+        lengths = numbers + self.num_eos_tokens
+        places = order.repeat_interleave(lengths[order]).argsort(stable=True)  # of the tokens, image by image
+        return list(torch.cat(tokens).index_select(0, places.to(features.device)).split(lengths.tolist()))
 
     def reset_own_parameters(self):
         """Start the parameters that belong to no submodule. Through `nn.init`, because transformers guards loaded tensors

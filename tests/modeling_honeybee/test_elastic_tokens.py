@@ -300,7 +300,7 @@ def test_numbers_that_promise_little_are_told_once(caplog):
             model(**inputs)
     said = [record.getMessage() for record in caplog.records if "num_query_tokens=49" in record.getMessage()]
     assert len(said) == 2
-    assert "more than the 16 patches of an image" in said[0] and "is trained for [4, 9, 16]" in said[1]
+    assert "more than the 16 patches of an image" in said[0] and "trained for ([4, 9, 16])" in said[1]
 
 
 def test_a_batch_without_images_takes_no_numbers():
