@@ -183,13 +183,11 @@ class HoneybeeProjectorConfig(PretrainedConfig):
                 f"elastic_num_query_tokens={trained} does not fit projector_type={self.projector_type!r}, which makes one "
                 "visual token of each patch; leave it out or choose another projector"
             )
-        if not isinstance(trained, list) or not trained or any(type(number) is not int for number in trained):
+        listed = isinstance(trained, list) and all(type(number) is int and number > 0 for number in trained)
+        if not (listed and trained and trained == sorted(set(trained))):
             raise ValueError(
-                f"elastic_num_query_tokens={trained!r} must be a list of whole numbers, such as [16, 64, 144]"
-            )
-        if trained[0] < 1 or trained != sorted(set(trained)):
-            raise ValueError(
-                f"elastic_num_query_tokens={trained} must be at least 1 each, in ascending order and without repetition"
+                f"elastic_num_query_tokens={trained!r} must be a list of whole numbers of at least 1, in ascending order and "
+                "without repetition, such as [16, 64, 144]"
             )
         for number in trained:
             self._check_square(number)

@@ -685,7 +685,8 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         num_query_tokens: int | torch.LongTensor | None = None,
         **kwargs,
     ) -> HoneybeeCausalLMOutputWithPast | tuple:
-        """
+        """Takes what [`HoneybeeModel`] takes, and
+
         Args:
             labels: (B, T), -100 where a token is not to be learned; placeholders never are, whatever is given.
             shift_labels: (B, T), what each position predicts, where `labels` cannot be shifted here (a row that is split
@@ -693,8 +694,6 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             logits_to_keep: compute logits for this many last positions, or for the positions that it lists; 0 for all.
                 Default: all, except in training with `labels`. There the head runs only where a label is learned, and
                 `logits` is None. The loss is the same, without what can be the largest tensor of a step.
-
-        The other arguments are those of [`HoneybeeModel`].
         """
         # Not in the signature: a Trainer evaluates no loss where one of the labels that it finds there is not given.
         shift_labels = kwargs.pop("shift_labels", None)
@@ -722,10 +721,9 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             predictions = self.lm_head(hidden_states[learned])  # (learned, V)
             loss = self.loss_function(predictions, None, shift_labels=shift_labels[learned], **loss_settings)
         else:
-            if isinstance(logits_to_keep, int) and logits_to_keep:
-                logits_to_keep = slice(-logits_to_keep, None)
-            everywhere = logits_to_keep is None or isinstance(logits_to_keep, int)
-            logits = self.lm_head(hidden_states if everywhere else hidden_states[:, logits_to_keep])
+            if isinstance(logits_to_keep, int):
+                logits_to_keep = slice(-logits_to_keep, None) if logits_to_keep else None
+            logits = self.lm_head(hidden_states if logits_to_keep is None else hidden_states[:, logits_to_keep])
             if shift_labels is not None:
                 loss = self.loss_function(logits, None, shift_labels=shift_labels, **loss_settings)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}

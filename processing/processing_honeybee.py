@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import to_numpy_array
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 try:  # transformers asks for packages that are imported without a guard before it runs code from the Hub
     from PIL import Image, ImageOps
@@ -428,8 +428,8 @@ class HoneybeeProcessor(ProcessorMixin):
 
     def _check_trained(self):
         trained = self.elastic_num_query_tokens
-        whole = trained is None or (isinstance(trained, list) and all(type(number) is int for number in trained))
-        if not whole or trained == [] or (trained and (trained[0] < 1 or trained != sorted(set(trained)))):
+        listed = isinstance(trained, list) and all(type(number) is int and number > 0 for number in trained)
+        if trained is not None and not (listed and trained and trained == sorted(set(trained))):
             raise ValueError(
                 f"elastic_num_query_tokens={trained!r} must be a list of whole numbers of at least 1, in ascending order and "
                 "without repetition, such as [16, 64, 144]"
@@ -551,7 +551,7 @@ class HoneybeeProcessor(ProcessorMixin):
         num_query_tokens: int | list[int | None] | None = None,
         max_visual_tokens: int | None = None,
         allow_untrained: bool = False,
-        **kwargs,
+        **kwargs: Unpack[HoneybeeProcessorKwargs],
     ) -> BatchFeature:
         """Model inputs of the rows in `text`; the images of all rows in order.
 
