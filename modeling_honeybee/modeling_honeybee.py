@@ -3,7 +3,7 @@
 
 Shapes: B rows of text, T tokens a row, I images in the batch (in the order of their placeholders), N patches an image,
 M visual tokens an image (extra tokens included), D_v width of the tower, D_lm width of the language model, V vocabulary.
-Images can have an M each; what is (I, M, D_lm) is a list of (M, D_lm) then.
+Images can have an M each; what is (I, M, D_lm) is then (sum of all M, D_lm), or a list of (M, D_lm).
 
     pixel_values (I, 3, S, S) -> patch features (I, N, D_v) -> visual tokens (I, M, D_lm) -> the I * M placeholders of
     input_ids (B, T) -> hidden states (B, T, D_lm) -> logits (B, T, V)
@@ -51,17 +51,17 @@ _TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
 @dataclass
 class HoneybeeModelOutputWithPast(BaseModelOutputWithPast):
-    """`image_hidden_states`: visual tokens (I, M, D_lm) of this call, None where it had no images; a list of (M, D_lm)
-    where each image had an M of its own."""
+    """`image_hidden_states`: visual tokens (I, M, D_lm) of this call, None where it had no images; (sum of all M, D_lm),
+    image after image, where each image had an M of its own."""
 
-    image_hidden_states: torch.FloatTensor | list[torch.FloatTensor] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
 
 
 @dataclass
 class HoneybeeCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`loss` (), `logits` (B, T or `logits_to_keep`, V) or None, and what [`HoneybeeModelOutputWithPast`] holds."""
 
-    image_hidden_states: torch.FloatTensor | list[torch.FloatTensor] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
 
 
 def _tower_blocks(vision_tower: nn.Module, number: int) -> nn.ModuleList:
@@ -353,10 +353,15 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             (I, M, D_lm), or a list of (M, D_lm).
         """
         numbers = self._numbers(num_query_tokens, len(pixel_values))
-        return self._project(self.get_patch_features(pixel_values), numbers)
+        return self._by_image(self._project(self.get_patch_features(pixel_values), numbers), numbers)
 
-    def _project(self, features: torch.FloatTensor, numbers: int | list[int] | None):
+    def _project(self, features: torch.FloatTensor, numbers: int | list[int] | None) -> torch.FloatTensor:
         return self.projector(features.to(next(self.projector.parameters()).dtype), numbers)
+
+    def _by_image(self, visual_tokens: torch.FloatTensor, numbers: int | list[int] | None):
+        if not isinstance(numbers, list):
+            return visual_tokens
+        return list(visual_tokens.split(self.count_image_tokens(numbers, len(numbers))))
 
     def _numbers(self, num_query_tokens, num_images: int) -> int | list[int] | None:
         """`num_query_tokens` as the projector takes it, checked."""
@@ -422,7 +427,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         self._check_feature_settings(vision_feature_layer, vision_feature_select_strategy)
         numbers = self._numbers(num_query_tokens, len(pixel_values))
         features, outputs = self._encode(pixel_values, **kwargs)
-        visual_tokens = self._project(features, numbers)
+        visual_tokens = self._by_image(self._project(features, numbers), numbers)
         if return_dict is None:
             if _TRANSFORMERS_4:
                 return visual_tokens
@@ -480,9 +485,9 @@ class HoneybeeModel(HoneybeePreTrainedModel):
     def _place_images(self, input_ids, inputs_embeds, pixel_values, num_query_tokens, encoded):
         """The visual tokens, encoded here or before, and a mask (B, T) of their places."""
         if encoded is None:
-            visual_tokens = self.get_visual_tokens(pixel_values, num_query_tokens)
-            each = isinstance(visual_tokens, list)
-            tokens = [len(t) for t in visual_tokens] if each else [visual_tokens.shape[1]] * len(visual_tokens)
+            numbers = self._numbers(num_query_tokens, len(pixel_values))
+            visual_tokens = self._project(self.get_patch_features(pixel_values), numbers)
+            tokens = self.count_image_tokens(numbers, len(pixel_values))
             return visual_tokens, self.get_placeholder_mask(input_ids, inputs_embeds, tokens)
         if pixel_values is not None:
             raise ValueError("pixel_values and mm_encoder_outputs give images twice; give one of them")
@@ -539,8 +544,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             pixel_values = None
         if pixel_values is not None or encoded is not None:
             visual_tokens, mask = self._place_images(input_ids, inputs_embeds, pixel_values, num_query_tokens, encoded)
-            placed = torch.cat(visual_tokens) if isinstance(visual_tokens, list) else visual_tokens
-            mask, placed = mask.to(inputs_embeds.device), placed.to(inputs_embeds.device, inputs_embeds.dtype)
+            mask, placed = mask.to(inputs_embeds.device), visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
             return inputs_embeds.masked_scatter(mask.unsqueeze(-1), placed), visual_tokens
         # A single token is a decoding step, whose images are in the cache.
         if input_ids is not None and input_ids.shape[1] > 1:

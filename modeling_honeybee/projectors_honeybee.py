@@ -69,16 +69,14 @@ class HoneybeeProjector(nn.Module):
             else None
         )
 
-    def forward(
-        self, features: torch.Tensor, num_query_tokens: int | list[int] | None = None
-    ) -> torch.Tensor | list[torch.Tensor]:
+    def forward(self, features: torch.Tensor, num_query_tokens: int | list[int] | None = None) -> torch.Tensor:
         """
         Args:
             features: (B, N, D_v), or (B, L, N, D_v) for several levels.
             num_query_tokens: M of all images, or a list with the M of each. Default: the config's.
 
         Returns:
-            (B, M + E, D_lm); or, for a list, a list with (M + E, D_lm) of each image.
+            (B, M + E, D_lm); or, for a list, the tokens of one image after the other, (sum of all M + E, D_lm).
         """
         features = self.encode(features)
         if not isinstance(num_query_tokens, list):
@@ -90,7 +88,7 @@ class HoneybeeProjector(nn.Module):
         tokens = [self.decode(part, number).flatten(0, 1) for part, number in zip(alike, distinct.tolist())]
         lengths = numbers + self.num_eos_tokens
         places = order.repeat_interleave(lengths[order]).argsort(stable=True)  # of the tokens, image by image
-        return list(torch.cat(tokens).index_select(0, places.to(features.device)).split(lengths.tolist()))
+        return torch.cat(tokens).index_select(0, places.to(features.device))
 
     def reset_own_parameters(self):
         """Start the parameters that belong to no submodule. Through `nn.init`, because transformers guards loaded tensors
