@@ -19,7 +19,7 @@ README = REPOSITORY / "README.md"
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 GUIDES = [README, *DOCS, REPOSITORY / "training" / "configs" / "README.md"]
 PAGES = [*GUIDES, *(REPOSITORY / name for name in ("CONTRIBUTING.md", "benchmarks/README.md", "tests/data/README.md"))]
-FOLDERS = "modeling_honeybee|processing|training|evaluation|hub_upload|serving|tests|benchmarks|docs|constraints"
+FOLDERS = "modeling_honeybee|processing|training|evaluation|hub_upload|serving|lab|tests|benchmarks|docs|constraints"
 
 
 def each_of(pages: list[Path]):

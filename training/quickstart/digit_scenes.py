@@ -66,7 +66,7 @@ class SceneMaker:
         """(kind, question, answer); `kind` is drawn by weight, and again where the scene does not allow it."""
         while True:
             chosen = kind or self.random.choices(list(QUESTION_WEIGHTS), QUESTION_WEIGHTS.values())[0]
-            asked = self._ask(contents, chosen)
+            asked = self.ask(contents, chosen)
             if asked is not None:
                 return chosen, *asked
 
@@ -85,7 +85,8 @@ class SceneMaker:
             messages += [says("user", question, *([image] if turn == 0 else [])), says("assistant", answer)]
         return messages, "default"
 
-    def _ask(self, contents: list[int | None], kind: str) -> tuple[str, str] | None:
+    def ask(self, contents: list[int | None], kind: str) -> tuple[str, str] | None:
+        """(question, answer) of a kind; None where the scene does not allow one."""
         draw = self.random
         filled = [cell for cell, digit in enumerate(contents) if digit is not None]
         unique = [cell for cell in filled if contents.count(contents[cell]) == 1]

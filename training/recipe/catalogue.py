@@ -22,11 +22,12 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from glob import escape, glob, has_magic
+from glob import escape, glob
 from itertools import chain, zip_longest
 
 from training.recipe.json_stream import stream_json
 from training.recipe.tar_stream import stream_tar
+from training.samples import is_pattern
 
 TURN = ("question", "answer", "options", "context", "phrase", "bbox")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -330,7 +331,7 @@ def annotation_files(name: str, root: str) -> list[str]:
     paths, missing = [], []
     for pattern in DATASETS[name].files:
         path = os.path.join(root, pattern)
-        if has_magic(pattern):
+        if is_pattern(pattern):
             found = sorted(glob(os.path.join(escape(root), pattern)))
         else:
             found = [path] if os.path.isfile(path) else []

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One experiment: a projector is trained between a tower and a language model that stay as they are, and evaluated.
+
+The tower has been run before: the projector reads its features from a file. Points of a run are comparable, because the
+learning rate is constant and what is evaluated is a running average of the weights: each point is a run that ended there.
+
+Shapes: B images of a batch, N patches, M visual tokens, Q rows of questions, T tokens of text.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from lab.loop import train, write_whole
+from lab.projectors import CANDIDATES, make_projector, number_of_parameters, projector_config
+from lab.rows import Rows
+from modeling_honeybee import HoneybeeConfig
+
+WARMUP_STEPS = 20
+AVERAGED_STEPS = 50  # how far back the average of the weights reaches
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """
+    Args:
+        task: what makes its data and parts, of which [`Task`] is the interface.
+        hidden_size: of the projector; None: the default width.
+        num_tokens: M.
+        split: on which it is evaluated; learning rates are chosen on `validation`.
+        points: numbers of steps at which it is evaluated, ascending; the last is the length of the run.
+        elsewhere: other M, at which the projector is evaluated too, without being trained for them.
+    """
+
+    projector: str
+    task: "Task"
+    num_tokens: int
+    learning_rate: float
+    points: tuple[int, ...]
+    hidden_size: int | None = None
+    split: str = "test"
+    batch_size: int = 32
+    elsewhere: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its files. Two experiments that differ in a setting, or in the code of the projector's class, have two names."""
+        candidate = CANDIDATES[self.projector]
+        settings = repr(self), repr(candidate.settings), inspect.getsource(candidate.build)
+        digest = hashlib.sha256("".join(settings).encode()).hexdigest()[:8]
+        return f"{self.projector}-m{self.num_tokens}-{self.task.name}-{self.split}-{digest}"
+
+
+class Task:
+    """What an experiment needs of its data and parts. Small enough to be sent to another process; opens its files late.
+
+    Attributes:
+        name: for files.
+        tower, seed: by which results are grouped.
+        images: tells sets of images apart; tasks that ask about the same images have the same.
+        placeholder: the id that stands where a visual token goes.
+        device: on which projector and language model run.
+    """
+
+    name: str
+    tower: str
+    seed: int
+    images: int
+    placeholder: int
+    device: str = "cpu"
+
+    def __getstate__(self) -> dict:
+        """Without what was cached."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def preparations(self) -> dict[str, Callable[[], None]]:
+        """What has to be done once before experiments, by the file that it leaves. Tasks may share some."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises a ValueError or OSError where the data cannot be had or do not fit, before anything is trained."""
+        raise NotImplementedError
+
+    def configs(self) -> tuple:
+        """Configs of the tower and of the language model."""
+        raise NotImplementedError
+
+    def language_model(self) -> nn.Module:
+        """A causal language model, frozen."""
+        raise NotImplementedError
+
+    def features(self, split: str) -> torch.Tensor:
+        """(images, N, D_v) of `train`, `validation` or `test`."""
+        raise NotImplementedError
+
+    def batch(self, step: int, size: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of a training step: `input_ids` (B, T) with M placeholders a row, `labels` (B, T), `images` (B,)."""
+        raise NotImplementedError
+
+    def rows(self, split: str, num_tokens: int) -> Rows:
+        """All that is asked of the images of a split."""
+        raise NotImplementedError
+
+    def ceiling(self, num_tokens: int) -> dict[str, str] | None:
+        """What [`evaluate`] finds right of test images whose visual tokens are perfect; None where nobody knows them."""
+        return None
+
+    def picture(self) -> tuple[int, np.ndarray]:
+        """A test image that is worth looking at: its number, and the picture (S, S) or (S, S, 3), uint8."""
+        raise NotImplementedError
+
+    @property
+    def num_patches(self) -> int:
+        return HoneybeeConfig(*self.configs()).num_patches
+
+
+def running_average(average: torch.Tensor, weight: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """The average after a step. Early it reaches back over a share of the steps, so that first weights are soon forgotten."""
+    return average + (weight - average) * max(1 / AVERAGED_STEPS, 1 - (1 + int(steps)) / (10 + int(steps)))
+
+
+def _hidden_states(language_model, ids: torch.Tensor, tokens: torch.Tensor, placeholder: int) -> torch.Tensor:
+    """(B, T, D_lm), with visual tokens (B, M, D_lm) in the places of the placeholders."""
+    visual = ids == placeholder
+    embeds = language_model.get_input_embeddings()(ids.masked_fill(visual, 0))
+    embeds = embeds.masked_scatter(visual.unsqueeze(-1), tokens.to(embeds.dtype))
+    # No mask: rows are padded on the right, where a causal model does not look.
+    return language_model.base_model(inputs_embeds=embeds).last_hidden_state
+
+
+@torch.inference_mode()
+def evaluate(
+    visual_tokens: Callable[[torch.Tensor], torch.Tensor], language_model, rows: Rows, placeholder: int, device: str
+) -> tuple[dict[str, str], float]:
+    """By kind, `1` for each row whose labelled tokens are all what the model finds likeliest there, and `0` for others; and
+    the cross-entropy of a labelled token, in nats.
+
+    Args:
+        visual_tokens: makes the tokens (images, M, D_lm) of images, given by number (images,).
+    """
+    right, losses = defaultdict(str), []
+    size = max(1, 40_000 // rows.ids.shape[1])
+    for start in range(0, len(rows.ids), size):
+        ids, labels = (each[start : start + size].to(device) for each in (rows.ids, rows.labels[:, 1:]))
+        images, each = rows.images[start : start + size].unique_consecutive(return_inverse=True)
+        tokens = visual_tokens(images)[each.to(device)]
+        hidden, asked = _hidden_states(language_model, ids, tokens, placeholder)[:, :-1], labels != -100
+        logits = language_model.get_output_embeddings()(hidden[asked]).float()
+        losses.append(F.cross_entropy(logits, labels[asked], reduction="none"))
+        wrong = torch.zeros(labels.shape, dtype=torch.bool, device=device)
+        wrong[asked] = logits.argmax(-1) != labels[asked]
+        for kind, failed in zip(rows.kinds[start : start + size], wrong.any(1).tolist()):
+            right[kind] += "01"[not failed]
+    return dict(right), float(torch.cat(losses).mean())
+
+
+def run(experiment: Experiment, folder: str) -> str:
+    """Trains and evaluates, or goes on where an earlier run was stopped. Writes `folder/NAME.json` and the projector's
+    weights beside it; returns the path of the first."""
+    path = os.path.join(folder, experiment.name)
+    task, num_tokens = experiment.task, experiment.num_tokens
+    torch.manual_seed(task.seed)
+    config = projector_config(experiment.projector, *task.configs(), num_tokens, experiment.hidden_size)
+    projector = make_projector(experiment.projector, config).to(task.device)
+    averaged = AveragedModel(projector, avg_fn=running_average).requires_grad_(False)
+    language_model, features = task.language_model().to(task.device), task.features("train")
+    tested = task.features(experiment.split)
+    asked = {number: task.rows(experiment.split, number) for number in (num_tokens, *experiment.elsewhere)}
+
+    def loss_at(step: int) -> torch.Tensor:
+        ids, labels, images = task.batch(step, experiment.batch_size, num_tokens)
+        ids, labels = ids.to(task.device), labels[:, 1:].to(task.device)
+        tokens = projector(features[images].to(task.device).float())
+        hidden = _hidden_states(language_model, ids, tokens, task.placeholder)[:, :-1]
+        learned = labels != -100
+        return F.cross_entropy(language_model.get_output_embeddings()(hidden[learned]), labels[learned])
+
+    task.batch(0, 1, num_tokens)  # reads what is read once, which is no part of training's time
+
+    def ask(number: int) -> tuple[dict[str, str], float]:
+        evaluated = averaged.module.eval()
+        evaluated.num_query_tokens = number
+        return evaluate(
+            lambda images: evaluated(tested[images].to(task.device).float()),
+            language_model,
+            asked[number],
+            task.placeholder,
+            task.device,
+        )
+
+    def at_point(step: int, seconds: float) -> dict:
+        elsewhere = {str(other): ask(other)[0] for other in experiment.elsewhere}
+        right, loss = ask(num_tokens)
+        return {"step": step, "cpu_seconds": round(seconds, 2), "loss": loss, "right": right, "elsewhere": elsewhere}
+
+    points = train(
+        nn.ModuleDict({"projector": projector, "average": averaged}),
+        experiment.learning_rate,
+        lambda step: min(1.0, (step + 1) / WARMUP_STEPS),
+        loss_at,
+        experiment.points[-1],
+        experiment.points,
+        at_point,
+        path + ".state",
+        after_step=lambda: averaged.update_parameters(projector),
+    )
+    record = {
+        "name": experiment.name,
+        "projector": experiment.projector,
+        "tower": task.tower,
+        "seed": task.seed,
+        "num_tokens": num_tokens,
+        "width": "default" if experiment.hidden_size is None else "matched",
+        "hidden_size": config.projector_config.hidden_size,
+        "parameters": number_of_parameters(experiment.projector, config),
+        "learning_rate": experiment.learning_rate,
+        "split": experiment.split,
+        "points": points,
+    }
+    write_whole(path + ".pt", partial(torch.save, averaged.module.state_dict()))
+    write_whole(path + ".json", lambda part: _write_json(part, record))
+    os.remove(path + ".state")
+    return path + ".json"
+
+
+def _write_json(path: str, record: dict) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(record, file)
