@@ -12,6 +12,10 @@ import pytest
 
 from lab.dataset_task import dataset_tasks, read_config
 from lab.dry_run import describe
+from lab.plan import PRESETS
+from lab.projectors import names_of
+from lab.run import compare
+from lab.scene_task import scene_tasks
 from tests.tiny import REPOSITORY, run_script, sample, save_clip, save_llama, write_dataset
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes are killed as on POSIX")
@@ -158,19 +162,19 @@ def test_the_shipped_config():
     assert own.device == "cuda" and preset.points[-1] < preset.long_points[0] and preset.seeds == 3
 
 
-def test_one_projector_in_one_process(whole):
+def test_one_projector_in_one_process(whole, tmp_path):
     """Claims and pictures that need others are left out."""
-    run_script(
-        RUN, "--preset", "smoke", "--projectors", "linear", "--processes", 1, "--output_dir", whole.parent / "one"
-    )
-    report = (whole.parent / "one" / "smoke-seed0" / "report.md").read_text()
+    preset = PRESETS["smoke"]
+    tasks = scene_tasks(preset, 0, str(whole.parent / "shared"))
+    with open(compare(["linear"], preset, tasks, 1, str(tmp_path), "About scenes."), encoding="utf-8") as file:
+        report = file.read()
     assert "None that this run can judge" in report and "None of the projectors that are looked into was run" in report
 
 
-def test_a_dry_run_trains_nothing(tmp_path):
-    planned = run_script(RUN, "--preset", "full", "--dry_run", "--output_dir", tmp_path / "lab").stdout
+def test_the_plan_of_the_full_preset():
+    preset = PRESETS["full"]
+    planned = describe(names_of(None), preset, scene_tasks(preset, 0, ""))
     assert "pool-mlp       144          592       85,648" in planned and "then 78 experiments" in planned
-    assert not (tmp_path / "lab").exists()
 
 
 def test_a_projector_that_fails_ends_the_run(tmp_path):
