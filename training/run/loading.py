@@ -36,8 +36,14 @@ def load_config_and_processor(settings: Settings) -> tuple[HoneybeeConfig, Honey
             config = HoneybeeForConditionalGeneration.config_from_vision_text_pretrained(
                 own.vision_model, own.text_model, **new_model_settings(own)
             )
+            projector = config.projector_config
             processor = processor_from_vision_text_pretrained(
-                own.vision_model, own.text_model, config.num_image_tokens, own.image_size
+                own.vision_model,
+                own.text_model,
+                config.num_image_tokens,
+                own.image_size,
+                elastic_num_query_tokens=projector.elastic_num_query_tokens,
+                num_eos_tokens=projector.num_eos_tokens,
             )
         else:
             config = HoneybeeConfig.from_pretrained(path, revision=revision)
