@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lab.plan import Preset
+from lab.plan import Preset, tokens_of
 from lab.results import Cell, Estimate, Results, estimate
 from lab.scenes import GROUPS
 
@@ -39,7 +39,8 @@ class Setting:
     num_patches: int
 
     def main(self, name: str) -> Cell:
-        return Cell(name, self.preset.num_tokens)
+        """Of the main comparison."""
+        return Cell(name, tokens_of(name, self.preset.num_tokens, self.num_patches))
 
     def matched(self, name: str) -> Cell:
         return Cell(name, self.preset.num_tokens, "matched")

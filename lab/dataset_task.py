@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 from lab.experiment import Task
 from lab.loop import write_whole
 from lab.plan import Preset
-from lab.rows import SPLITS, Rows, padded
+from lab.rows import SPLITS, Rows
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, open_image, processor_from_vision_text_pretrained
 from processing.pixels import Pixels
-from training.collator import HoneybeeDataCollator
+from training.collator import HoneybeeDataCollator, padded
 from training.conversations import image_root, load_conversations, normalize_conversation
 from training.yaml_file import is_of_type, read_yaml
 
@@ -113,10 +113,6 @@ class DatasetTask(Task):
         return os.path.basename(self.parts.vision_tower.rstrip("/"))
 
     @property
-    def name(self) -> str:
-        return f"{self.tower}-seed{self.seed}"
-
-    @property
     def images(self) -> int:
         return self.seed
 
@@ -126,7 +122,7 @@ class DatasetTask(Task):
 
     @property
     def placeholder(self) -> int:
-        return self._processor(1).image_token_id
+        return _processor(self.parts, 1).image_token_id
 
     def preparations(self) -> dict:
         return {self._path("test"): self._make_features}
@@ -146,12 +142,9 @@ class DatasetTask(Task):
             projector_type="linear",
         ).to(parts.device)
 
-    def _processor(self, num_tokens: int) -> HoneybeeProcessor:
-        return _processor(self.parts, num_tokens)
-
     @torch.inference_mode()
     def _make_features(self) -> None:
-        model, pixels = self._model(), Pixels(self._processor(1).image_processor)
+        model, pixels = self._model(), Pixels(_processor(self.parts, 1).image_processor)
         os.makedirs(self.folder, exist_ok=True)
         for split in SPLITS:
             if os.path.isfile(self._path(split)):
@@ -212,7 +205,9 @@ class DatasetTask(Task):
         return torch.load(self._path(split), weights_only=True, mmap=True)
 
     def _tokenized(self, samples: list[tuple], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = HoneybeeDataCollator(self._processor(num_tokens)).tokenize([(row[0], "default") for row in samples])
+        rows = HoneybeeDataCollator(_processor(self.parts, num_tokens)).tokenize(
+            [(row[0], "default") for row in samples]
+        )
         return padded([row["input_ids"] for row in rows], 0), padded([row["labels"] for row in rows], -100)
 
     def batch(self, step: int, size: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -226,7 +221,7 @@ class DatasetTask(Task):
         return Rows(*self._tokenized(samples, num_tokens), torch.arange(len(samples)), kinds)
 
     def picture(self) -> tuple[int, np.ndarray]:
-        size = self._processor(1).image_processor.size
+        size = _processor(self.parts, 1).image_processor.size
         image = open_image(self._sample(self._samples["test"][0])[1], self._root)
         return 0, np.asarray(image.resize((size["width"], size["height"])))
 

@@ -2,26 +2,20 @@
 """What a run of the lab would train, without training it."""
 
 from lab.experiment import Experiment, Task
-from lab.plan import RATES, Preset, experiments, main_variants, other_variants
+from lab.plan import RATES, Preset, Variant, experiments
 from lab.projectors import number_of_parameters, projector_config
 
 
-def describe(names: list[str], preset: Preset, tasks: list[Task]) -> str:
+def describe(variants: list[Variant], preset: Preset, tasks: list[Task]) -> str:
     """The numbers of experiments and steps, and each projector's tokens and parameters.
 
     Raises:
-        ValueError: parts, data or settings do not fit.
-        OSError: parts or data cannot be had.
+        ValueError: the data do not fit.
+        OSError: they cannot be had.
     """
     configs, num_patches = tasks[0].configs(), tasks[0].num_patches
-    if max(preset.num_tokens, *preset.curve, 0) >= num_patches:
-        raise ValueError(
-            f"M of num_tokens={preset.num_tokens} and curve={list(preset.curve)} must be below the number of patches, "
-            f"{num_patches}; use fewer tokens"
-        )
     for task in tasks:
         task.check()
-    variants = main_variants(names, preset, num_patches) + other_variants(names, preset, configs, num_patches)
     lines = [f"{'projector':12} {'M':>5} {'hidden size':>12} {'parameters':>12}"]
     for variant in variants:
         config = projector_config(variant.projector, *configs, variant.num_tokens, variant.hidden_size)

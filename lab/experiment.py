@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import os
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lab.loop import train, write_whole
+from lab.loop import train, write_text, write_whole
 from lab.projectors import CANDIDATES, make_projector, number_of_parameters, projector_config
 from lab.rows import Rows
 from modeling_honeybee import HoneybeeConfig
@@ -62,18 +63,16 @@ class Experiment:
         return f"{self.projector}-m{self.num_tokens}-{self.task.name}-{self.split}-{digest}"
 
 
-class Task:
+class Task(ABC):
     """What an experiment needs of its data and parts. Small enough to be sent to another process; opens its files late.
 
     Attributes:
-        name: for files.
         tower, seed: by which results are grouped.
         images: tells sets of images apart; tasks that ask about the same images have the same.
         placeholder: the id that stands where a visual token goes.
         device: on which projector and language model run.
     """
 
-    name: str
     tower: str
     seed: int
     images: int
@@ -84,41 +83,46 @@ class Task:
         """Without what was cached."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
+    @property
+    def name(self) -> str:
+        """For files."""
+        return f"{self.tower}-seed{self.seed}"
+
+    @abstractmethod
     def preparations(self) -> dict[str, Callable[[], None]]:
         """What has to be done once before experiments, by the file that it leaves. Tasks may share some."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self) -> None:
         """Raises a ValueError or OSError where the data cannot be had or do not fit, before anything is trained."""
-        raise NotImplementedError
 
+    @abstractmethod
     def configs(self) -> tuple:
         """Configs of the tower and of the language model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def language_model(self) -> nn.Module:
         """A causal language model, frozen."""
-        raise NotImplementedError
 
+    @abstractmethod
     def features(self, split: str) -> torch.Tensor:
         """(images, N, D_v) of `train`, `validation` or `test`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batch(self, step: int, size: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of a training step: `input_ids` (B, T) with M placeholders a row, `labels` (B, T), `images` (B,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rows(self, split: str, num_tokens: int) -> Rows:
         """All that is asked of the images of a split."""
-        raise NotImplementedError
 
     def ceiling(self, num_tokens: int) -> dict[str, str] | None:
         """What [`evaluate`] finds right of test images whose visual tokens are perfect; None where nobody knows them."""
         return None
 
+    @abstractmethod
     def picture(self) -> tuple[int, np.ndarray]:
         """A test image that is worth looking at: its number, and the picture (S, S) or (S, S, 3), uint8."""
-        raise NotImplementedError
 
     @property
     def num_patches(self) -> int:
@@ -215,12 +219,20 @@ def run(experiment: Experiment, folder: str) -> str:
         path + ".state",
         after_step=lambda: averaged.update_parameters(projector),
     )
-    record = {
+    write_whole(path + ".pt", partial(torch.save, averaged.module.state_dict()))
+    write_text(path + ".json", json.dumps(_record(experiment, config, points)))
+    os.remove(path + ".state")
+    return path + ".json"
+
+
+def _record(experiment: Experiment, config: HoneybeeConfig, points: list[dict]) -> dict:
+    task = experiment.task
+    return {
         "name": experiment.name,
         "projector": experiment.projector,
         "tower": task.tower,
         "seed": task.seed,
-        "num_tokens": num_tokens,
+        "num_tokens": experiment.num_tokens,
         "width": "default" if experiment.hidden_size is None else "matched",
         "hidden_size": config.projector_config.hidden_size,
         "parameters": number_of_parameters(experiment.projector, config),
@@ -228,12 +240,3 @@ def run(experiment: Experiment, folder: str) -> str:
         "split": experiment.split,
         "points": points,
     }
-    write_whole(path + ".pt", partial(torch.save, averaged.module.state_dict()))
-    write_whole(path + ".json", lambda part: _write_json(part, record))
-    os.remove(path + ".state")
-    return path + ".json"
-
-
-def _write_json(path: str, record: dict) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(record, file)

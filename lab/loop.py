@@ -4,6 +4,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,6 +14,10 @@ def write_whole(path: str, write: Callable[[str], None]) -> None:
     """Writes a file that is either there and whole, or not there."""
     write(path + ".part")
     os.replace(path + ".part", path)
+
+
+def write_text(path: str, text: str) -> None:
+    write_whole(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
 
 
 def train(

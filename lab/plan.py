@@ -122,14 +122,20 @@ def tokens_of(name: str, num_tokens: int, num_patches: int) -> int:
     return num_patches if CANDIDATES[name].per_patch else num_tokens
 
 
-def main_variants(names: list[str], preset: Preset, num_patches: int) -> list[Variant]:
-    """The main comparison: each projector at the main M."""
-    return [Variant(name, tokens_of(name, preset.num_tokens, num_patches)) for name in names]
+def variants_of(names: list[str], preset: Preset, task: Task) -> list[Variant]:
+    """Each projector at the main M; then the curve, the ends of it, and as many parameters as the C-Abstractor has.
 
-
-def other_variants(names: list[str], preset: Preset, configs: tuple, num_patches: int) -> list[Variant]:
-    """The curve, the ends of it, and as many parameters as the C-Abstractor has."""
-    variants = [
+    Raises:
+        ValueError: an M that is not below the number of patches.
+    """
+    configs, num_patches = task.configs(), task.num_patches
+    if max(preset.num_tokens, *preset.curve, 0) >= num_patches:
+        raise ValueError(
+            f"M of num_tokens={preset.num_tokens} and curve={list(preset.curve)} must be below the number of patches, "
+            f"{num_patches}; use fewer tokens"
+        )
+    variants = [Variant(name, tokens_of(name, preset.num_tokens, num_patches)) for name in names]
+    variants += [
         Variant(name, num_tokens)
         for name in names
         if not CANDIDATES[name].per_patch

@@ -12,8 +12,8 @@ import torch
 from lab.claims import MIN_SEEDS, Setting, judge
 from lab.experiment import Experiment, Task
 from lab.looks import map_of_tokens
-from lab.loop import write_whole
-from lab.plan import Preset, best_rate, is_at_the_edge, tokens_of
+from lab.loop import write_text
+from lab.plan import Preset, best_rate, is_at_the_edge
 from lab.projectors import CANDIDATES, make_projector, projector_config
 from lab.results import DRAWS, Cell, Estimate, Results, arrays, estimate
 from lab.scenes import GROUPS
@@ -114,9 +114,6 @@ class Report:
         answers = self.results.at_step(cell, step or self.setting.end)
         return estimate(self.results.draws(answers, kinds))
 
-    def main_cell(self, name: str) -> Cell:
-        return Cell(name, tokens_of(name, self.preset.num_tokens, self.setting.num_patches))
-
     def write(self, scope: str) -> str:
         """Writes everything; returns the path of the text."""
         self.plot_over("steps.png", "steps", lambda record, point: point["step"])
@@ -147,7 +144,7 @@ class Report:
         )
         for name, content in (("results.jsonl", self._lines()), ("report.md", text)):
             path = os.path.join(self.folder, name)
-            write_whole(path, lambda part, content=content: _write(part, content))
+            write_text(path, content)
         return path
 
     def _lines(self) -> str:
@@ -172,10 +169,7 @@ class Report:
             )
             parameters = next(iter(records))["parameters"]
             towers = ", ".join(sorted({record["tower"] for record in records}))
-            figures = [
-                self.accuracy(cell),
-                *(self.accuracy(cell, kinds=kinds) for kinds in self.groups.values() if kinds),
-            ]
+            figures = [self.accuracy(cell), *(self.accuracy(cell, kinds=kinds) for kinds in self.groups.values())]
             name = [cell.projector, cell.num_tokens, width, towers]
             rows.append([*name, f"{parameters:,}", f"{seconds:.0f}", *figures])
         head = ["projector", "M", "hidden size", "towers", "parameters", "CPU s", "all", *self.groups]
@@ -267,7 +261,7 @@ class Report:
 
     def gap(self, first: str, second: str, kinds: list[str] | None = None) -> Estimate | None:
         """The difference of two lines of the comparison; None where this run lacks one of them, or a kind."""
-        cells = [self.main_cell(name) for name in (first, second)]
+        cells = [self.setting.main(name) for name in (first, second)]
         if not self.results.cells.keys() >= set(cells) or not set(self.results.kinds) >= set(kinds or ()):
             return None
         answers = (self.results.at_step(cell, self.setting.end) for cell in cells)
@@ -285,10 +279,9 @@ class Report:
     def plot_over(self, file: str, title: str, place) -> None:
         figure, axis = pyplot.subplots(figsize=(6, 4))
         for name in self.names:
-            cell = self.main_cell(name)
-            steps, records = self.results.points(cell), self.results.cells[cell].values()
-            if name in self.preset.long:
-                steps = [*self.preset.points, *self.preset.long_points]
+            cell = self.setting.main(name)
+            steps = self.preset.points + self.preset.long_points * (name in self.preset.long)
+            records = self.results.cells[cell].values()
             places = [
                 np.mean([place(record, p) for record in records for p in record["points"] if p["step"] == step])
                 for step in steps
@@ -301,7 +294,7 @@ class Report:
         figure, axis = pyplot.subplots(figsize=(9, 4))
         width = 0.8 / len(self.names)
         for index, name in enumerate(self.names):
-            cell = self.main_cell(name)
+            cell = self.setting.main(name)
             found = [self.accuracy(cell, kinds=[kind]) for kind in kinds]
             means = np.array([each.mean for each in found])
             errors = np.abs([[each.low for each in found], [each.high for each in found]] - means)
@@ -338,7 +331,7 @@ class Report:
         )
 
     def _trained(self, name: str, task: Task) -> torch.nn.Module:
-        cell = self.main_cell(name)
+        cell = self.setting.main(name)
         record = self.results.cells[cell][task.tower, task.seed]
         projector = make_projector(name, projector_config(name, *task.configs(), cell.num_tokens, None))
         path = os.path.join(self.folder, "runs", record["name"] + ".pt")
@@ -364,8 +357,3 @@ def _line(axis, places: list, found: list[Estimate], label: str, color: str) -> 
     axis.fill_between(
         places, [each.low for each in found], [each.high for each in found], alpha=0.15, color=color, lw=0
     )
-
-
-def _write(path: str, content: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(content)

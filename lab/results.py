@@ -10,6 +10,7 @@ stand-ins.
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -68,11 +69,6 @@ class Results:
         everywhere = set.intersection(*(set(kinds) for kinds in images.values()))
         self.kinds = tuple(kind for kind in next(iter(images.values())) if kind in everywhere)
         self.seeds = sorted({record["seed"] for record in records})
-
-    def points(self, cell: Cell) -> list[int]:
-        """Numbers of steps at which all runs of a cell were evaluated."""
-        steps = [{point["step"] for point in record["points"]} for record in self.cells[cell].values()]
-        return sorted(set.intersection(*steps))
 
     def at_step(self, cell: Cell, step: int) -> dict[Unit, Right]:
         """Answers after a number of steps, of the runs that have it."""
@@ -136,14 +132,20 @@ class Results:
     def _image_draws(self, unit: Unit, right: Right, kinds: tuple[str, ...]) -> np.ndarray:
         images = self.images[unit]
         number = 1 + max(int(each.max()) for each in images.values())
-        counts = np.random.default_rng(self.sets[unit]).multinomial(number, np.full(number, 1 / number), size=DRAWS)
-        counts = np.concatenate([np.ones((1, number), dtype=counts.dtype), counts])  # (1 + DRAWS, images)
+        counts = _counts(self.sets[unit], number)
         shares = []
         for kind in kinds:
             asked = np.bincount(images[kind], minlength=number)
             correct = np.bincount(images[kind], weights=right[kind], minlength=number)
             shares.append((counts @ correct) / np.maximum(counts @ asked, 1))
         return np.mean(shares, axis=0)
+
+
+@lru_cache(maxsize=8)
+def _counts(seed: int, number: int) -> np.ndarray:
+    """(1 + DRAWS, number) how often each image counts: once, then as often as it is drawn."""
+    counts = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=DRAWS)
+    return np.concatenate([np.ones((1, number), dtype=counts.dtype), counts])
 
 
 def arrays(right: dict[str, str]) -> Right:

@@ -17,8 +17,3 @@ class Rows:
     labels: torch.Tensor
     images: torch.Tensor
     kinds: list[str]
-
-
-def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-    """(rows, T), padded on the right."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)

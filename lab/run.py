@@ -41,10 +41,10 @@ def number_of_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def compare(names: list[str], preset, tasks: list, processes: int, folder: str, scope: str) -> str:
+def compare(variants: list, preset, tasks: list, processes: int, folder: str, scope: str) -> str:
     """Does what is left to do, and writes the report. Returns its path."""
     from lab.experiment import run
-    from lab.plan import best_rate, experiments, main_variants, other_variants, rate_search
+    from lab.plan import best_rate, experiments, rate_search
     from lab.report import Report
     from lab.workers import Workers
 
@@ -60,8 +60,7 @@ def compare(names: list[str], preset, tasks: list, processes: int, folder: str, 
 
         preparations = {path: call for task in tasks for path, call in task.preparations().items()}
         workers.do([(call, ()) for path, call in preparations.items() if not os.path.isfile(path)], "Preparations")
-        configs, num_patches = tasks[0].configs(), tasks[0].num_patches
-        variants = main_variants(names, preset, num_patches) + other_variants(names, preset, configs, num_patches)
+        num_patches = tasks[0].num_patches
         searched = rate_search(variants, preset, tasks[0], partial(run_all, title="Learning rates"))
         rates = {variant: best_rate(found) for variant, found in searched.items()}
         records = run_all(experiments(rates, preset, tasks, num_patches), "Experiments")
@@ -80,7 +79,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
     arguments = parse_arguments()
     from lab.dry_run import describe
-    from lab.plan import PRESETS
+    from lab.plan import PRESETS, variants_of
     from lab.projectors import names_of
     from lab.scene_task import SCOPE, scene_tasks
 
@@ -95,15 +94,15 @@ def main() -> None:
         else:
             preset, title, processes = PRESETS[arguments.preset], arguments.preset, number_of_cores()
             tasks, scope = scene_tasks(preset, arguments.seed, shared), SCOPE
-        names = names_of(arguments.projectors, preset.left_out)
-        print(describe(names, preset, tasks), flush=True)
+        variants = variants_of(names_of(arguments.projectors, preset.left_out), preset, tasks[0])
+        print(describe(variants, preset, tasks), flush=True)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if arguments.dry_run:
         return
     folder = os.path.join(arguments.output_dir, f"{title}-seed{arguments.seed}")
     try:
-        print(f"\nReport: {compare(names, preset, tasks, arguments.processes or processes, folder, scope)}")
+        print(f"\nReport: {compare(variants, preset, tasks, arguments.processes or processes, folder, scope)}")
     except KeyboardInterrupt:
         sys.exit("Interrupted; the same command goes on behind what is finished")
 

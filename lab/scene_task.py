@@ -68,10 +68,6 @@ class SceneTask(Task):
     placeholder = PLACEHOLDER
 
     @property
-    def name(self) -> str:
-        return f"{self.tower}-seed{self.seed}"
-
-    @property
     def images(self) -> int:
         return self.stand_ins
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lab.rows import Rows, padded
+from lab.rows import Rows
+from training.collator import padded
 from training.quickstart.digit_scenes import CELL_NAMES, DIGIT_WORDS, EMPTY, GRID, MAX_DIGITS, SceneMaker
 from training.quickstart.stand_ins import make_tokenizer
 

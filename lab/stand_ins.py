@@ -8,6 +8,7 @@ Shapes: B scenes of a batch, D digits a scene at most, N patches, M visual token
 import math
 import os
 import random
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -41,6 +42,7 @@ from lab.scenes import (
     training_rows,
 )
 from training.quickstart.digit_scenes import GRID
+from training.quickstart.stand_ins import start_by_looking_up
 
 WIDTH = 64
 TOWERS = {"clip": (CLIPVisionConfig, CLIPVisionModel), "siglip": (SiglipVisionConfig, SiglipVisionModel)}
@@ -108,24 +110,29 @@ def one_cycle(steps: int, warmup: float = 0.1):
     return share
 
 
+def _train_and_save(modules: nn.ModuleDict, loss_at: Callable[[int], torch.Tensor], steps: int, path: str) -> None:
+    """Writes the weights of the module `part` to `path`."""
+    state = path + ".state"
+    train(modules, 3e-3, one_cycle(steps), loss_at, steps, range(100, steps, 100), lambda *_: None, state)
+    write_whole(path, partial(torch.save, modules["part"].state_dict()))
+    os.remove(state)
+
+
 def make_tower(kind: str, scenes: Scenes, seed: int, steps: int, path: str, batch_size: int = 40) -> None:
     """Trains a tower and writes its weights to `path`."""
     torch.manual_seed(seed)
-    modules = nn.ModuleDict({"tower": Tower(kind), "head": nn.Linear(WIDTH, NO_DIGIT + 1 + 2)})
+    modules = nn.ModuleDict({"part": Tower(kind), "head": nn.Linear(WIDTH, NO_DIGIT + 1 + 2)})
     digits, offsets = patch_labels(scenes)
     pixels = torch.from_numpy(scenes.pixels)
 
     def loss_at(step: int) -> torch.Tensor:
         rows = torch.from_numpy(np.random.default_rng((seed, step)).integers(len(scenes), size=batch_size))
-        said = modules["head"](modules["tower"](pixels[rows]))
+        said = modules["head"](modules["part"](pixels[rows]))
         inside = digits[rows] != NO_DIGIT
         loss = F.cross_entropy(said[..., :-2].flatten(0, 1), digits[rows].flatten())
         return loss + F.mse_loss(said[..., -2:][inside], offsets[rows][inside])
 
-    points = range(100, steps, 100)
-    train(modules, 3e-3, one_cycle(steps), loss_at, steps, points, lambda *_: None, path + ".state")
-    write_whole(path, partial(torch.save, modules["tower"].state_dict()))
-    os.remove(path + ".state")
+    _train_and_save(modules, loss_at, steps, path)
 
 
 @torch.inference_mode()
@@ -195,12 +202,7 @@ def make_language_model(scenes: Scenes, seed: int, steps: int, path: str, batch_
     """Trains a Llama on symbolic scenes and writes its weights to `path`. It never sees a picture."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(language_model_config())
-    with torch.no_grad():
-        for layer in model.model.layers:  # as the quickstart's: heads that look up and copy from the start
-            attention = layer.self_attn
-            attention.k_proj.weight.copy_(attention.q_proj.weight)
-            nn.init.orthogonal_(attention.v_proj.weight)
-            attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+    start_by_looking_up(model)
     embeddings = model.get_input_embeddings()
 
     def loss_at(step: int) -> torch.Tensor:
@@ -219,11 +221,7 @@ def make_language_model(scenes: Scenes, seed: int, steps: int, path: str, batch_
         learned = labels[:, 1:] != -100
         return F.cross_entropy(model.lm_head(hidden[learned]), labels[:, 1:][learned])
 
-    points = range(100, steps, 100)
-    modules = nn.ModuleDict({"model": model})
-    train(modules, 3e-3, one_cycle(steps), loss_at, steps, points, lambda *_: None, path + ".state")
-    write_whole(path, partial(torch.save, model.state_dict()))
-    os.remove(path + ".state")
+    _train_and_save(nn.ModuleDict({"part": model}), loss_at, steps, path)
 
 
 def load_language_model(path: str) -> LlamaForCausalLM:

@@ -59,9 +59,9 @@ class HoneybeeDataCollator:
 
     def _padded(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         return {
-            "input_ids": _padded([row["input_ids"] for row in rows], self.processor.tokenizer.pad_token_id),
-            "attention_mask": _padded([[1] * len(row["input_ids"]) for row in rows], 0),
-            "labels": _padded([row["labels"] for row in rows], -100),
+            "input_ids": padded([row["input_ids"] for row in rows], self.processor.tokenizer.pad_token_id),
+            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+            "labels": padded([row["labels"] for row in rows], -100),
         }
 
     def _packed(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | int]:
@@ -166,7 +166,7 @@ class HoneybeeDataCollator:
             feature[name] = feature[name][: self.max_length]
 
 
-def _padded(rows: list[list[int]], padding: int) -> torch.Tensor:
+def padded(rows: list[list[int]], padding: int) -> torch.Tensor:
     """(rows, tokens), int64, padded on the right."""
     table = np.full((len(rows), max(map(len, rows))), padding, dtype=np.int64)
     for place, row in enumerate(rows):

@@ -15,9 +15,8 @@ from lab.plan import (
     best_rate,
     experiments,
     is_at_the_edge,
-    main_variants,
-    other_variants,
     rate_search,
+    variants_of,
 )
 from lab.projectors import names_of
 from lab.results import Cell, Estimate, Results, estimate
@@ -239,7 +238,7 @@ def test_what_is_planned():
     """Nothing twice; each M and width has a learning rate of its own; the second tower has the main comparison alone."""
     task = {tower: SceneTask("", tower, 0, 0, (9, 9, 9), 1, 1) for tower in ("clip", "siglip")}
     names, preset = names_of("linear,pool-mlp,c-abs"), PRESETS["full"]
-    variants = main_variants(names, preset, 144) + other_variants(names, preset, task["clip"].configs(), 144)
+    variants = variants_of(names, preset, task["clip"])
     assert len(set(variants)) == len(variants)
     rates = {variant: index / 1000 for index, variant in enumerate(variants, 1)}
     planned = experiments(rates, preset, list(task.values()), 144)

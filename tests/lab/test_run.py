@@ -12,7 +12,7 @@ import pytest
 
 from lab.dataset_task import dataset_tasks, read_config
 from lab.dry_run import describe
-from lab.plan import PRESETS
+from lab.plan import PRESETS, variants_of
 from lab.projectors import names_of
 from lab.run import compare
 from lab.scene_task import scene_tasks
@@ -154,7 +154,8 @@ def test_wrong_settings_of_pretrained_parts(parts, tmp_path, wrong, sentence):
     config.write_text(json.dumps({**parts, **wrong}))
     with pytest.raises((ValueError, OSError), match=sentence):
         own, preset = read_config(str(config))
-        describe(["c-abs"], preset, dataset_tasks(own, preset, 0, str(tmp_path)))
+        tasks = dataset_tasks(own, preset, 0, str(tmp_path))
+        describe(variants_of(["c-abs"], preset, tasks[0]), preset, tasks)
 
 
 def test_the_shipped_config():
@@ -166,14 +167,16 @@ def test_one_projector_in_one_process(whole, tmp_path):
     """Claims and pictures that need others are left out."""
     preset = PRESETS["smoke"]
     tasks = scene_tasks(preset, 0, str(whole.parent / "shared"))
-    with open(compare(["linear"], preset, tasks, 1, str(tmp_path), "About scenes."), encoding="utf-8") as file:
+    variants = variants_of(["linear"], preset, tasks[0])
+    with open(compare(variants, preset, tasks, 1, str(tmp_path), "About scenes."), encoding="utf-8") as file:
         report = file.read()
     assert "None that this run can judge" in report and "None of the projectors that are looked into was run" in report
 
 
 def test_the_plan_of_the_full_preset():
     preset = PRESETS["full"]
-    planned = describe(names_of(None), preset, scene_tasks(preset, 0, ""))
+    tasks = scene_tasks(preset, 0, "")
+    planned = describe(variants_of(names_of(None), preset, tasks[0]), preset, tasks)
     assert "pool-mlp       144          592       85,648" in planned and "then 78 experiments" in planned
 
 

@@ -111,6 +111,17 @@ class SymbolicScenes:
         return embeds.masked_scatter(is_cell.unsqueeze(-1), cells), mask, labels
 
 
+@torch.no_grad()
+def start_by_looking_up(model: LlamaForCausalLM) -> None:
+    """Heads that start by attending to what is like the query (keys equal queries, slow rotation) and by copying what they
+    find (output undoes value) learn to look things up in a minute; usual weights do not."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.k_proj.weight.copy_(attention.q_proj.weight)
+        nn.init.orthogonal_(attention.v_proj.weight)
+        attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+
+
 def make_language_model(folder: str, seed: int, steps: int = 1200, batch_size: int = 32) -> None:
     """Trains and saves a Llama that answers questions about symbolic scenes."""
     torch.manual_seed(seed)
@@ -131,14 +142,7 @@ def make_language_model(folder: str, seed: int, steps: int = 1200, batch_size: i
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        # Heads that start by attending to what is like the query (keys equal queries, slow rotation) and by copying
-        # what they find (output undoes value) learn to look things up in a minute; usual weights do not.
-        for layer in model.model.layers:
-            attention = layer.self_attn
-            attention.k_proj.weight.copy_(attention.q_proj.weight)
-            nn.init.orthogonal_(attention.v_proj.weight)
-            attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+    start_by_looking_up(model)
     scenes = SymbolicScenes(tokenizer, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
