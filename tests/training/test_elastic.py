@@ -97,7 +97,12 @@ def test_a_mixture_draws_the_same_whoever_reads():
 
 
 def recipe_of(data) -> dict:
-    return {"data_root": str(data.parent), "datasets": [], "own": [{"name": "own", "path": str(data)}], "balancing": "per-dataset"}
+    return {
+        "data_root": str(data.parent),
+        "datasets": [],
+        "own": [{"name": "own", "path": str(data)}],
+        "balancing": "per-dataset",
+    }
 
 
 def test_what_is_held_out_keeps_the_default(tmp_path):

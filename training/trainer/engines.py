@@ -188,10 +188,17 @@ def gather_projector_at_once(model: nn.Module, state) -> None:
     Args:
         state: of the trainer's accelerator.
     """
-    if state.deepspeed_plugin is not None and state.deepspeed_plugin.zero_stage == 3:
-        from deepspeed.utils import set_z3_leaf_modules
+    if state.deepspeed_plugin is None or state.deepspeed_plugin.zero_stage != 3:
+        return
+    from deepspeed.utils import set_z3_leaf_modules
 
-        set_z3_leaf_modules(model, [HoneybeeProjector])
+    def ask_for_gradient(module, args):
+        # ZeRO-3 sums up what is gathered at once when the gradient of its input is there. A frozen tower needs none.
+        features, *others = args
+        return (features.requires_grad_() if torch.is_grad_enabled() else features), *others
+
+    for projector in set_z3_leaf_modules(model, [HoneybeeProjector]):
+        projector.register_forward_pre_hook(ask_for_gradient)
 
 
 class WholeCopy:

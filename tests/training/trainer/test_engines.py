@@ -72,7 +72,7 @@ SHORT = [
     "--learning_rate", 1e-3, "--adam_epsilon", 1e-6, "--logging_steps", 1, "--bf16", "False", "--report_to", "none",
     "--dataloader_pin_memory", "False", "--save_strategy", "no", "--max_steps", 3,
 ]  # fmt: skip
-ELASTIC_D_ABS = {"projector_type": "d-abs", "num_query_tokens": 4, "hidden_size": 32, "num_hidden_layers": 2}
+ELASTIC_D_ABS = {"projector_type": "d-abs", "num_query_tokens": 4, "hidden_size": 32, "dropout": 0.0}
 # In the last, some questions have no image.
 ASKED = ("mme", "pope", "scienceqa")
 LORA = ["--use_peft", "--lora_r", 4, "--lora_dropout", 0.0, "--merge", "--lora_modules_to_save", "lm_head"]
