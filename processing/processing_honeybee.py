@@ -434,9 +434,9 @@ class HoneybeeProcessor(ProcessorMixin):
                 f"elastic_num_query_tokens={trained!r} must be a list of whole numbers of at least 1, in ascending order and "
                 "without repetition, such as [16, 64, 144]"
             )
-        self._check_number_is_trained(self.num_query_tokens)
+        self.check_num_query_tokens(self.num_query_tokens)
 
-    def _check_number_is_trained(self, number: int) -> None:
+    def check_num_query_tokens(self, number: int) -> None:
         trained = self.trained_num_query_tokens
         between = trained[0] < number < trained[-1] and math.isqrt(number) ** 2 == number
         if number not in trained and not between:
@@ -502,7 +502,7 @@ class HoneybeeProcessor(ProcessorMixin):
             if number is not None:
                 _check_number("num_query_tokens", number)
                 if not allow_untrained:
-                    self._check_number_is_trained(number)
+                    self.check_num_query_tokens(number)
         if max_visual_tokens is None:
             return [self.num_query_tokens if number is None else number for number in numbers]
         rows, filled = iter(numbers), []
