@@ -446,10 +446,10 @@ class HoneybeeProcessor(ProcessorMixin):
                 f"use one of these{others}, or allow_untrained=True to try it all the same"
             )
 
-    def image_query_tokens(self, messages: list[dict]) -> list[int | None]:
+    def image_query_tokens(self, messages: list[dict], num_query_tokens=None) -> list[int | None]:
         """M of each image of a conversation, in order: that of the content item's `num_query_tokens`, or of its OpenAI
-        `detail` (`low` the smallest that the model is trained for, `high` the largest); None where it has neither, or
-        `auto`.
+        `detail` (`low` the smallest that the model is trained for, `high` the largest); where it has neither, or `auto`,
+        that of `num_query_tokens`, a number or a list by image, and else None.
 
         Raises:
             ValueError: another `detail`, where the model has a choice.
@@ -471,7 +471,11 @@ class HoneybeeProcessor(ProcessorMixin):
                     raise ValueError(f"detail={detail!r} of an image must be low, high or auto")
                 own = item.get("num_query_tokens")
                 numbers.append(named.get(detail) if own is None else own)
-        return numbers
+        each = num_query_tokens.tolist() if isinstance(num_query_tokens, torch.Tensor) else num_query_tokens
+        each = each if isinstance(each, (list, tuple)) else [each] * len(numbers)
+        if len(each) != len(numbers):
+            return each  # the call that takes them says what is wrong
+        return [theirs if number is None else number for number, theirs in zip(numbers, each)]
 
     def _share(self, numbers: list[int | None], max_visual_tokens: int) -> list[int]:
         """The images of one prompt within a budget: those without a number get the largest trained one that fits."""
@@ -674,24 +678,20 @@ class HoneybeeProcessor(ProcessorMixin):
         batch = [conversation] if isinstance(conversation[0], dict) else conversation
         batch = [getattr(messages, "messages", messages) for messages in batch]
         if kwargs.get("tokenize"):
-            kwargs = self._with_query_tokens([n for row in batch for n in self.image_query_tokens(row)], kwargs)
+            kwargs = self._with_query_tokens([message for row in batch for message in row], kwargs)
         rows = [as_items(messages) for messages in batch]
         conversation = rows[0] if isinstance(conversation[0], dict) else rows
         chat_template = self.chat_templates.get(chat_template, chat_template)
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
-    def _with_query_tokens(self, own: list[int | None], kwargs: dict) -> dict:
-        """Arguments of `apply_chat_template` with the settings of `__call__` where this line of transformers takes them.
-        `own` are the numbers of content items."""
+    def _with_query_tokens(self, messages: list[dict], kwargs: dict) -> dict:
+        """Arguments of `apply_chat_template` with the settings of `__call__` where this line of transformers takes them."""
         settings = dict(kwargs.get("processor_kwargs") or {})
         names = ("num_query_tokens", "max_visual_tokens", "allow_untrained")
         settings |= {name: kwargs[name] for name in names if name in kwargs}
-        if any(number is not None for number in own):
-            given = settings.get("num_query_tokens")
-            each = given if isinstance(given, (list, tuple)) else [given] * len(own)
-            if len(each) == len(own):  # otherwise the call says what is wrong
-                each = [theirs if number is None else number for number, theirs in zip(own, each)]
-            settings["num_query_tokens"] = each
+        numbers = self.image_query_tokens(messages, settings.get("num_query_tokens"))
+        if any(number is not None for number in numbers):
+            settings["num_query_tokens"] = numbers
         rest = {name: value for name, value in kwargs.items() if name not in (*names, "processor_kwargs")}
         if not settings:
             return rest
