@@ -118,7 +118,13 @@ def build_page(chat: Chat, title: str):
     if len(trained) > 1:
         label = f"Visual tokens an image: {', '.join(map(str, trained))}"
         slider = gradio.Slider(
-            trained[0], trained[-1], chat.processor.num_query_tokens, step=1, label=label, render=False
+            trained[0],
+            trained[-1],
+            chat.processor.num_query_tokens,
+            step=1,
+            label=label,
+            info="The nearest of these is used.",
+            render=False,
         )
         inputs = [slider]
 
@@ -136,6 +142,7 @@ def build_page(chat: Chat, title: str):
             file_types=["image"], file_count="multiple", placeholder="Add images and ask about them", label="Message"
         ),
         additional_inputs=inputs,
+        additional_inputs_accordion=gradio.Accordion("Visual tokens", open=True),
         title=title,
         description=f"Up to {limits.max_images} images of {limits.max_image_bytes / 1e6:g} MB and "
         f"{limits.max_image_pixels / 1e6:g} megapixels, and {limits.max_prompt_chars:,} characters a chat.",
