@@ -78,7 +78,7 @@ def tasks_of(curve: dict) -> list[str]:
     return list(dict.fromkeys(task for row in curve["rows"] for task in row["scores"]))
 
 
-def table(curve: dict) -> list[str]:
+def table_of(curve: dict) -> list[str]:
     """Lines of Markdown."""
     tasks = tasks_of(curve)
     names = [TASKS[task].display_name for task in tasks]
@@ -94,12 +94,21 @@ def table(curve: dict) -> list[str]:
     return lines
 
 
+def note(curve: dict) -> str:
+    return f"The time is that of a prompt with one image, on {curve['device']}; the tower's share of it does not depend on M."
+
+
 def as_markdown(curve: dict) -> str:
-    lines = [f"# {curve['model']}: scores and time against M", "", *table(curve), ""]
-    lines += [
-        f"The time is that of one prompt with one image, on {curve['device']}; its tower's share does not depend on M."
+    lines = [
+        f"# {curve['model']}: scores and time against M",
+        "",
+        *table_of(curve),
+        "",
+        note(curve),
+        "",
+        "![against M](curve.png)",
+        "",
     ]
-    lines += ["", "![against M](curve.png)", ""]
     return "\n".join(lines)
 
 

@@ -158,14 +158,23 @@ def choose_license(parts: list[Part], declared: str | None) -> str:
     return restrictive[0] if restrictive else CODE_LICENSE
 
 
+def read_curve(path: Path) -> dict | None:
+    """Scores against the number of visual tokens, of an output folder of `evaluation/run.py --num_query_tokens`."""
+    return read_json(path / "curve.json", ExportError) if (path / "curve.json").is_file() else None
+
+
 def read_results(path: Path, model: str) -> list[EvalResult]:
-    """Results in the Hub's format, from an output folder of `evaluation/run.py` (`TASK/scores.json`) or from the table
-    of the quickstart (`results.json`, the row named `model`).
+    """Results in the Hub's format, from an output folder of `evaluation/run.py` (`TASK/scores.json`; of several M those of
+    the default, or of the largest where that was not asked) or from the table of the quickstart (`results.json`, the row
+    named `model`).
 
     Raises:
         ExportError: neither of the two.
     """
     found = []
+    if curve := read_curve(path):
+        numbers = [row["num_query_tokens"] for row in curve["rows"]]
+        path = path / f"M{curve['default'] if curve['default'] in numbers else numbers[-1]}"
     if path.is_dir():
         for file in sorted(path.glob("*/scores.json")):
             task, scores = file.parent.name, read_json(file, ExportError)
@@ -314,13 +323,29 @@ def _describe_model(export: Export) -> str:
     projector, vision, text = config.projector_config, config.vision_config, config.text_config
     rows = [
         ("vision tower", f"{vision.model_type}, {vision.image_size} px, width {vision.hidden_size}"),
-        ("projector", f"{projector.projector_type}, {config.num_image_tokens} visual tokens an image"),
+        ("projector", f"{projector.projector_type}, {_visual_tokens(config)} visual tokens an image"),
         ("language model", f"{text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers"),
     ]
+    chosen = ""
+    if projector.elastic_num_query_tokens:
+        chosen = (
+            "\n\nThe number of visual tokens can be chosen for each image: `num_query_tokens=...` in a call of the processor, "
+            'the pipeline or `apply_chat_template`, or `"num_query_tokens"` in an image\'s item of a chat.'
+        )
     return (
         "A [Honeybee](https://arxiv.org/abs/2312.06742) model (CVPR 2024): a vision tower and a language model joined by "
-        f"a projector that keeps locality and sets the number of visual tokens.\n\n{_table(('part', 'what it is'), rows)}"
+        "a projector that keeps locality and sets the number of visual tokens.\n\n"
+        f"{_table(('part', 'what it is'), rows)}{chosen}"
     )
+
+
+def _visual_tokens(config) -> str:
+    projector = config.projector_config
+    if not projector.elastic_num_query_tokens:
+        return str(config.num_image_tokens)
+    extra = f" and {projector.num_eos_tokens} more" if projector.num_eos_tokens else ""
+    trained = ", ".join(map(str, projector.elastic_num_query_tokens))
+    return f"{trained} (default: {projector.num_query_tokens}){extra}"
 
 
 def _public(value, hub_names: set[str]):
@@ -366,11 +391,16 @@ def _describe_training(provenance: Provenance) -> str:
     return "\n\n".join(said) or "Not on record: the folder holds no record of a training run."
 
 
-def _describe_results(results: list[EvalResult] | None) -> str:
+def _describe_results(results: list[EvalResult] | None, curve: dict | None) -> str:
     if not results:
         return "None were given with this model. Treat it as not evaluated."
     rows = [(r.dataset_name, r.metric_name, f"{r.metric_value:.4g}") for r in results]
-    return _table(("data", "measure", "value"), rows, last_column="---:")
+    table = _table(("data", "measure", "value"), rows, last_column="---:")
+    if curve is None:
+        return table
+    from evaluation.curve import note, table_of
+
+    return "\n".join([f"{table}\n\nAgainst M, the number of visual tokens:\n", *table_of(curve), "", note(curve)])
 
 
 def _describe_license(provenance: Provenance, license: str, declared: bool) -> str:
@@ -393,8 +423,10 @@ def write_card(
     license: str | None = None,
     languages: list[str] | None = None,
     results: list[EvalResult] | None = None,
+    curve: dict | None = None,
 ) -> str:
-    """The whole card. `license` is what the publisher states, None to let it follow from the parts.
+    """The whole card. `license` is what the publisher states, None to let it follow from the parts; `curve` is what
+    [`read_curve`] returns.
 
     Raises:
         ExportError: a licence that the parts do not allow.
@@ -420,7 +452,7 @@ def write_card(
 
 ## Results
 
-{_describe_results(results)}
+{_describe_results(results, curve)}
 
 ## Limits
 

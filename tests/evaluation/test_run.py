@@ -19,7 +19,8 @@ from evaluation.predictions import collect
 from evaluation.prompts import Question, render
 from evaluation.run import main
 from evaluation.tasks import TASKS
-from hub_upload.model_card import read_results
+from hub_upload.export_check import check_folder
+from hub_upload.model_card import read_curve, read_provenance, read_results, write_card
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from tests.evaluation.make_data_root import make_data_root, picture
 from tests.tiny import ELASTIC, REPOSITORY, elastic_processor, run_script, tiny_model, tiny_processor
@@ -461,6 +462,11 @@ def test_the_curve(elastic):
         assert row["prefill_seconds"] > 0 and row["visual_tokens"] == row["num_query_tokens"] + 1
     assert "| 16 | 17 |" in (place / "curve" / "curve.md").read_text()
     assert (place / "curve" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    found = {"results": read_results(place / "curve", "model"), "curve": read_curve(place / "curve")}
+    card = write_card(check_folder(place / "elastic"), read_provenance(place / "elastic"), "bee/elastic", **found)
+    assert "| 16 | 17 |" in card and "c-abs, 4, 9, 16 (default: 9) and 1 more visual tokens an image" in card
+    default = summaries(place, "curve/M9")["mme"]["total"]
+    assert default in [result.metric_value for result in found["results"] if result.metric_name == "total"]
 
 
 @pytest.mark.parametrize(
