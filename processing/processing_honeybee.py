@@ -326,6 +326,7 @@ class HoneybeeImagesKwargs(ImagesKwargs, total=False):
 
 class HoneybeeProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: HoneybeeImagesKwargs
+    _defaults = {}  # which releases of transformers up to 5.19 read; a class like this one does not inherit them
 
 
 def _check_number(name: str, value) -> None:
