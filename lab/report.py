@@ -59,7 +59,8 @@ After {steps} steps with {batch} images each. CPU time is that of training on on
 `blind` sees the same tokens for every image: what it gets right can be guessed. `shuffled` is a C-Abstractor whose tokens
 come from images drawn by chance; it must fall to `blind`. `placeless` is an MLP on patches whose positions were taken away:
 it must lose `where`, which asks for the cell of a digit, and keep the content. (Who knows the content still guesses better what
-is in a cell.) Passed: the interval is within {limit} of what it must equal, or above -{limit} where something must be kept.
+is in a cell.) Passed: the interval is within {limit} of what it must equal, or above -{limit} where something must be kept;
+failed: it lies outside; undecided: partly.
 
 ## Where they look
 
@@ -77,6 +78,12 @@ the best value was at the edge, the grid grew. Other seeds and towers use the sa
 def _table(head: list[str], rows: list[list]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _passes(found: Estimate, low: float, high: float) -> str:
+    if low < found.low and found.high < high:
+        return "passed"
+    return "**failed**" if found.high <= low or found.low >= high else "undecided"
 
 
 def _images(tasks: list[Task]) -> dict:
@@ -112,7 +119,7 @@ class Report:
 
     def accuracy(self, cell: Cell, step: int | None = None, kinds=None) -> Estimate:
         answers = self.results.at_step(cell, step or self.setting.end)
-        return estimate(self.results.draws(answers, kinds))
+        return estimate(self.results.draws(answers, kinds).clip(0, 1))
 
     def write(self, scope: str) -> str:
         """Writes everything; returns the path of the text."""
@@ -216,7 +223,7 @@ class Report:
                 return ""
             answers = {unit: arrays(right) for unit, right in found.items()}
             kinds = [None, *self.groups.values()]
-            rows.append([num_tokens, *(estimate(self.results.draws(answers, each)) for each in kinds)])
+            rows.append([num_tokens, *(estimate(self.results.draws(answers, each).clip(0, 1)) for each in kinds)])
         return (
             "What the language model answers where the tokens are symbols, in which every digit and its cell are named:\n\n"
             + _table(["M", "all", *self.groups], rows)
@@ -251,11 +258,7 @@ class Report:
                 1,
             ],
         ]
-        checks = [
-            [text, found, "passed" if low < found.low and found.high < high else "**failed**"]
-            for text, found, low, high in checks
-            if found is not None
-        ]
+        checks = [[text, found, _passes(found, low, high)] for text, found, low, high in checks if found is not None]
         head = ["control", "M", *self.groups, *self.results.kinds]
         return "\n\n".join((_table(head, rows), _table(["check", "difference", ""], checks)))
 
