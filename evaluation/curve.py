@@ -68,8 +68,10 @@ def write(
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator().type
     curve = {"report": MARK, "model": model_name, "default": default, "device": device, "rows": rows}
+    curve["text"] = as_text(curve)
     write_json(output / "curve.json", curve)
-    (output / "curve.md").write_text(as_markdown(curve), encoding="utf-8")
+    title = f"# {model_name}: scores and time against M"
+    (output / "curve.md").write_text(f"{title}\n\n{curve['text']}\n\n![against M](curve.png)\n", encoding="utf-8")
     draw(curve, output / "curve.png")
     return curve
 
@@ -94,22 +96,10 @@ def table_of(curve: dict) -> list[str]:
     return lines
 
 
-def note(curve: dict) -> str:
-    return f"The time is that of a prompt with one image, on {curve['device']}; the tower's share of it does not depend on M."
-
-
-def as_markdown(curve: dict) -> str:
-    lines = [
-        f"# {curve['model']}: scores and time against M",
-        "",
-        *table_of(curve),
-        "",
-        note(curve),
-        "",
-        "![against M](curve.png)",
-        "",
-    ]
-    return "\n".join(lines)
+def as_text(curve: dict) -> str:
+    """Markdown: the table, and what its times are."""
+    took = f"The time is that of a prompt with one image, on {curve['device']}; the tower's share of it does not depend on M."
+    return "\n".join([*table_of(curve), "", took])
 
 
 def draw(curve: dict, path: Path) -> None:

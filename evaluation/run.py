@@ -304,7 +304,7 @@ def write_curve(model, processor, questions: dict[str, list[Question]], argument
         seconds = curve.prefill_seconds(model, processor, example, arguments.template, settings)
     output, default = Path(arguments.output), processor.num_query_tokens
     found = curve.write(output, arguments.model, numbers, default, processor.num_eos_tokens, seconds)
-    print(*curve.table_of(found), f"curve: {output / 'curve.md'}", sep="\n")
+    print(f"{found['text']}\ncurve: {output / 'curve.md'}")
 
 
 def evaluate(arguments) -> None:

@@ -159,7 +159,7 @@ def choose_license(parts: list[Part], declared: str | None) -> str:
 
 
 def read_curve(path: Path) -> dict | None:
-    """Scores against the number of visual tokens, of an output folder of `evaluation/run.py --num_query_tokens`."""
+    """Scores against M, of an output folder of `evaluation/run.py --num_query_tokens`; `text` is what people read of them."""
     return read_json(path / "curve.json", ExportError) if (path / "curve.json").is_file() else None
 
 
@@ -396,11 +396,7 @@ def _describe_results(results: list[EvalResult] | None, curve: dict | None) -> s
         return "None were given with this model. Treat it as not evaluated."
     rows = [(r.dataset_name, r.metric_name, f"{r.metric_value:.4g}") for r in results]
     table = _table(("data", "measure", "value"), rows, last_column="---:")
-    if curve is None:
-        return table
-    from evaluation.curve import note, table_of
-
-    return "\n".join([f"{table}\n\nAgainst M, the number of visual tokens:\n", *table_of(curve), "", note(curve)])
+    return table if curve is None else f"{table}\n\nAgainst M, the number of visual tokens:\n\n{curve['text']}"
 
 
 def _describe_license(provenance: Provenance, license: str, declared: bool) -> str:
