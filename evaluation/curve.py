@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One model with several numbers of visual tokens: its scores and the time of a prompt against M, as a table and a plot."""
 
-import json
 import statistics
 import time
 from pathlib import Path
@@ -9,10 +8,10 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from evaluation import report
 from evaluation.generate import prepare
 from evaluation.json_files import write_json
 from evaluation.prompts import Question
-from evaluation.report import MARK, number, scores_in
 from evaluation.tasks import TASKS
 
 ROUNDS = 7  # of each M, after one that is not counted
@@ -21,6 +20,12 @@ ROUNDS = 7  # of each M, after one that is not counted
 def folder_of(output: Path, num_query_tokens: int) -> Path:
     """Where the answers and scores with this M are."""
     return output / f"M{num_query_tokens}"
+
+
+def numbers_in(output: Path) -> list[int]:
+    """The M that were scored, ascending."""
+    folders = {path.parent.parent.name.removeprefix("M") for path in output.glob("M*/*/scores.json")}
+    return sorted(int(name) for name in folders if name.isdecimal())
 
 
 @torch.no_grad()
@@ -55,7 +60,7 @@ def write(
     """
     rows = []
     for place, num_query_tokens in enumerate(numbers):
-        scores = scores_in(folder_of(output, num_query_tokens))
+        scores = report.scores_in(folder_of(output, num_query_tokens))
         rows.append(
             {
                 "num_query_tokens": num_query_tokens,
@@ -67,7 +72,7 @@ def write(
     device = f"{torch.get_num_threads()} threads of a CPU"
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator().type
-    curve = {"report": MARK, "model": model_name, "default": default, "device": device, "rows": rows}
+    curve = {"report": report.MARK, "model": model_name, "default": default, "device": device, "rows": rows}
     curve["text"] = as_text(curve)
     write_json(output / "curve.json", curve)
     title = f"# {model_name}: scores and time against M"
@@ -91,7 +96,7 @@ def table_of(curve: dict) -> list[str]:
     for row in curve["rows"]:
         mark = " (default)" if row["num_query_tokens"] == curve["default"] else ""
         took = "-" if row["prefill_seconds"] is None else f"{row['prefill_seconds'] * 1000:.1f} ms"
-        scores = [number(row["scores"].get(task), TASKS[task].digits) for task in tasks]
+        scores = [report.number(row["scores"].get(task), TASKS[task].digits) for task in tasks]
         lines.append(f"| {row['num_query_tokens']}{mark} | {row['visual_tokens']} | {took} | {' | '.join(scores)} |")
     return lines
 
@@ -123,14 +128,17 @@ def draw(curve: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def check_output(output: Path) -> None:
-    """Refuses a folder with another's files of these names.
+def check_output(output: Path, model: str) -> None:
+    """Refuses a folder with another's files of these names, or with scores of another model.
 
     Raises:
         ValueError: says which.
     """
     files = [output / name for name in ("curve.json", "curve.md", "curve.png")]
     there = [file for file in files if file.exists()]
-    ours = files[0].exists() and json.loads(files[0].read_text(encoding="utf-8")).get("report") == MARK
-    if there and not ours:
+    if there and not (
+        files[0].exists() and f'"{report.MARK}"' in files[0].read_text(encoding="utf-8", errors="replace")
+    ):
         raise ValueError(f"{there[0]} is not from an evaluation; give another --output")
+    for number in numbers_in(output):
+        report.check_output(folder_of(output, number), model)

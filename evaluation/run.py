@@ -104,6 +104,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         if arguments.predictions is not None:
             raise ValueError("--num_query_tokens is asked of a model; leave it out with --predictions")
         arguments.num_query_tokens = numbers_in(arguments.num_query_tokens)
+    elif arguments.allow_untrained:
+        raise ValueError("--allow_untrained is for --num_query_tokens; give numbers, such as 4,16,64, or leave it out")
     for name in ("batch_size", "judge_workers", "judge_attempts", "limit"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -132,17 +134,15 @@ def check_numbers(folder: Path, arguments) -> None:
     from modeling_honeybee import HoneybeeConfig
     from processing import HoneybeeProcessor
 
-    projector, processor = (
-        HoneybeeConfig.from_pretrained(folder).projector_config,
-        HoneybeeProcessor.from_pretrained(folder),
-    )
+    projector = HoneybeeConfig.from_pretrained(folder).projector_config
+    processor = HoneybeeProcessor.from_pretrained(folder)
     for number in arguments.num_query_tokens:
         projector.check_num_query_tokens(number)
         if not arguments.allow_untrained:
             try:
-                processor.check_num_query_tokens(number)
+                processor.check_is_trained(number)
             except ValueError as error:
-                raise ValueError(str(error).replace("allow_untrained=True", "--allow_untrained")) from error
+                raise ValueError(f"{error}, or --allow_untrained to ask it all the same") from None
 
 
 def make_judge(arguments, output: Path) -> judging.Judge | None:
@@ -298,11 +298,12 @@ def ask(
 def write_curve(model, processor, questions: dict[str, list[Question]], arguments) -> None:
     from evaluation import curve
 
-    numbers, seconds = arguments.num_query_tokens, None
+    output, seconds = Path(arguments.output), None
+    numbers = curve.numbers_in(output)  # of earlier runs of this model, too
     if example := next((q for asked in questions.values() for q in asked if q.image is not None), None):
-        settings = [processor_settings(number, arguments) for number in numbers]
+        settings = [{"num_query_tokens": number, "allow_untrained": True} for number in numbers]
         seconds = curve.prefill_seconds(model, processor, example, arguments.template, settings)
-    output, default = Path(arguments.output), processor.num_query_tokens
+    default = processor.num_query_tokens
     found = curve.write(output, arguments.model, numbers, default, processor.num_eos_tokens, seconds)
     print(f"{found['text']}\ncurve: {output / 'curve.md'}")
 
@@ -327,7 +328,7 @@ def evaluate(arguments) -> None:
         parts = {output: shared}
     else:
         check_numbers(source, arguments)
-        curve.check_output(output)
+        curve.check_output(output, model_id)
         parts = {curve.folder_of(output, n): {**shared, "num_query_tokens": n} for n in arguments.num_query_tokens}
     for part, settings in parts.items():
         reporting.check_output(part, model_id)
@@ -343,9 +344,9 @@ def evaluate(arguments) -> None:
         name: {q.id: plain(render(q, processor, arguments.template), processor) for q in asked}
         for name, asked in questions.items()
     }
-    for part, shared in parts.items():
+    for part, decides in parts.items():
         for task in tasks:
-            settings = {**shared, "max_new_tokens": task.max_new_tokens}
+            settings = {**decides, "max_new_tokens": task.max_new_tokens}
             folder = part / task.name
             ask(model, processor, task, questions[task.name], prompts[task.name], settings, folder, arguments, state)
     state.wait_for_everyone()

@@ -160,7 +160,12 @@ def choose_license(parts: list[Part], declared: str | None) -> str:
 
 def read_curve(path: Path) -> dict | None:
     """Scores against M, of an output folder of `evaluation/run.py --num_query_tokens`; `text` is what people read of them."""
-    return read_json(path / "curve.json", ExportError) if (path / "curve.json").is_file() else None
+    if not (path / "curve.json").is_file():
+        return None
+    curve = read_json(path / "curve.json", ExportError)
+    if not curve.keys() >= {"rows", "default", "text"}:
+        raise ExportError(f"{path / 'curve.json'} is not from evaluation/run.py; give its output folder as --results")
+    return curve
 
 
 def read_results(path: Path, model: str) -> list[EvalResult]:
@@ -171,16 +176,18 @@ def read_results(path: Path, model: str) -> list[EvalResult]:
     Raises:
         ExportError: neither of the two.
     """
-    found = []
+    found, asked = [], ""
     if curve := read_curve(path):
         numbers = [row["num_query_tokens"] for row in curve["rows"]]
-        path = path / f"M{curve['default'] if curve['default'] in numbers else numbers[-1]}"
+        if curve["default"] not in numbers:
+            asked = f", M = {numbers[-1]}"
+        path = path / f"M{numbers[-1] if asked else curve['default']}"
     if path.is_dir():
         for file in sorted(path.glob("*/scores.json")):
             task, scores = file.parent.name, read_json(file, ExportError)
             name = scores.get("display_name", task)  # older files have none
             if "questions" in scores:  # not always all of a benchmark's
-                name += f", {scores['questions']} questions"
+                name += f", {scores['questions']} questions{asked}"
             found += [(task, name, metric, value) for metric, value in (scores.get("summary") or {}).items()]
     elif path.is_file():
         row = read_json(path, ExportError).get(model)

@@ -225,6 +225,14 @@ CLAIMS = (
         lambda r, s: elastic_gap(r, s, "c-abs", s.numbers, 2 * s.end),
         partial(no_worse, margin=0.01),
     ),
+    Claim(
+        "one elastic C-Abs keeps what those trained for one M have, at both ends of its range, at twice the steps",
+        "elastic after twice the steps minus fixed, the worse of the fewest and the most; above -0.01",
+        lambda r, s: np.minimum(
+            *(elastic_gap(r, s, "c-abs", [end], 2 * s.end) for end in (s.numbers[0], s.numbers[-1]))
+        ),
+        partial(no_worse, margin=0.01),
+    ),
 )
 
 

@@ -41,7 +41,8 @@ class Experiment:
         num_tokens: M.
         split: on which it is evaluated; learning rates are chosen on `validation`.
         points: numbers of steps at which it is evaluated, ascending; the last is the length of the run.
-        elsewhere: other M, at which the projector is evaluated too, without being trained for them.
+        elsewhere: other M, at which the projector is evaluated too, without being trained for them. (In the record, all M but
+            `num_tokens`.)
         trained_at: elastic: each image of a batch draws its M from these, and all are evaluated; () for `num_tokens` alone.
     """
 

@@ -99,7 +99,7 @@ class Results:
         return found
 
     def elsewhere(self, cell: Cell, num_tokens: int, step: int) -> dict[Unit, Right]:
-        """Answers of a projector used with another M than it was trained with."""
+        """Answers of a projector used with another M than its default."""
         points = ((unit, point["elsewhere"]) for unit, point in self._points(cell, step).items())
         return {unit: arrays(found[str(num_tokens)]) for unit, found in points if str(num_tokens) in found}
 

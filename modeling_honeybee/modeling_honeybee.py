@@ -352,18 +352,18 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         Returns:
             (I, M, D_lm), or a list of (M, D_lm).
         """
-        numbers = self._numbers(num_query_tokens, len(pixel_values))
-        return self._by_image(self._project(self.get_patch_features(pixel_values), numbers), numbers)
+        numbers = self._checked_numbers(num_query_tokens, len(pixel_values))
+        return self._split_by_image(self._project(self.get_patch_features(pixel_values), numbers), numbers)
 
     def _project(self, features: torch.FloatTensor, numbers: int | list[int] | None) -> torch.FloatTensor:
         return self.projector(features.to(next(self.projector.parameters()).dtype), numbers)
 
-    def _by_image(self, visual_tokens: torch.FloatTensor, numbers: int | list[int] | None):
+    def _split_by_image(self, visual_tokens: torch.FloatTensor, numbers: int | list[int] | None):
         if not isinstance(numbers, list):
             return visual_tokens
         return list(visual_tokens.split(self.count_image_tokens(numbers, len(numbers))))
 
-    def _numbers(self, num_query_tokens, num_images: int) -> int | list[int] | None:
+    def _checked_numbers(self, num_query_tokens, num_images: int) -> int | list[int] | None:
         """`num_query_tokens` as the projector takes it, checked."""
         if isinstance(num_query_tokens, torch.Tensor):
             num_query_tokens = num_query_tokens.tolist()
@@ -392,7 +392,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
 
     def count_image_tokens(self, num_query_tokens: int | torch.LongTensor | None, num_images: int) -> list[int]:
         """Placeholders of each of `num_images` images, for a `num_query_tokens` as [`get_image_features`] takes it."""
-        numbers, config = self._numbers(num_query_tokens, num_images), self.config.projector_config
+        numbers, config = self._checked_numbers(num_query_tokens, num_images), self.config.projector_config
         numbers = config.num_query_tokens if numbers is None else numbers
         numbers = numbers if isinstance(numbers, list) else [numbers] * num_images
         return [number + config.num_eos_tokens for number in numbers]
@@ -425,9 +425,9 @@ class HoneybeeModel(HoneybeePreTrainedModel):
                 a number that the projector cannot make.
         """
         self._check_feature_settings(vision_feature_layer, vision_feature_select_strategy)
-        numbers = self._numbers(num_query_tokens, len(pixel_values))
+        numbers = self._checked_numbers(num_query_tokens, len(pixel_values))
         features, outputs = self._encode(pixel_values, **kwargs)
-        visual_tokens = self._by_image(self._project(features, numbers), numbers)
+        visual_tokens = self._split_by_image(self._project(features, numbers), numbers)
         if return_dict is None:
             if _TRANSFORMERS_4:
                 return visual_tokens
@@ -485,7 +485,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
     def _place_images(self, input_ids, inputs_embeds, pixel_values, num_query_tokens, encoded):
         """The visual tokens, encoded here or before, and a mask (B, T) of their places."""
         if encoded is None:
-            numbers = self._numbers(num_query_tokens, len(pixel_values))
+            numbers = self._checked_numbers(num_query_tokens, len(pixel_values))
             visual_tokens = self._project(self.get_patch_features(pixel_values), numbers)
             tokens = self.count_image_tokens(numbers, len(pixel_values))
             return visual_tokens, self.get_placeholder_mask(input_ids, inputs_embeds, tokens)

@@ -329,6 +329,11 @@ class HoneybeeProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {}  # which releases of transformers up to 5.19 read; a class like this one does not inherit them
 
 
+def _plain(number):
+    """Numbers of torch and numpy as Python's."""
+    return number.tolist() if hasattr(number, "tolist") else number
+
+
 def _check_number(name: str, value) -> None:
     if type(value) is not int or value < 1:
         raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
@@ -435,16 +440,17 @@ class HoneybeeProcessor(ProcessorMixin):
                 f"elastic_num_query_tokens={trained!r} must be a list of whole numbers of at least 1, in ascending order and "
                 "without repetition, such as [16, 64, 144]"
             )
-        self.check_num_query_tokens(self.num_query_tokens)
+        self.check_is_trained(self.num_query_tokens)
 
-    def check_num_query_tokens(self, number: int) -> None:
+    def check_is_trained(self, number: int) -> None:
+        """Raises a ValueError, with the numbers that may be asked for, where the model is not trained for this M."""
         trained = self.trained_num_query_tokens
         between = trained[0] < number < trained[-1] and math.isqrt(number) ** 2 == number
         if number not in trained and not between:
             others = f" or a square between {trained[0]} and {trained[-1]}" if len(trained) > 1 else ""
             raise ValueError(
                 f"num_query_tokens={number}: the model is trained for {', '.join(map(str, trained))} visual tokens an image; "
-                f"use one of these{others}, or allow_untrained=True to try it all the same"
+                f"use one of these{others}"
             )
 
     def image_query_tokens(self, messages: list[dict], num_query_tokens=None) -> list[int | None]:
@@ -455,12 +461,7 @@ class HoneybeeProcessor(ProcessorMixin):
         Raises:
             ValueError: another `detail`, where the model has a choice.
         """
-        named = {
-            None: None,
-            "auto": None,
-            "low": self.trained_num_query_tokens[0],
-            "high": self.trained_num_query_tokens[-1],
-        }
+        named = {"low": self.trained_num_query_tokens[0], "high": self.trained_num_query_tokens[-1]}
         numbers = []
         for message in messages:
             for item in message["content"] if isinstance(message.get("content"), (list, tuple)) else ():
@@ -468,11 +469,13 @@ class HoneybeeProcessor(ProcessorMixin):
                     continue
                 url = item.get("image_url")
                 detail = item.get("detail", url.get("detail") if isinstance(url, dict) else None)
-                if detail not in named and self.elastic_num_query_tokens:
+                if detail not in (None, "auto", *named) and self.elastic_num_query_tokens:
                     raise ValueError(f"detail={detail!r} of an image must be low, high or auto")
                 own = item.get("num_query_tokens")
-                numbers.append(named.get(detail) if own is None else own)
-        each = num_query_tokens.tolist() if isinstance(num_query_tokens, torch.Tensor) else num_query_tokens
+                if own is None and isinstance(detail, str):
+                    own = named.get(detail)
+                numbers.append(own)
+        each = _plain(num_query_tokens)
         each = each if isinstance(each, (list, tuple)) else [each] * len(numbers)
         if len(each) != len(numbers):
             return each  # the call that takes them says what is wrong
@@ -496,8 +499,8 @@ class HoneybeeProcessor(ProcessorMixin):
     ) -> list[int]:
         """M of each image of all rows; the arguments are those of `__call__`."""
         total = sum(images_by_row)
-        each = num_query_tokens.tolist() if isinstance(num_query_tokens, torch.Tensor) else num_query_tokens
-        numbers = list(each) if isinstance(each, (list, tuple)) else [each] * total
+        each = _plain(num_query_tokens)
+        numbers = list(map(_plain, each)) if isinstance(each, (list, tuple)) else [each] * total
         if len(numbers) != total:
             raise ValueError(
                 f"num_query_tokens lists {len(numbers)} numbers, but there are {total} images; give one number for all "
@@ -507,7 +510,10 @@ class HoneybeeProcessor(ProcessorMixin):
             if number is not None:
                 _check_number("num_query_tokens", number)
                 if not allow_untrained:
-                    self.check_num_query_tokens(number)
+                    try:
+                        self.check_is_trained(number)
+                    except ValueError as error:
+                        raise ValueError(f"{error}, or allow_untrained=True to try it all the same") from None
         if max_visual_tokens is None:
             return [self.num_query_tokens if number is None else number for number in numbers]
         rows, filled = iter(numbers), []
@@ -578,6 +584,8 @@ class HoneybeeProcessor(ProcessorMixin):
             ValueError: text and images that do not belong together, images that cannot be read, an M that is not allowed,
                 or a budget that is too small.
         """
+        if "num_query_tokens" in (kwargs.get("images_kwargs") or {}):
+            raise ValueError("num_query_tokens stands in images_kwargs; give it to the call itself")
         images, text = self._prepare(images, text, kwargs)
         by_row = [row.count(self.image_token) for row in text] if text is not None else [len(images or ())]
         numbers = self._query_tokens(by_row, num_query_tokens, max_visual_tokens, allow_untrained)
@@ -678,6 +686,12 @@ class HoneybeeProcessor(ProcessorMixin):
         conversation = getattr(conversation, "messages", conversation)
         batch = [conversation] if isinstance(conversation[0], dict) else conversation
         batch = [getattr(messages, "messages", messages) for messages in batch]
+        names = [name for name in ("num_query_tokens", "max_visual_tokens") if kwargs.get(name) is not None]
+        if names and not kwargs.get("tokenize"):
+            raise ValueError(
+                f"{' and '.join(names)}: text alone does not hold numbers of visual tokens; add tokenize=True, or give them to "
+                "the call of the processor that takes the text"
+            )
         if kwargs.get("tokenize"):
             kwargs = self._with_query_tokens([message for row in batch for message in row], kwargs)
         rows = [as_items(messages) for messages in batch]

@@ -86,10 +86,13 @@ class Answer(StoppingCriteria):
         request = self.request
         try:
             prompt = self.processor.apply_chat_template(request.messages, add_generation_prompt=True)
+            numbers = self.processor.image_query_tokens(request.messages, request.num_query_tokens)
+            for number in filter(None, numbers):
+                self.processor.check_is_trained(number)
             inputs = self.processor(
                 images=request.images or None,
                 text=prompt,
-                num_query_tokens=self.processor.image_query_tokens(request.messages, request.num_query_tokens),
+                num_query_tokens=numbers,
                 max_visual_tokens=request.max_visual_tokens,
                 add_special_tokens=False,
                 return_tensors="pt",

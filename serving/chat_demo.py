@@ -110,7 +110,8 @@ def build_page(chat: Chat, title: str):
     """The Gradio page of a [`Chat`]."""
     import gradio
 
-    trained, inputs = chat.processor.trained_num_query_tokens, []
+    default, inputs = chat.processor.num_query_tokens, []
+    trained = sorted({*chat.processor.trained_num_query_tokens, default})
 
     def nearest(number: float) -> int:
         return min(trained, key=lambda one: abs(one - number))
@@ -120,7 +121,7 @@ def build_page(chat: Chat, title: str):
         slider = gradio.Slider(
             trained[0],
             trained[-1],
-            chat.processor.num_query_tokens,
+            default,
             step=1,
             label=label,
             info="The nearest of these is used.",
@@ -173,13 +174,14 @@ def main():
         from modeling_honeybee import HoneybeeForConditionalGeneration
         from modeling_honeybee.model_folder import model_folder
         from modeling_honeybee.processes import use_attention_for_any_shape
-        from processing import HoneybeeProcessor
+        from processing import HoneybeeProcessor, check_processor
 
         use_attention_for_any_shape()
         folder = model_folder(args.model)
         model = HoneybeeForConditionalGeneration.from_pretrained(folder, dtype="auto").eval()
         model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         processor = HoneybeeProcessor.from_pretrained(folder)
+        check_processor(model.config, processor)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")

@@ -129,8 +129,10 @@ def main(arguments: list[str] | None = None):
         recipe = load_recipe(args.config, args.set)
         sources = open_sources(recipe, args.config)
         settings = run_settings(args.config)
-        args.elastic = args.elastic or settings.get("elastic")
+        args.elastic = args.elastic or (settings.get("elastic") if args.processor else None)
         elastic_draw(args.elastic, None)
+        if args.elastic and not args.processor:
+            raise ValueError(f"--elastic {args.elastic} counts tokens, which takes a --processor; give one")
     except (RecipeError, ValueError) as error:
         sys.exit(f"error: {error}")
     args.samples = args.samples or run_length(settings, args.processes)

@@ -3,6 +3,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -63,6 +64,9 @@ def text(words: str = "What?") -> dict:
         ({"num_query_tokens": [16, 4, 9]}, [16, 4, 9]),
         ({"num_query_tokens": [16, None, 4]}, [16, 9, 4]),
         ({"num_query_tokens": torch.tensor([16, 4, 9])}, [16, 4, 9]),
+        ({"num_query_tokens": np.array([16, 4, 9])}, [16, 4, 9]),
+        ({"num_query_tokens": [np.int64(16), None, torch.tensor(4)]}, [16, 9, 4]),
+        ({"num_query_tokens": np.int64(4)}, [4, 4, 4]),
         ({"num_query_tokens": [25, 1, 9], "allow_untrained": True}, [25, 1, 9]),
         # For each row, extra tokens included: 2 * (16 + 1) = 34, 2 * (9 + 1) = 20, 2 * (4 + 1) = 10.
         ({"max_visual_tokens": 34}, [16, 16, 16]),
@@ -106,6 +110,7 @@ def test_any_square_between_is_allowed():
         ({"num_query_tokens": "9"}, "num_query_tokens='9' must be a whole number"),
         ({"num_query_tokens": True}, "num_query_tokens=True must be a whole number"),
         ({"num_query_tokens": [4, 9]}, "num_query_tokens lists 2 numbers, but there are 3 images"),
+        ({"images_kwargs": {"num_query_tokens": 16}}, "num_query_tokens stands in images_kwargs"),
         ({"max_visual_tokens": 9}, "max_visual_tokens=9 is too small: the 2 images of the prompt need at least 10"),
         ({"max_visual_tokens": 0}, "max_visual_tokens=0 must be a whole number of at least 1"),
         ({"num_query_tokens": 16, "max_visual_tokens": 20}, "max_visual_tokens=20 is too small.* at least 34"),
@@ -206,6 +211,11 @@ def test_openai_items_and_batches(tmp_path):
     assert [processor.image_query_tokens(messages) for messages in batch] == [[4], [], [None, 16]]
     with pytest.raises(ValueError, match="detail='medium' of an image must be low, high or auto"):
         processor.apply_chat_template(user(item(detail="medium")), tokenize=True)
+    with pytest.raises(ValueError, match="detail={'a': 1} of an image must be low, high or auto"):
+        processor.apply_chat_template(user(item(detail={"a": 1})), tokenize=True)
+    for settings in ({"num_query_tokens": 16}, {"max_visual_tokens": 20}):
+        with pytest.raises(ValueError, match="text alone does not hold numbers of visual tokens; add tokenize=True"):
+            processor.apply_chat_template(user(item(detail="low")), **settings)
     fixed = tiny_processor(4)
     assert fixed.image_query_tokens(user(item(detail="medium"), item(detail="high"))) == [None, 4]
     with pytest.raises(ValueError, match="lists 2 numbers, but there are 1 images"):

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -35,6 +36,9 @@ from training.recipe.mixture import Mixture, Source
 from training.recipe.sources import open_mixture
 from training.run.loading import load_config_and_processor
 from training.run.settings import parse_arguments
+from training.trainer.elastic_rows import ElasticRows
+from training.trainer.length_grouping import dataset_lengths
+from training.trainer.token_batches import token_batches
 
 ELASTIC = "1,4:2,9"
 DRAW = parse_elastic(ELASTIC)
@@ -218,6 +222,23 @@ def test_stopped_and_resumed_ends_as_if_not(world, tmp_path, kind):
     assert len(set(logged(tmp_path / "whole"))) > 1
 
 
+@pytest.mark.parametrize("limit", [700, 900])
+def test_batches_of_equal_tokens_keep_their_limit_in_every_epoch(limit):
+    draw = parse_elastic("16,64,256")
+    dataset = Dataset.from_list([sample(index) for index in range(256)])
+    rows = ElasticRows(dataset, draw, 0, "data")
+    collator = HoneybeeDataCollator(tiny_processor(256, elastic_num_query_tokens=[16, 64, 256]))
+    batches = token_batches(rows.as_dataset(), None, collator, 16, limit, 1, 0, rows)
+    lengths, longest = dataset_lengths(rows.as_dataset(), collator), []
+    for epoch in range(8):
+        rows.begin(epoch)
+        batches.epoch = lambda epoch=epoch: epoch
+        found = list(batches)
+        assert len(found) == len(batches) and sorted(sum(found, [])) == list(range(256))
+        longest.append(max(sum(lengths(batch)) for batch in found))
+    assert max(longest) <= limit and len(set(longest)) > 1
+
+
 def test_the_next_stage_draws_what_the_last_one_did(world, tmp_path):
     run_script(SFT, *words_of(world, tmp_path / "first", "--max_steps", 1, "--stage", "align"))
     words = words_of(world, tmp_path / "second", "--num_train_epochs", 1, "--per_device_train_batch_size", 6)
@@ -267,7 +288,7 @@ def refused(*words) -> str:
 def test_wrong_numbers_for_a_model(world, tmp_path):
     have = ["--dataset", "x.jsonl", "--output_dir", tmp_path, "--model_name_or_path", world / "model"]
     assert "5 is not a perfect square" in refused(*have, "--elastic", "4,5")
-    assert "num_query_tokens=4, the default, is not one of" in refused(*have, "--elastic", "9,16")
+    assert "4, has to be among the numbers" in refused(*have, "--elastic", "9,16")
     assert "an adapter has no config of its own" in refused(*have, "--elastic", "4,9", "--use_peft")
     for kind in ("d-abs", "resampler"):
         processor = tiny_processor(9)
@@ -275,7 +296,10 @@ def test_wrong_numbers_for_a_model(world, tmp_path):
         for part in (model, processor):
             part.save_pretrained(tmp_path / kind)
         words = ["--dataset", "x.jsonl", "--output_dir", tmp_path, "--model_name_or_path", tmp_path / kind]
-        assert "has learned queries for 9 visual tokens" in refused(*words, "--elastic", "9,16")
+        for numbers in ("9,16", "4,9,16", "1,9,25"):
+            assert "has learned queries for 9 visual tokens, and 9 has to be the largest" in refused(
+                *words, "--elastic", numbers
+            )
     new = ["--dataset", "x.jsonl", "--output_dir", tmp_path]
     new += ["--vision_model", world / "vision", "--text_model", world / "text", "--projector"]
     twice = json.dumps({**NEW_PROJECTOR, "elastic_num_query_tokens": [4, 9]})

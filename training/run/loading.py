@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model, config and processor that the settings name, new or trained."""
 
+import math
 import os
 
 import torch
@@ -8,6 +9,7 @@ from transformers import set_seed
 from trl import get_quantization_config
 
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
+from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS
 from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
 from training.elastic import parse_elastic
 from training.run.arguments import HoneybeeArguments
@@ -51,11 +53,17 @@ def record_elastic(config: HoneybeeConfig, settings: Settings) -> None:
     if text is None:
         return
     numbers, before = list(parse_elastic(text).numbers), projector.num_learned_queries
+    default = projector.num_query_tokens
+    between = numbers[0] < default < numbers[-1] and math.isqrt(default) ** 2 == default
+    if default not in numbers and not between and projector.projector_type not in PIXELWISE_PROJECTORS:
+        raise ValueError(
+            f"--elastic {text}: the default of {path}, {default}, has to be among the numbers (or a square between them); add it"
+        )
     config.projector_config = type(projector)(**{**projector.to_dict(), "elastic_num_query_tokens": numbers})
     if projector.projector_type in ("d-abs", "resampler") and config.projector_config.num_learned_queries != before:
         raise ValueError(
-            f"--elastic {text}: the {projector.projector_type} of {path} has learned queries for {before} visual tokens; give "
-            f"numbers up to {before}, or train a new projector"
+            f"--elastic {text}: the {projector.projector_type} of {path} has learned queries for {before} visual tokens, and "
+            f"{before} has to be the largest of the numbers; or train a new projector"
         )
     if settings.model.use_peft and not settings.honeybee.merge and projector.elastic_num_query_tokens != numbers:
         raise ValueError(

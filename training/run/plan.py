@@ -101,7 +101,7 @@ def make_plan(settings: Settings) -> Plan:
     if elastic is not None and mixture is None:
         rows = ElasticRows(dataset, elastic, settings.data_seed, own.dataset)
         dataset = rows.as_dataset()
-    batches = batches_by_tokens(settings, dataset, mixture, collator)
+    batches = batches_by_tokens(settings, dataset, mixture, collator, rows)
     return Plan(
         identity,
         checkpoint,
@@ -175,7 +175,11 @@ def open_data(
 
 
 def batches_by_tokens(
-    settings: Settings, dataset: datasets.Dataset, mixture: Mixture | None, collator: HoneybeeDataCollator
+    settings: Settings,
+    dataset: datasets.Dataset,
+    mixture: Mixture | None,
+    collator: HoneybeeDataCollator,
+    rows: ElasticRows | None,
 ) -> TokenBatches | None:
     """Batches of at most `max_tokens_per_batch`, and tells the settings how many of them make a step.
 
@@ -186,7 +190,7 @@ def batches_by_tokens(
     if tokens is None:
         return None
     processes = settings.training.world_size
-    batches = token_batches(dataset, mixture, collator, step_size, tokens, processes, settings.data_seed)
+    batches = token_batches(dataset, mixture, collator, step_size, tokens, processes, settings.data_seed, rows)
     settings.accumulate(batches.batches_per_step // processes)
     return batches
 

@@ -29,6 +29,10 @@ class ElasticRows:
         rows, epoch = self.dataset[batch["row"]], int(self.epoch)
         return {**rows, "num_query_tokens": [self.draw.of(self.seed, self.name, row, epoch) for row in batch["row"]]}
 
+    def begin(self, epoch: int) -> None:
+        """From now on rows draw what they draw in this epoch, in workers that are running, too."""
+        self.epoch.fill_(epoch)
+
     def as_dataset(self) -> Dataset:
         """It holds row numbers; reading one reads the row."""
         rows = Dataset.from_dict({"row": range(len(self.dataset))})
@@ -43,4 +47,4 @@ class ElasticEpochs(TrainerCallback):
         self.rows = rows
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.rows.epoch.fill_(int(state.epoch or 0))
+        self.rows.begin(int(state.epoch or 0))
