@@ -12,6 +12,7 @@ BENCHMARKS = {
     "balance": "Tokens of each process in a step",
     "logits": "Logits where a label is learned",
     "prefill": "Visual tokens and the time to the first answer token",
+    "elastic": "Images of different M in one batch",
     "preparation": "Samples made ready by a core",
     "loading": "Memory of from_pretrained",
 }

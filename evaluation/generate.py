@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers import BatchFeature
 
 from evaluation.prompts import Question, render
 from modeling_honeybee import HoneybeeForConditionalGeneration
@@ -78,10 +79,18 @@ def batches_of_rank(
 
 @torch.no_grad()  # and not inference mode: what a model in training keeps from in there could not be trained with
 def answer(
-    model, processor, batches: list[list[Question]], max_new_tokens: int, template: str = "task"
+    model,
+    processor,
+    batches: list[list[Question]],
+    max_new_tokens: int,
+    template: str = "task",
+    settings: dict | None = None,
 ) -> Iterator[list[tuple[Question, str]]]:
     """For each batch its questions with the model's answers. They are greedy, whatever generation settings the checkpoint
     has.
+
+    Args:
+        settings: of the processor's call, such as `num_query_tokens`.
 
     Raises:
         ValueError: an image cannot be read; names the questions of its batch.
@@ -90,26 +99,36 @@ def answer(
     own, model.generation_config = model.generation_config, model.greedy_generation_config()
     try:
         for batch in batches:
-            yield list(zip(batch, _answer_batch(model, processor, batch, max_new_tokens, template)))
+            inputs = prepare(processor, batch, template, settings or {})
+            yield list(zip(batch, _answer_batch(model, processor, inputs, max_new_tokens)))
     finally:
         model.generation_config = own
 
 
-def _answer_batch(model, processor, batch: list[Question], max_new_tokens: int, template: str) -> list[str]:
-    ends, pad = model.generation_config.eos_token_id, processor.tokenizer.pad_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), processor.tokenizer.eos_token_id} - {None}
+def prepare(processor, batch: list[Question], template: str, settings: dict) -> BatchFeature:
+    """Model inputs of a batch.
+
+    Raises:
+        ValueError: as [`answer`].
+    """
     try:
         images = [q.image() if callable(q.image) else q.image for q in batch if q.image is not None]
-        inputs = processor(
+        return processor(
             images=images or None,
             text=[render(q, processor, template) for q in batch],
             add_special_tokens=False,
             padding=True,
             padding_side="left",
             return_tensors="pt",
+            **settings,
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"one of the questions {', '.join(repr(q.id) for q in batch)}: {error}") from error
+
+
+def _answer_batch(model, processor, inputs: BatchFeature, max_new_tokens: int) -> list[str]:
+    ends, pad = model.generation_config.eos_token_id, processor.tokenizer.pad_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), processor.tokenizer.eos_token_id} - {None}
     inputs = inputs.to(next(model.parameters()).device, model.dtype)
     # Under ZeRO-3 transformers would keep the processes in step, which have other questions and a whole model each.
     settings = {

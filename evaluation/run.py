@@ -47,6 +47,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--template", default="task", choices=TEMPLATES, help="none: the bare question, without an instruction"
     )
+    parser.add_argument(
+        "--num_query_tokens",
+        help="M, visual tokens of an image, of an elastic model: 64, or several with one table: 16,64,144",
+    )
+    parser.add_argument(
+        "--allow_untrained",
+        action="store_true",
+        help="with --num_query_tokens: also numbers that the model is not trained for",
+    )
     official = TASKS["mmbench"].seed
     parser.add_argument(
         "--seed", type=int, help=f"of guesses; default: MMBench {official} (the official one), others 0"
@@ -91,11 +100,49 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             )
         if not Path(arguments.predictions).is_file():
             raise ValueError(f"--predictions {arguments.predictions} does not exist; give a JSONL file")
+    if arguments.num_query_tokens is not None:
+        if arguments.predictions is not None:
+            raise ValueError("--num_query_tokens is asked of a model; leave it out with --predictions")
+        arguments.num_query_tokens = numbers_in(arguments.num_query_tokens)
+    elif arguments.allow_untrained:
+        raise ValueError("--allow_untrained is for --num_query_tokens; give numbers, such as 4,16,64, or leave it out")
     for name in ("batch_size", "judge_workers", "judge_attempts", "limit"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
     return arguments
+
+
+def numbers_in(text: str) -> list[int]:
+    """In ascending order.
+
+    Raises:
+        ValueError: it is no list of numbers.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise ValueError(f"--num_query_tokens {text!r} must be numbers of at least 1, such as 16,64,144")
+    return sorted(set(map(int, parts)))
+
+
+def check_numbers(folder: Path, arguments) -> None:
+    """Whether the model can make these numbers of visual tokens, before its weights are read.
+
+    Raises:
+        ValueError: says what it can.
+    """
+    from modeling_honeybee import HoneybeeConfig
+    from processing import HoneybeeProcessor
+
+    projector = HoneybeeConfig.from_pretrained(folder).projector_config
+    processor = HoneybeeProcessor.from_pretrained(folder)
+    for number in arguments.num_query_tokens:
+        projector.check_num_query_tokens(number)
+        if not arguments.allow_untrained:
+            try:
+                processor.check_is_trained(number)
+            except ValueError as error:
+                raise ValueError(f"{error}, or --allow_untrained to ask it all the same") from None
 
 
 def make_judge(arguments, output: Path) -> judging.Judge | None:
@@ -219,27 +266,51 @@ def read_answers(folder: Path, prompts: dict[str, str], settings: dict, model_na
     return done
 
 
-def ask(model, processor, task: Task, questions: list[Question], prompts, settings: dict, arguments, state) -> None:
+def processor_settings(num_query_tokens: int | None, arguments) -> dict:
+    """How the processor is called for this M; None leaves it to the model."""
+    if num_query_tokens is None:
+        return {}
+    return {"num_query_tokens": num_query_tokens, "allow_untrained": arguments.allow_untrained}
+
+
+def ask(
+    model, processor, task: Task, questions: list[Question], prompts, settings: dict, folder: Path, arguments, state
+) -> None:
     """Appends this process's answers to its file in the task's folder, but for those that are there."""
     from tqdm.auto import tqdm
 
     from evaluation.generate import answer, batches_of_rank
 
-    folder = Path(arguments.output) / task.name
     done = read_answers(folder, prompts, settings, arguments.model, state)
     pending = [q for q in questions if q.id not in done]
     batches = batches_of_rank(pending, prompts, arguments.batch_size, state.process_index, state.num_processes)
     part = part_of_rank(folder, state.process_index)
-    title = f"{task.name} ({len(done)} done before)"
+    number = settings.get("num_query_tokens")
+    title = f"{task.name}{'' if number is None else f', M = {number}'} ({len(done)} done before)"
+    asked = processor_settings(number, arguments)
     with tqdm(total=sum(map(len, batches)), desc=title, disable=not state.is_main_process) as bar:
-        for batch in answer(model, processor, batches, task.max_new_tokens, arguments.template):
+        for batch in answer(model, processor, batches, task.max_new_tokens, arguments.template, asked):
             records = [{**q.answered(text, prompts[q.id]), "model": settings["model"]} for q, text in batch]
             append_lines(part, records)
             bar.update(len(batch))
 
 
+def write_curve(model, processor, questions: dict[str, list[Question]], arguments) -> None:
+    from evaluation import curve
+
+    output, seconds = Path(arguments.output), None
+    numbers = curve.numbers_in(output)  # of earlier runs of this model, too
+    if example := next((q for asked in questions.values() for q in asked if q.image is not None), None):
+        settings = [{"num_query_tokens": number, "allow_untrained": True} for number in numbers]
+        seconds = curve.prefill_seconds(model, processor, example, arguments.template, settings)
+    default = processor.num_query_tokens
+    found = curve.write(output, arguments.model, numbers, default, processor.num_eos_tokens, seconds)
+    print(f"{found['text']}\ncurve: {output / 'curve.md'}")
+
+
 def evaluate(arguments) -> None:
     """Asks the model, in one or several processes; the first one scores the answers."""
+    from evaluation import curve
     from evaluation.generate import fingerprint, load
     from modeling_honeybee.model_folder import model_folder
     from modeling_honeybee.processes import leave_processes
@@ -251,12 +322,18 @@ def evaluate(arguments) -> None:
     source = model_folder(arguments.model)
     questions = {task.name: subset(task, read_task(task, arguments.data_root), arguments.limit) for task in tasks}
     model_id = fingerprint(source)
-    reporting.check_output(output, model_id)
     # What decides an answer; a run that continues has the same.
     shared = {"model": model_id, "dtype": arguments.dtype, "template": arguments.template, "limit": arguments.limit}
-    settings = {task.name: {**shared, "max_new_tokens": task.max_new_tokens} for task in tasks}
-    for task in tasks:
-        check_folder(output / task.name, settings[task.name])
+    if arguments.num_query_tokens is None:
+        parts = {output: shared}
+    else:
+        check_numbers(source, arguments)
+        curve.check_output(output, model_id)
+        parts = {curve.folder_of(output, n): {**shared, "num_query_tokens": n} for n in arguments.num_query_tokens}
+    for part, settings in parts.items():
+        reporting.check_output(part, model_id)
+        for task in tasks:
+            check_folder(part / task.name, {**settings, "max_new_tokens": task.max_new_tokens})
     output.mkdir(parents=True, exist_ok=True)
     held = lock(output) if state.is_main_process else None
 
@@ -267,21 +344,27 @@ def evaluate(arguments) -> None:
         name: {q.id: plain(render(q, processor, arguments.template), processor) for q in asked}
         for name, asked in questions.items()
     }
-    for task in tasks:
-        ask(model, processor, task, questions[task.name], prompts[task.name], settings[task.name], arguments, state)
+    for part, decides in parts.items():
+        for task in tasks:
+            settings = {**decides, "max_new_tokens": task.max_new_tokens}
+            folder = part / task.name
+            ask(model, processor, task, questions[task.name], prompts[task.name], settings, folder, arguments, state)
     state.wait_for_everyone()
     state.destroy_process_group()
 
     if state.is_main_process:
-        for task in tasks:
-            folder = output / task.name
-            records = list(collect(folder, prompts[task.name], model_id).values())
-            check_records(task, records, str(folder))
-            answers = origin_of(folder / PREDICTIONS, model_id, arguments.model)
-            write_results(task, records, folder, answers, arguments, judge)
-        report = reporting.write(output, arguments.model, arguments.paper_row or reporting.paper_model(source))
-        averages = ", ".join(f"{name} {reporting.number(value)}" for name, value in report["averages"].items())
-        print(f"averages: {averages}\nreport: {output / 'report.md'}")
+        for part in parts:
+            for task in tasks:
+                folder = part / task.name
+                records = list(collect(folder, prompts[task.name], model_id).values())
+                check_records(task, records, str(folder))
+                answers = origin_of(folder / PREDICTIONS, model_id, arguments.model)
+                write_results(task, records, folder, answers, arguments, judge)
+            report = reporting.write(part, arguments.model, arguments.paper_row or reporting.paper_model(source))
+            averages = ", ".join(f"{name} {reporting.number(value)}" for name, value in report["averages"].items())
+            print(f"averages: {averages}\nreport: {part / 'report.md'}")
+        if arguments.num_query_tokens is not None:
+            write_curve(model, processor, questions, arguments)
         held.release()
     leave_processes(state.num_processes)
 

@@ -369,7 +369,11 @@ def build_processor(config: HoneybeeConfig, official: dict, checkpoint: Path, to
     vision = official["vision_config"]
     statistics = {name: vision[name] for name in ("image_mean", "image_std") if vision.get(name)}
     image_processor = square_image_processor(vision["image_size"], **statistics)
-    return HoneybeeProcessor(image_processor, prepared, num_image_tokens=config.num_image_tokens)
+    numbers = {
+        "num_image_tokens": config.num_image_tokens,
+        "num_eos_tokens": config.projector_config.num_eos_tokens,
+    }
+    return HoneybeeProcessor(image_processor, prepared, **numbers)
 
 
 def convert(

@@ -158,20 +158,36 @@ def choose_license(parts: list[Part], declared: str | None) -> str:
     return restrictive[0] if restrictive else CODE_LICENSE
 
 
+def read_curve(path: Path) -> dict | None:
+    """Scores against M, of an output folder of `evaluation/run.py --num_query_tokens`; `text` is what people read of them."""
+    if not (path / "curve.json").is_file():
+        return None
+    curve = read_json(path / "curve.json", ExportError)
+    if not curve.keys() >= {"rows", "default", "text"}:
+        raise ExportError(f"{path / 'curve.json'} is not from evaluation/run.py; give its output folder as --results")
+    return curve
+
+
 def read_results(path: Path, model: str) -> list[EvalResult]:
-    """Results in the Hub's format, from an output folder of `evaluation/run.py` (`TASK/scores.json`) or from the table
-    of the quickstart (`results.json`, the row named `model`).
+    """Results in the Hub's format, from an output folder of `evaluation/run.py` (`TASK/scores.json`; of several M those of
+    the default, or of the largest where that was not asked) or from the table of the quickstart (`results.json`, the row
+    named `model`).
 
     Raises:
         ExportError: neither of the two.
     """
-    found = []
+    found, asked = [], ""
+    if curve := read_curve(path):
+        numbers = [row["num_query_tokens"] for row in curve["rows"]]
+        if curve["default"] not in numbers:
+            asked = f", M = {numbers[-1]}"
+        path = path / f"M{numbers[-1] if asked else curve['default']}"
     if path.is_dir():
         for file in sorted(path.glob("*/scores.json")):
             task, scores = file.parent.name, read_json(file, ExportError)
             name = scores.get("display_name", task)  # older files have none
             if "questions" in scores:  # not always all of a benchmark's
-                name += f", {scores['questions']} questions"
+                name += f", {scores['questions']} questions{asked}"
             found += [(task, name, metric, value) for metric, value in (scores.get("summary") or {}).items()]
     elif path.is_file():
         row = read_json(path, ExportError).get(model)
@@ -314,13 +330,29 @@ def _describe_model(export: Export) -> str:
     projector, vision, text = config.projector_config, config.vision_config, config.text_config
     rows = [
         ("vision tower", f"{vision.model_type}, {vision.image_size} px, width {vision.hidden_size}"),
-        ("projector", f"{projector.projector_type}, {config.num_image_tokens} visual tokens an image"),
+        ("projector", f"{projector.projector_type}, {_visual_tokens(config)} visual tokens an image"),
         ("language model", f"{text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers"),
     ]
+    chosen = ""
+    if projector.elastic_num_query_tokens:
+        chosen = (
+            "\n\nThe number of visual tokens can be chosen for each image: `num_query_tokens=...` in a call of the processor, "
+            'the pipeline or `apply_chat_template`, or `"num_query_tokens"` in an image\'s item of a chat.'
+        )
     return (
         "A [Honeybee](https://arxiv.org/abs/2312.06742) model (CVPR 2024): a vision tower and a language model joined by "
-        f"a projector that keeps locality and sets the number of visual tokens.\n\n{_table(('part', 'what it is'), rows)}"
+        "a projector that keeps locality and sets the number of visual tokens.\n\n"
+        f"{_table(('part', 'what it is'), rows)}{chosen}"
     )
+
+
+def _visual_tokens(config) -> str:
+    projector = config.projector_config
+    if not projector.elastic_num_query_tokens:
+        return str(config.num_image_tokens)
+    extra = f" and {projector.num_eos_tokens} more" if projector.num_eos_tokens else ""
+    trained = ", ".join(map(str, projector.elastic_num_query_tokens))
+    return f"{trained} (default: {projector.num_query_tokens}){extra}"
 
 
 def _public(value, hub_names: set[str]):
@@ -366,11 +398,12 @@ def _describe_training(provenance: Provenance) -> str:
     return "\n\n".join(said) or "Not on record: the folder holds no record of a training run."
 
 
-def _describe_results(results: list[EvalResult] | None) -> str:
+def _describe_results(results: list[EvalResult] | None, curve: dict | None) -> str:
     if not results:
         return "None were given with this model. Treat it as not evaluated."
     rows = [(r.dataset_name, r.metric_name, f"{r.metric_value:.4g}") for r in results]
-    return _table(("data", "measure", "value"), rows, last_column="---:")
+    table = _table(("data", "measure", "value"), rows, last_column="---:")
+    return table if curve is None else f"{table}\n\nAgainst M, the number of visual tokens:\n\n{curve['text']}"
 
 
 def _describe_license(provenance: Provenance, license: str, declared: bool) -> str:
@@ -393,8 +426,10 @@ def write_card(
     license: str | None = None,
     languages: list[str] | None = None,
     results: list[EvalResult] | None = None,
+    curve: dict | None = None,
 ) -> str:
-    """The whole card. `license` is what the publisher states, None to let it follow from the parts.
+    """The whole card. `license` is what the publisher states, None to let it follow from the parts; `curve` is what
+    [`read_curve`] returns.
 
     Raises:
         ExportError: a licence that the parts do not allow.
@@ -420,7 +455,7 @@ def write_card(
 
 ## Results
 
-{_describe_results(results)}
+{_describe_results(results, curve)}
 
 ## Limits
 

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import validate_repo_id
 
 from hub_upload.export_check import Export, ExportError, check_folder, is_published, lay_out, load_in_fresh_process
-from hub_upload.model_card import look_up_parts, own_card, read_provenance, read_results, write_card
+from hub_upload.model_card import look_up_parts, own_card, read_curve, read_provenance, read_results, write_card
 from modeling_honeybee.model_folder import NetworkError
 
 
@@ -210,6 +210,7 @@ def push(
     api = HfApi()
     provenance = read_provenance(model)
     found = read_results(results, model.name) if results is not None else None
+    curve = read_curve(results) if results is not None else None
     if not dry_run:
         if get_token() is None:
             raise PushError("no token: log in with `hf auth login`, or set HF_TOKEN to a token with write access")
@@ -217,7 +218,7 @@ def push(
     look_up_parts(provenance, api)
     card = own_card(model)
     if card is None:
-        card = write_card(export, provenance, repo_id, revision, license, languages, found)
+        card = write_card(export, provenance, repo_id, revision, license, languages, found, curve)
     else:
         print(f"note: {model / 'README.md'} is published as the card; remove it to have one written")
     # The library reads back what it will send: YAML, and results that fit the Hub's format.

@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -20,8 +21,8 @@ def larger(found: Estimate) -> str:
     return _verdict(found.low > MARGIN, found.high < 0)
 
 
-def no_worse(found: Estimate) -> str:
-    return _verdict(found.low > -MARGIN, found.high < -MARGIN)
+def no_worse(found: Estimate, margin: float = MARGIN) -> str:
+    return _verdict(found.low > -margin, found.high < -margin)
 
 
 def equal(found: Estimate) -> str:
@@ -49,6 +50,14 @@ class Setting:
     def curve(self, name: str, which: int) -> Cell:
         """At the fewest (0) or the most (-1) tokens of the curve."""
         return Cell(name, sorted(self.preset.curve)[which])
+
+    def elastic(self, name: str) -> Cell:
+        return Cell(name, self.preset.num_tokens, "elastic")
+
+    @property
+    def numbers(self) -> list[int]:
+        """All M that are compared, ascending."""
+        return sorted((self.preset.num_tokens, *self.preset.curve))
 
     def every_patch(self, name: str, width: str = "default") -> Cell:
         return Cell(name, self.num_patches, width)
@@ -119,6 +128,17 @@ def _used_elsewhere(results: Results, setting: Setting) -> np.ndarray:
     answers = _answers(results, trained_there, setting.end)
     used = results.elsewhere(setting.main("c-abs"), trained_there.num_tokens, setting.end)
     return results.difference(used, answers)
+
+
+def elastic_gap(results: Results, setting: Setting, name: str, numbers: list[int], step: int) -> np.ndarray:
+    """The mean over some M of: an elastic projector after `step` steps, minus one that is trained for this M alone, in the end."""
+    elastic, gaps = setting.elastic(name), []
+    if not numbers or elastic not in results.cells:
+        raise KeyError(elastic)
+    for number in numbers:
+        fixed = Cell(name, number)
+        gaps.append(results.difference(results.at(elastic, number, step), results.at_step(fixed, setting.end)))
+    return np.mean(gaps, axis=0)
 
 
 CLAIMS = (
@@ -193,6 +213,26 @@ CLAIMS = (
         f"C-Abs trained at the main M and used at the largest of the curve, minus one trained there; above -{MARGIN}",
         _used_elsewhere,
         no_worse,
+    ),
+    Claim(
+        "one elastic C-Abs keeps what those trained for one M have, inside its range, at equal steps",
+        "elastic minus fixed, mean over the M between the fewest and the most; above -0.02",
+        lambda r, s: elastic_gap(r, s, "c-abs", s.numbers[1:-1], s.end),
+        partial(no_worse, margin=0.02),
+    ),
+    Claim(
+        "one elastic C-Abs keeps what those trained for one M have, at all of them, at twice the steps",
+        "elastic after twice the steps minus fixed, mean over all M; above -0.01",
+        lambda r, s: elastic_gap(r, s, "c-abs", s.numbers, 2 * s.end),
+        partial(no_worse, margin=0.01),
+    ),
+    Claim(
+        "one elastic C-Abs keeps what those trained for one M have, at both ends of its range, at twice the steps",
+        "elastic after twice the steps minus fixed, the worse of the fewest and the most; above -0.01",
+        lambda r, s: np.minimum(
+            *(elastic_gap(r, s, "c-abs", [end], 2 * s.end) for end in (s.numbers[0], s.numbers[-1]))
+        ),
+        partial(no_worse, margin=0.01),
     ),
 )
 

@@ -18,9 +18,12 @@ def describe(variants: list[Variant], preset: Preset, tasks: list[Task]) -> str:
         task.check()
     lines = [f"{'projector':12} {'M':>5} {'hidden size':>12} {'parameters':>12}"]
     for variant in variants:
-        config = projector_config(variant.projector, *configs, variant.num_tokens, variant.hidden_size)
+        config = projector_config(
+            variant.projector, *configs, variant.num_tokens, variant.hidden_size, variant.trained_at
+        )
         parameters, width = number_of_parameters(variant.projector, config), config.projector_config.hidden_size
-        lines.append(f"{variant.projector:12} {variant.num_tokens:5} {width:12} {parameters:12,}")
+        every_m = f"  for M of {', '.join(map(str, variant.trained_at))}" if variant.trained_at else ""
+        lines.append(f"{variant.projector:12} {variant.num_tokens:5} {width:12} {parameters:12,}{every_m}")
     planned = experiments(dict.fromkeys(variants, RATES[0]), preset, tasks, num_patches)
     trials = len(variants) * len(RATES)
     steps = sum(experiment.points[-1] for experiment in planned) + trials * preset.search_steps

@@ -41,7 +41,9 @@ class Experiment:
         num_tokens: M.
         split: on which it is evaluated; learning rates are chosen on `validation`.
         points: numbers of steps at which it is evaluated, ascending; the last is the length of the run.
-        elsewhere: other M, at which the projector is evaluated too, without being trained for them.
+        elsewhere: other M, at which the projector is evaluated too, without being trained for them. (In the record, all M but
+            `num_tokens`.)
+        trained_at: elastic: each image of a batch draws its M from these, and all are evaluated; () for `num_tokens` alone.
     """
 
     projector: str
@@ -53,6 +55,20 @@ class Experiment:
     split: str = "test"
     batch_size: int = 32
     elsewhere: tuple[int, ...] = ()
+    trained_at: tuple[int, ...] = ()
+
+    def batches(self, step: int) -> list[tuple[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+        """What is learned in a step: M, and images with so many visual tokens as [`Task.batch`] gives them."""
+        if not self.trained_at:
+            return [(self.num_tokens, self.task.batch(step, self.batch_size, self.num_tokens))]
+        drawn = np.random.default_rng((self.task.seed, step, len(self.trained_at))).choice(
+            self.trained_at, size=self.batch_size
+        )
+        return [
+            (number, self.task.batch(step * len(self.trained_at) + place, count, number))
+            for place, number in enumerate(self.trained_at)
+            if (count := int((drawn == number).sum()))
+        ]
 
     @property
     def name(self) -> str:
@@ -175,20 +191,27 @@ def run(experiment: Experiment, folder: str) -> str:
     path = os.path.join(folder, experiment.name)
     task, num_tokens = experiment.task, experiment.num_tokens
     torch.manual_seed(task.seed)
-    config = projector_config(experiment.projector, *task.configs(), num_tokens, experiment.hidden_size)
+    config = projector_config(
+        experiment.projector, *task.configs(), num_tokens, experiment.hidden_size, experiment.trained_at
+    )
     projector = make_projector(experiment.projector, config).to(task.device)
     averaged = AveragedModel(projector, avg_fn=running_average).requires_grad_(False)
     language_model, features = task.language_model().to(task.device), task.features("train")
     tested = task.features(experiment.split)
-    asked = {number: task.rows(experiment.split, number) for number in (num_tokens, *experiment.elsewhere)}
+    numbers = {num_tokens, *experiment.trained_at, *experiment.elsewhere}
+    asked = {number: task.rows(experiment.split, number) for number in sorted(numbers)}
 
     def loss_at(step: int) -> torch.Tensor:
-        ids, labels, images = task.batch(step, experiment.batch_size, num_tokens)
-        ids, labels = ids.to(task.device), labels[:, 1:].to(task.device)
-        tokens = projector(features[images].to(task.device).float())
-        hidden = _hidden_states(language_model, ids, tokens, task.placeholder)[:, :-1]
-        learned = labels != -100
-        return F.cross_entropy(language_model.get_output_embeddings()(hidden[learned]), labels[learned])
+        losses = []
+        for number, (ids, labels, images) in experiment.batches(step):
+            ids, labels = ids.to(task.device), labels[:, 1:].to(task.device)
+            projector.num_query_tokens = number
+            tokens = projector(features[images].to(task.device).float())
+            hidden = _hidden_states(language_model, ids, tokens, task.placeholder)[:, :-1]
+            learned = labels != -100
+            logits = language_model.get_output_embeddings()(hidden[learned])
+            losses.append(F.cross_entropy(logits, labels[learned], reduction="none"))
+        return torch.cat(losses).mean()
 
     task.batch(0, 1, num_tokens)  # reads what is read once, which is no part of training's time
 
@@ -204,8 +227,10 @@ def run(experiment: Experiment, folder: str) -> str:
         )
 
     def at_point(step: int, seconds: float) -> dict:
-        elsewhere = {str(other): ask(other)[0] for other in experiment.elsewhere}
-        right, loss = ask(num_tokens)
+        found = {number: ask(number) for number in asked}
+        loss = float(np.mean([found[number][1] for number in experiment.trained_at or (num_tokens,)]))
+        elsewhere = {str(number): right for number, (right, _) in found.items() if number != num_tokens}
+        right = found[num_tokens][0]
         return {"step": step, "cpu_seconds": round(seconds, 2), "loss": loss, "right": right, "elsewhere": elsewhere}
 
     points = train(
@@ -233,7 +258,8 @@ def _record(experiment: Experiment, config: HoneybeeConfig, points: list[dict]) 
         "tower": task.tower,
         "seed": task.seed,
         "num_tokens": experiment.num_tokens,
-        "width": "default" if experiment.hidden_size is None else "matched",
+        "width": "elastic" if experiment.trained_at else "default" if experiment.hidden_size is None else "matched",
+        "trained_at": experiment.trained_at,
         "hidden_size": config.projector_config.hidden_size,
         "parameters": number_of_parameters(experiment.projector, config),
         "learning_rate": experiment.learning_rate,

@@ -30,6 +30,7 @@ class Preset:
         curve: other M.
         every_patch: who is also run with M = N.
         matched: run everyone with as many parameters as the C-Abstractor, too.
+        elastic: who is also trained for all of these M at once, for the steps of the comparison and for twice as many.
         controls: run the controls.
         left_out: projectors that are run only where they are asked for, and controls that are not run.
         images: how many to train on, to choose learning rates on and to test on.
@@ -47,6 +48,7 @@ class Preset:
     curve: tuple[int, ...] = (4, 36)
     every_patch: tuple[str, ...] = ("c-abs",)
     matched: bool = True
+    elastic: tuple[str, ...] = ()
     controls: bool = True
     left_out: tuple[str, ...] = ()
     images: tuple[int, ...] = (5000, 200, 300)
@@ -93,6 +95,16 @@ PRESETS = {
         tower_steps=300,
         language_model_steps=900,
     ),
+    "elastic": Preset(
+        towers=("clip",),
+        long=(),
+        curve=(4, 9, 25, 36),
+        every_patch=(),
+        matched=False,
+        elastic=("c-abs",),
+        controls=False,
+        left_out=("linear", "mlp", "pool-mlp", "resampler", "d-abs"),
+    ),
     "smoke": Preset(
         towers=("clip",),
         seeds=2,
@@ -102,6 +114,7 @@ PRESETS = {
         search_steps=2,
         curve=(4,),
         every_patch=(),
+        elastic=("c-abs", "d-abs"),
         images=(64, 12, 12),
         tower_steps=4,
         language_model_steps=4,
@@ -111,11 +124,13 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained, apart from data and learning rate. `hidden_size` None: the default width."""
+    """What is trained, apart from data and learning rate. `hidden_size` None: the default width; `trained_at`: the M of an
+    elastic one."""
 
     projector: str
     num_tokens: int
     hidden_size: int | None = None
+    trained_at: tuple[int, ...] = ()
 
 
 def tokens_of(name: str, num_tokens: int, num_patches: int) -> int:
@@ -141,6 +156,8 @@ def variants_of(names: list[str], preset: Preset, task: Task) -> list[Variant]:
         if not CANDIDATES[name].per_patch
         for num_tokens in preset.curve + (num_patches,) * (name in preset.every_patch)
     ]
+    every_m = tuple(sorted((preset.num_tokens, *preset.curve)))
+    variants += [Variant(name, preset.num_tokens, trained_at=every_m) for name in names if name in preset.elastic]
     if preset.matched and MATCHED_TO in names:
         config = projector_config(MATCHED_TO, *configs, preset.num_tokens, None)
         target = number_of_parameters(MATCHED_TO, config)
@@ -179,6 +196,7 @@ def _experiment(
         points,
         hidden_size=variant.hidden_size,
         split=split,
+        trained_at=variant.trained_at,
         **settings,
     )
 
@@ -208,11 +226,12 @@ def experiments(rates: dict[Variant, float], preset: Preset, tasks: list[Task], 
     for task in tasks:
         on_first = task.tower == preset.towers[0]
         for variant, rate in rates.items():
-            name, default = variant.projector, variant.hidden_size is None
+            name, default = variant.projector, variant.hidden_size is None and not variant.trained_at
             is_main = default and variant.num_tokens == tokens_of(name, preset.num_tokens, num_patches)
             if on_first:
                 points = preset.points + preset.long_points * (is_main and name in preset.long)
-                used_at = preset.curve * (is_main and name == USED_ELSEWHERE)
+                points += (2 * points[-1],) * bool(variant.trained_at)
+                used_at = preset.curve * (is_main and name in (USED_ELSEWHERE, *preset.elastic))
                 planned.append(_experiment(variant, task, rate, points, elsewhere=used_at))
             elif is_main and not CANDIDATES[name].per_patch:
                 planned.append(_experiment(variant, task, rate, preset.points))

@@ -113,9 +113,11 @@ def names_of(given: str | None, left_out: tuple[str, ...] = ()) -> list[str]:
     return names
 
 
-def projector_config(name: str, vision_config, text_config, num_tokens: int, hidden_size: int | None) -> HoneybeeConfig:
+def projector_config(
+    name: str, vision_config, text_config, num_tokens: int, hidden_size: int | None, trained_at: tuple[int, ...] = ()
+) -> HoneybeeConfig:
     """The config that a candidate is built from. All get a learned position embedding and no dropout, so that they do not
-    differ by those; `hidden_size` None: the tower's width.
+    differ by those; `hidden_size` None: the tower's width; `trained_at`: the M of an elastic one.
 
     Raises:
         ValueError: the candidate cannot make `num_tokens` visual tokens, or its settings are wrong.
@@ -126,6 +128,7 @@ def projector_config(name: str, vision_config, text_config, num_tokens: int, hid
         "hidden_size": hidden_size or vision_config.hidden_size,
         "pos_emb": True,
         "dropout": 0.0,
+        "elastic_num_query_tokens": sorted(trained_at) or None,
         **CANDIDATES[name].settings,
     }
     # A placeholder has no row in the language model's embedding: rows are put in before it is asked.

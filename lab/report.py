@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from lab.claims import MARGIN, MIN_SEEDS, Setting, judge
+from lab.claims import MARGIN, MIN_SEEDS, Setting, elastic_gap, judge
 from lab.experiment import Experiment, Task
 from lab.looks import map_of_tokens
 from lab.loop import write_text
@@ -52,7 +52,7 @@ After {steps} steps with {batch} images each. CPU time is that of training on on
 ![by steps](steps.png)
 
 ![by CPU time](cpu_time.png)
-{longer}{curve}
+{longer}{curve}{elastic}
 ## Controls
 
 {ceiling}{controls}
@@ -143,6 +143,7 @@ class Report:
             table=self.comparison(),
             longer=self.longer(),
             curve=self.curve(),
+            elastic="".join(self.elastic(name) for name in self.preset.elastic if name in self.names),
             ceiling=self.ceiling(),
             controls=self.controls(),
             margin=MARGIN,
@@ -210,6 +211,37 @@ class Report:
         self._finish(figure, axis, "visual tokens M", "tokens.png")
         return f"\n![by M, {self.preset.towers[0]}](tokens.png)\n"
 
+    def elastic(self, name: str) -> str:
+        """One projector that is trained for several M, beside those that are trained for one."""
+        numbers, end, answers = self.setting.numbers, self.setting.end, self.results.at
+        elastic, main = self.setting.elastic(name), self.setting.main(name)
+        lines = {
+            f"its own M alone, {end} steps": [answers(Cell(name, number), number, end) for number in numbers],
+            f"{main.num_tokens} alone, {end} steps": [answers(main, number, end) for number in numbers],
+            f"all of them (elastic), {end} steps": [answers(elastic, number, end) for number in numbers],
+            f"all of them (elastic), {2 * end} steps": [answers(elastic, number, 2 * end) for number in numbers],
+        }
+        found = {line: [estimate(self.results.draws(each).clip(0, 1)) for each in row] for line, row in lines.items()}
+        figure, axis = pyplot.subplots(figsize=(6, 4))
+        for color, (line, row) in enumerate(found.items()):
+            _line(axis, numbers, row, line, f"C{color}")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(numbers)
+        axis.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        self._finish(figure, axis, "visual tokens M when it is used", f"elastic-{name}.png")
+        gaps = {
+            f"elastic minus its own M alone, {step} steps": [
+                estimate(elastic_gap(self.results, self.setting, name, [number], step)) for number in numbers
+            ]
+            for step in (end, 2 * end)
+        }
+        rows = [[line, *row] for line, row in {**found, **gaps}.items()]
+        return (
+            f"\n## Elastic: one {name} for several M\n\nEach image of a batch drew its M. A model that is trained for one M has "
+            f"its own learning rate, and so has the elastic one.\n\n{_table(['trained for', *map(str, numbers)], rows)}\n\n"
+            f"![elastic {name}](elastic-{name}.png)\n"
+        )
+
     def _first_tower(self, cell: Cell) -> Estimate:
         answers = self.results.at_step(cell, self.setting.end)
         return estimate(self.results.draws({u: right for u, right in answers.items() if u[0] == self.preset.towers[0]}))
@@ -273,7 +305,8 @@ class Report:
         for variant, found in self.searched.items():
             tried = ", ".join(f"{rate:g}: {found[rate]:.3f}" for rate in sorted(found))
             edge = f", at the edge of {len(found)} values" if is_at_the_edge(found) else ""
-            about = [variant.projector, variant.num_tokens, variant.hidden_size or "default"]
+            width = "elastic" if variant.trained_at else variant.hidden_size or "default"
+            about = [variant.projector, variant.num_tokens, width]
             rows.append([*about, f"{best_rate(found):g}{edge}", tried])
         return _table(["projector", "M", "hidden size", "chosen", "validation loss by learning rate"], rows)
 

@@ -25,14 +25,15 @@ Right = dict[
 
 @dataclass(frozen=True)
 class Cell:
-    """What one line of a comparison is about."""
+    """What one line of a comparison is about. `width` is `default`, `matched`, or `elastic` for one that is trained for several
+    M, of which `num_tokens` is the default."""
 
     projector: str
     num_tokens: int
     width: str = "default"
 
     def __str__(self) -> str:
-        return f"{self.projector} at M = {self.num_tokens}" + (", matched" if self.width == "matched" else "")
+        return f"{self.projector} at M = {self.num_tokens}" + ("" if self.width == "default" else f", {self.width}")
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,14 @@ class Results:
         return found
 
     def elsewhere(self, cell: Cell, num_tokens: int, step: int) -> dict[Unit, Right]:
-        """Answers of a projector used with another M than it was trained with."""
+        """Answers of a projector used with another M than its default."""
         points = ((unit, point["elsewhere"]) for unit, point in self._points(cell, step).items())
         return {unit: arrays(found[str(num_tokens)]) for unit, found in points if str(num_tokens) in found}
+
+    def at(self, cell: Cell, num_tokens: int, step: int) -> dict[Unit, Right]:
+        """Answers with any M that a projector was evaluated at."""
+        same = num_tokens == cell.num_tokens
+        return self.at_step(cell, step) if same else self.elsewhere(cell, num_tokens, step)
 
     def draws(self, answers: dict[Unit, Right], kinds: Iterable[str] | None = None) -> np.ndarray:
         """(1 + DRAWS,) accuracies: first what was seen, then draws of it. Towers count the same."""

@@ -25,8 +25,9 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument(
         "--preset",
         default="quick",
-        choices=("smoke", "quick", "full"),
-        help="quick (default): one tower, one pair of stand-ins; full: all claims; smoke: whether everything runs",
+        choices=("smoke", "quick", "full", "elastic"),
+        help="quick (default): one tower, one pair of stand-ins; full: all claims; elastic: one model for several M; smoke: "
+        "whether everything runs",
     )
     what.add_argument("--config", help="a YAML file that names a pretrained tower, a language model and a dataset")
     parser.add_argument("--projectors", help="names of lab/projectors.py, with commas between them; default: all")

@@ -44,7 +44,10 @@ class HoneybeeProjectorConfig(PretrainedConfig):
     Args:
         projector_type: `linear`, `mlp`, `resampler`, `c-abs` or `d-abs`.
         num_query_tokens: M, the visual tokens made from one image. 144 by default; for `linear` and `mlp` it is the
-            number of patches and is filled in by [`HoneybeeConfig`]. A perfect square for `c-abs` and `d-abs`.
+            number of patches and is filled in by [`HoneybeeConfig`]. A perfect square for `c-abs` and `d-abs`. Of an
+            elastic model it is the default.
+        elastic_num_query_tokens: the numbers M that the model is trained for, in ascending order, where each image can
+            have its own (`c-abs`, `d-abs`, `resampler`). None: it is trained for `num_query_tokens` alone.
         hidden_size: width inside `c-abs`, `d-abs` and `resampler`.
         depth: convolution blocks in each of the two stages of `c-abs` (3; 0 leaves pooling and readout alone), or
             linear layers of `linear` (1) and `mlp` (2).
@@ -68,6 +71,7 @@ class HoneybeeProjectorConfig(PretrainedConfig):
 
     model_type = "honeybee_projector"
     base_config_key = "projector_config"
+    elastic_num_query_tokens = None  # the class's: a model with a fixed M does not save it
 
     def __init__(
         self,
@@ -87,6 +91,7 @@ class HoneybeeProjectorConfig(PretrainedConfig):
         dropout: float | None = None,
         layer_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
+        elastic_num_query_tokens: list[int] | None = None,
         **kwargs,
     ):
         if projector_type not in PROJECTOR_DEFAULTS:
@@ -116,6 +121,8 @@ class HoneybeeProjectorConfig(PretrainedConfig):
         self.dropout = choose(dropout, "dropout", 0.0)
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
+        if elastic_num_query_tokens is not None:
+            self.elastic_num_query_tokens = elastic_num_query_tokens
         self._validate()
         super().__init__(**kwargs)
 
@@ -155,12 +162,10 @@ class HoneybeeProjectorConfig(PretrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if isinstance(self.dropout, str) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must be at least 0 and less than 1")
-        if self.projector_type in GRID_PROJECTORS and not _is_square(self.num_query_tokens):
-            root = math.isqrt(self.num_query_tokens)
-            raise ValueError(
-                f"num_query_tokens={self.num_query_tokens} is not a perfect square, and {self.projector_type} lays its "
-                f"visual tokens on a square grid; use {root**2} or {(root + 1) ** 2}"
-            )
+        if self.num_query_tokens is not None:
+            self._check_square(self.num_query_tokens)
+        if self.elastic_num_query_tokens is not None:
+            self._validate_elastic()
         if self.projector_type in ("d-abs", "resampler") and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}; "
@@ -171,9 +176,65 @@ class HoneybeeProjectorConfig(PretrainedConfig):
                 f"pooled_v_target={self.pooled_v_target!r} is unknown; use one of {', '.join(POOLED_V_TARGETS)}"
             )
 
+    def _validate_elastic(self):
+        trained = self.elastic_num_query_tokens
+        if self.projector_type in PIXELWISE_PROJECTORS:
+            raise ValueError(
+                f"elastic_num_query_tokens={trained} does not fit projector_type={self.projector_type!r}, which makes one "
+                "visual token of each patch; leave it out or choose another projector"
+            )
+        listed = isinstance(trained, list) and all(type(number) is int and number > 0 for number in trained)
+        if not (listed and trained and trained == sorted(set(trained))):
+            raise ValueError(
+                f"elastic_num_query_tokens={trained!r} must be a list of whole numbers of at least 1, in ascending order and "
+                "without repetition, such as [16, 64, 144]"
+            )
+        for number in trained:
+            self._check_square(number)
+        if not self.is_trained(self.num_query_tokens):
+            raise ValueError(
+                f"num_query_tokens={self.num_query_tokens}, the default, is not one of elastic_num_query_tokens={trained}; "
+                f"use one of them, such as {trained[-1]}"
+            )
+
+    def _check_square(self, number: int):
+        if self.projector_type in GRID_PROJECTORS and not _is_square(number):
+            root = math.isqrt(number)
+            raise ValueError(
+                f"num_query_tokens={number} is not a perfect square, and {self.projector_type} lays its "
+                f"visual tokens on a square grid; use {root**2} or {(root + 1) ** 2}"
+            )
+
+    def is_trained(self, num_query_tokens: int) -> bool:
+        """Whether the model is trained for this M, or for a smaller and a larger one where it is a square."""
+        trained = self.elastic_num_query_tokens or [self.num_query_tokens]
+        between = _is_square(num_query_tokens) and trained[0] < num_query_tokens < trained[-1]
+        return between or num_query_tokens in trained
+
+    def check_num_query_tokens(self, number: int) -> None:
+        """Raises a ValueError, with the reason, where the projector cannot make `number` visual tokens of an image."""
+        if type(number) is not int or number < 1:
+            raise ValueError(f"num_query_tokens={number!r} must be a whole number of at least 1")
+        if self.projector_type in PIXELWISE_PROJECTORS and number != self.num_query_tokens:
+            raise ValueError(
+                f"num_query_tokens={number}: a {self.projector_type} projector makes one visual token of each of the "
+                f"{self.num_query_tokens} patches; leave it out"
+            )
+        self._check_square(number)
+        if self.projector_type == "resampler" and number > self.num_learned_queries:
+            raise ValueError(
+                f"num_query_tokens={number}: the resampler has {self.num_learned_queries} learned queries, of which it "
+                f"takes the first; use at most {self.num_learned_queries}"
+            )
+
+    @property
+    def num_learned_queries(self) -> int:
+        """Learned queries of `d-abs` and `resampler`: one for each visual token of the largest M that is trained."""
+        return max([self.num_query_tokens, *(self.elastic_num_query_tokens or ())])
+
     @property
     def num_visual_tokens(self) -> int:
-        """Tokens that the language model sees for one image.
+        """Tokens that the language model sees for one image of the default M.
 
         Raises:
             ValueError: the projector is `linear` or `mlp`, and no [`HoneybeeConfig`] has told it the number of patches.
@@ -401,7 +462,7 @@ class HoneybeeConfig(PretrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Placeholders of one image in the text; the processor must be built with the same number."""
+        """Placeholders of one image of the default M in the text; the processor must be built with the same number."""
         return self.projector_config.num_visual_tokens
 
 

@@ -3,6 +3,7 @@
 
 Shapes: B rows of text, T tokens a row, I images in the batch (in the order of their placeholders), N patches an image,
 M visual tokens an image (extra tokens included), D_v width of the tower, D_lm width of the language model, V vocabulary.
+Images can have an M each; what is (I, M, D_lm) is then (sum of all M, D_lm), or a list of (M, D_lm).
 
     pixel_values (I, 3, S, S) -> patch features (I, N, D_v) -> visual tokens (I, M, D_lm) -> the I * M placeholders of
     input_ids (B, T) -> hidden states (B, T, D_lm) -> logits (B, T, V)
@@ -10,6 +11,7 @@ M visual tokens an image (extra tokens included), D_v width of the tower, D_lm w
 
 import copy
 import functools
+import itertools
 import logging
 import threading
 import types
@@ -49,7 +51,8 @@ _TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
 @dataclass
 class HoneybeeModelOutputWithPast(BaseModelOutputWithPast):
-    """`image_hidden_states`: visual tokens (I, M, D_lm) of this call, None where it had no images."""
+    """`image_hidden_states`: visual tokens (I, M, D_lm) of this call, None where it had no images; (sum of all M, D_lm),
+    image after image, where each image had an M of its own."""
 
     image_hidden_states: torch.FloatTensor | None = None
 
@@ -337,12 +340,62 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             )
         return features[0] if len(features) == 1 else torch.stack(features, dim=1), outputs
 
-    def get_visual_tokens(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
-        """Visual tokens (I, M, D_lm) of the images `pixel_values` (I, 3, S, S)."""
-        return self._project(self.get_patch_features(pixel_values))
+    def get_visual_tokens(
+        self, pixel_values: torch.FloatTensor, num_query_tokens: int | torch.LongTensor | None = None
+    ) -> torch.FloatTensor | list[torch.FloatTensor]:
+        """Visual tokens of images, as [`get_image_features`] describes them.
 
-    def _project(self, features: torch.FloatTensor) -> torch.FloatTensor:
-        return self.projector(features.to(next(self.projector.parameters()).dtype))
+        Args:
+            pixel_values: (I, 3, S, S).
+            num_query_tokens: see [`get_image_features`].
+
+        Returns:
+            (I, M, D_lm), or a list of (M, D_lm).
+        """
+        numbers = self._checked_numbers(num_query_tokens, len(pixel_values))
+        return self._split_by_image(self._project(self.get_patch_features(pixel_values), numbers), numbers)
+
+    def _project(self, features: torch.FloatTensor, numbers: int | list[int] | None) -> torch.FloatTensor:
+        return self.projector(features.to(next(self.projector.parameters()).dtype), numbers)
+
+    def _split_by_image(self, visual_tokens: torch.FloatTensor, numbers: int | list[int] | None):
+        if not isinstance(numbers, list):
+            return visual_tokens
+        return list(visual_tokens.split(self.count_image_tokens(numbers, len(numbers))))
+
+    def _checked_numbers(self, num_query_tokens, num_images: int) -> int | list[int] | None:
+        """`num_query_tokens` as the projector takes it, checked."""
+        if isinstance(num_query_tokens, torch.Tensor):
+            num_query_tokens = num_query_tokens.tolist()
+        if num_query_tokens is None:
+            return None
+        each = isinstance(num_query_tokens, (list, tuple))
+        if each and len(num_query_tokens) != num_images:
+            raise ValueError(
+                f"num_query_tokens lists {len(num_query_tokens)} numbers, but pixel_values has {num_images} images; give "
+                "one number for all images or one for each"
+            )
+        projector, num_patches = self.config.projector_config, self.config.num_patches
+        numbers = list(num_query_tokens) if each else num_query_tokens
+        for number in numbers if each else [numbers]:
+            projector.check_num_query_tokens(number)
+            if number > num_patches:
+                logger.warning_once(
+                    f"num_query_tokens={number} is more than the {num_patches} patches of an image, and adds no detail"
+                )
+            if not projector.is_trained(number):
+                trained = projector.elastic_num_query_tokens or projector.num_query_tokens
+                logger.warning_once(
+                    f"num_query_tokens={number} is no number that the model is trained for ({trained}): expect worse answers"
+                )
+        return numbers
+
+    def count_image_tokens(self, num_query_tokens: int | torch.LongTensor | None, num_images: int) -> list[int]:
+        """Placeholders of each of `num_images` images, for a `num_query_tokens` as [`get_image_features`] takes it."""
+        numbers, config = self._checked_numbers(num_query_tokens, num_images), self.config.projector_config
+        numbers = config.num_query_tokens if numbers is None else numbers
+        numbers = numbers if isinstance(numbers, list) else [numbers] * num_images
+        return [number + config.num_eos_tokens for number in numbers]
 
     def get_image_features(
         self,
@@ -350,25 +403,31 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         return_dict: bool | None = None,
+        num_query_tokens: int | torch.LongTensor | None = None,
         **kwargs,
-    ) -> torch.FloatTensor | BaseModelOutputWithPooling | tuple:
+    ) -> torch.FloatTensor | list[torch.FloatTensor] | BaseModelOutputWithPooling | tuple:
         """Visual tokens of images, in the form that this line of transformers expects.
 
         Args:
             pixel_values: (I, 3, S, S).
             vision_feature_layer, vision_feature_select_strategy: those of the config, and no others.
             return_dict: whether to return an output or a tuple. Default: on transformers 4 neither, on 5 an output.
+            num_query_tokens: M of all images, or (I,) int64, an M for each. Default: the config's. What the projector can
+                make is made, trained or not; the processor is where an M that is not trained is refused.
             kwargs: of the vision tower, such as `output_hidden_states`.
 
         Returns:
-            The visual tokens (I, M, D_lm); or the tower's output with these as `pooler_output`.
+            The visual tokens (I, M, D_lm), or a list of (M, D_lm) where `num_query_tokens` is a tensor; or the tower's
+            output with these as `pooler_output`.
 
         Raises:
-            ValueError: another feature layer or strategy than the config's.
+            ValueError: another feature layer or strategy than the config's, or `num_query_tokens` of another length, or of
+                a number that the projector cannot make.
         """
         self._check_feature_settings(vision_feature_layer, vision_feature_select_strategy)
+        numbers = self._checked_numbers(num_query_tokens, len(pixel_values))
         features, outputs = self._encode(pixel_values, **kwargs)
-        visual_tokens = self._project(features)
+        visual_tokens = self._split_by_image(self._project(features, numbers), numbers)
         if return_dict is None:
             if _TRANSFORMERS_4:
                 return visual_tokens
@@ -396,41 +455,46 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         self,
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.FloatTensor,
-        num_images: int | None,
+        tokens: list[int] | None,
     ) -> torch.BoolTensor:
-        """(B, T), True where a visual token goes. With `num_images=None` they are not counted.
+        """(B, T), True where a visual token goes. `tokens` are those of each image; with None they are not counted.
 
         Raises:
-            ValueError: the number of placeholders is not `num_images` times M, or a row holds part of an image.
+            ValueError: the number of placeholders is not the sum of `tokens`, or a row holds part of an image.
         """
         if input_ids is not None:
             mask = input_ids == self.config.image_token_id
         else:
             token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-        if num_images is not None and not torch.compiler.is_compiling():
-            tokens_per_image = self.config.num_image_tokens
-            counts = mask.sum(-1)
-            found, expected = int(counts.sum()), num_images * tokens_per_image
-            if found != expected or bool((counts % tokens_per_image).any()):
+        if tokens is not None and not torch.compiler.is_compiling():
+            rows = mask.sum(-1).tolist()
+            whole = set(itertools.accumulate(rows)) <= {0, *itertools.accumulate(tokens)}
+            if sum(rows) != sum(tokens) or not whole:
+                config = self.config.projector_config
+                sizes = sorted(set(tokens)) or [config.num_visual_tokens]
+                extra = f", num_eos_tokens={config.num_eos_tokens}" if config.num_eos_tokens else ""
                 raise ValueError(
-                    f"input_ids hold {found} image placeholders in rows of {counts.tolist()}, but {num_images} images "
-                    f"of {tokens_per_image} visual tokens need {expected}, each image whole within a row. Give one "
-                    f"<image> an image, and a processor with num_image_tokens={tokens_per_image}"
+                    f"input_ids hold {sum(rows)} image placeholders in rows of {rows}, but {len(tokens)} images of "
+                    f"{' or '.join(map(str, sizes))} visual tokens need {sum(tokens)}, each image whole within a row. Give "
+                    "one <image> an image, the model the num_query_tokens of the processor's output where it has them, "
+                    f"and a processor with num_image_tokens={config.num_visual_tokens}{extra}"
                 )
         return mask
 
-    def _place_images(self, input_ids, inputs_embeds, pixel_values, encoded) -> tuple[torch.Tensor, torch.BoolTensor]:
+    def _place_images(self, input_ids, inputs_embeds, pixel_values, num_query_tokens, encoded):
         """The visual tokens, encoded here or before, and a mask (B, T) of their places."""
         if encoded is None:
-            visual_tokens = self.get_visual_tokens(pixel_values)
-            return visual_tokens, self.get_placeholder_mask(input_ids, inputs_embeds, len(pixel_values))
+            numbers = self._checked_numbers(num_query_tokens, len(pixel_values))
+            visual_tokens = self._project(self.get_patch_features(pixel_values), numbers)
+            tokens = self.count_image_tokens(numbers, len(pixel_values))
+            return visual_tokens, self.get_placeholder_mask(input_ids, inputs_embeds, tokens)
         if pixel_values is not None:
             raise ValueError("pixel_values and mm_encoder_outputs give images twice; give one of them")
         visual_tokens = encoded.pooler_output
         if not isinstance(visual_tokens, torch.Tensor):  # a list, an image each
             visual_tokens = torch.cat(list(visual_tokens))
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds, num_images=None)
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds, tokens=None)
         if not torch.compiler.is_compiling():
             found, given = int(mask.sum()), visual_tokens.shape[:-1].numel()
             if found != given:
@@ -461,7 +525,9 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             touched = self.projector(torch.zeros(shape, dtype=parameter.dtype, device=inputs_embeds.device))
         return inputs_embeds + 0 * touched.sum().to(inputs_embeds.dtype)
 
-    def _embed(self, input_ids, inputs_embeds, pixel_values, encoded) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _embed(
+        self, input_ids, inputs_embeds, pixel_values, num_query_tokens, encoded
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the language model reads (B, T, D_lm), and the visual tokens in it, if there are any."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -477,12 +543,12 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             # A trainer that splits a batch by images (TRL's GRPO) gives rows without one a tensor of none. No tower takes it.
             pixel_values = None
         if pixel_values is not None or encoded is not None:
-            visual_tokens, mask = self._place_images(input_ids, inputs_embeds, pixel_values, encoded)
+            visual_tokens, mask = self._place_images(input_ids, inputs_embeds, pixel_values, num_query_tokens, encoded)
             mask, placed = mask.to(inputs_embeds.device), visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
             return inputs_embeds.masked_scatter(mask.unsqueeze(-1), placed), visual_tokens
         # A single token is a decoding step, whose images are in the cache.
         if input_ids is not None and input_ids.shape[1] > 1:
-            self.get_placeholder_mask(input_ids, inputs_embeds, num_images=0)
+            self.get_placeholder_mask(input_ids, inputs_embeds, tokens=[])
         parts = (self.projector, self.vision_tower)
         if self.training and torch.is_grad_enabled() and any(p.requires_grad for m in parts for p in m.parameters()):
             inputs_embeds = self._touch_projector(inputs_embeds)
@@ -499,6 +565,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         states_to_keep: torch.BoolTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
+        num_query_tokens: int | torch.LongTensor | None = None,
         **kwargs,
     ) -> HoneybeeModelOutputWithPast:
         """
@@ -512,11 +579,13 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             mm_encoder_outputs: instead of `pixel_values`, what [`get_image_features`] returned for them, as "image". Its
                 visual tokens fill the placeholders in order, and may be those of a part of an image (chunked prefill).
             past_key_values, cache: two names of one argument, the older one and that of transformers 5.24.
+            num_query_tokens: M of all images, or (I,) int64, an M for each; the rows have the placeholders for it.
+                Default: the config's. Read where `pixel_values` are given.
 
         Raises:
             ValueError: both or none of `input_ids` and `inputs_embeds`, a cache under both of its names, images given
-                twice or where the vocabulary has no placeholder, placeholders and images that disagree, or another
-                feature layer than the config's.
+                twice or where the vocabulary has no placeholder, placeholders and images that disagree, or what
+                [`get_image_features`] refuses.
         """
         feature_settings = ("vision_feature_layer", "vision_feature_select_strategy")
         self._check_feature_settings(*(kwargs.pop(name, None) for name in feature_settings))
@@ -524,7 +593,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             raise ValueError("cache and past_key_values are two names of one argument; give one of them")
         cache = past_key_values if cache is None else cache
         images = (mm_encoder_outputs or {}).get("image")
-        inputs_embeds, visual_tokens = self._embed(input_ids, inputs_embeds, pixel_values, images)
+        inputs_embeds, visual_tokens = self._embed(input_ids, inputs_embeds, pixel_values, num_query_tokens, images)
 
         if cache is None and attention_mask is None and _is_packed(position_ids):
             # transformers looks for packed rows only where there is no cache, and makes one unless told not to.
@@ -617,9 +686,11 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         return_dict: bool | None = None,
         cache: Cache | None = None,
+        num_query_tokens: int | torch.LongTensor | None = None,
         **kwargs,
     ) -> HoneybeeCausalLMOutputWithPast | tuple:
-        """
+        """Takes what [`HoneybeeModel`] takes, and
+
         Args:
             labels: (B, T), -100 where a token is not to be learned; placeholders never are, whatever is given.
             shift_labels: (B, T), what each position predicts, where `labels` cannot be shifted here (a row that is split
@@ -627,8 +698,6 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             logits_to_keep: compute logits for this many last positions, or for the positions that it lists; 0 for all.
                 Default: all, except in training with `labels`. There the head runs only where a label is learned, and
                 `logits` is None. The loss is the same, without what can be the largest tensor of a step.
-
-        The other arguments are those of [`HoneybeeModel`].
         """
         # Not in the signature: a Trainer evaluates no loss where one of the labels that it finds there is not given.
         shift_labels = kwargs.pop("shift_labels", None)
@@ -641,6 +710,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             cache=cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            num_query_tokens=num_query_tokens,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -655,10 +725,9 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             predictions = self.lm_head(hidden_states[learned])  # (learned, V)
             loss = self.loss_function(predictions, None, shift_labels=shift_labels[learned], **loss_settings)
         else:
-            if isinstance(logits_to_keep, int) and logits_to_keep:
-                logits_to_keep = slice(-logits_to_keep, None)
-            everywhere = logits_to_keep is None or isinstance(logits_to_keep, int)
-            logits = self.lm_head(hidden_states if everywhere else hidden_states[:, logits_to_keep])
+            if isinstance(logits_to_keep, int):
+                logits_to_keep = slice(-logits_to_keep, None) if logits_to_keep else None
+            logits = self.lm_head(hidden_states if logits_to_keep is None else hidden_states[:, logits_to_keep])
             if shift_labels is not None:
                 loss = self.loss_function(logits, None, shift_labels=shift_labels, **loss_settings)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
@@ -666,7 +735,13 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         return output.to_tuple() if return_dict is False else output
 
     def prepare_inputs_for_generation(
-        self, input_ids, pixel_values=None, mm_encoder_outputs=None, inputs_embeds=None, **kwargs
+        self,
+        input_ids,
+        pixel_values=None,
+        mm_encoder_outputs=None,
+        inputs_embeds=None,
+        num_query_tokens=None,
+        **kwargs,
     ):
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         # Images go in with the step that holds their placeholders; the steps of one token that follow find them in the
@@ -676,6 +751,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         if not decoding and (step_ids is None or bool((step_ids == self.config.image_token_id).any())):
             # transformers 5 has encoded them by now; where it goes through a prompt in chunks it hands out their parts.
             images = {"pixel_values": pixel_values, "mm_encoder_outputs": mm_encoder_outputs or None}
+            images["num_query_tokens"] = num_query_tokens
             model_inputs.update({name: value for name, value in images.items() if value is not None})
         return model_inputs
 
@@ -692,17 +768,22 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # Beams repeat rows, and a row owns as many images as it has placeholders for; repeating image by image, as the
         # generic code does, would hand a row's second image to its neighbour.
-        pixel_values = model_kwargs.pop("pixel_values", None)
+        images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "num_query_tokens")}
+        pixel_values, numbers = images.values()
         if expand_size > 1 and pixel_values is not None:
+            tokens = self.model.count_image_tokens(numbers, len(pixel_values))
             given_ids = input_ids if input_ids is not None and input_ids.shape[1] else None  # else inputs_embeds
-            mask = self.model.get_placeholder_mask(given_ids, model_kwargs.get("inputs_embeds"), len(pixel_values))
-            rows = pixel_values.split((mask.sum(-1) // self.config.num_image_tokens).tolist())
-            pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
+            mask = self.model.get_placeholder_mask(given_ids, model_kwargs.get("inputs_embeds"), tokens)
+            ends = torch.searchsorted(torch.tensor(tokens).cumsum(0), mask.sum(-1).cumsum(0).cpu(), right=True)
+            rows = torch.arange(len(tokens)).tensor_split(ends[:-1])  # the images of each row
+            order = torch.cat([row for row in rows for _ in range(expand_size)])
+            images["pixel_values"] = pixel_values[order.to(pixel_values.device)]
+            if numbers is not None:
+                images["num_query_tokens"] = torch.tensor(tokens)[order] - self.config.projector_config.num_eos_tokens
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
+        model_kwargs.update({name: value for name, value in images.items() if value is not None})
         return input_ids, model_kwargs
 
     # Joining pretrained parts. Both take the class that they are called on.

@@ -3,7 +3,7 @@
 
 Shapes: B images, N patches on a square grid, M = `num_query_tokens`, E = `num_eos_tokens`, D_v width of the vision
 tower, D hidden width of the projector, D_lm width of the language model, L feature levels.
-Every projector maps (B, N, D_v), or (B, L, N, D_v) for several levels, to (B, M + E, D_lm).
+Every projector maps (B, N, D_v), or (B, L, N, D_v) for several levels, to (B, M + E, D_lm), M of the call or the default.
 """
 
 import math
@@ -24,8 +24,27 @@ def _mlp(in_features: int, out_features: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def _cell_centers(side: int, device=None) -> torch.Tensor:
+    """(1, side * side, 2), the (x, y) of the cells of a regular grid in [0, 1], row by row."""
+    center = (torch.arange(side, dtype=torch.float32, device=device) + 0.5) / side
+    y, x = torch.meshgrid(center, center, indexing="ij")
+    return torch.stack([x, y], dim=-1).view(1, -1, 2)
+
+
+def _resize_table(table: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """(1, M', D) on a square grid -> (1, M, D), bilinear, in float32."""
+    side, target_side = math.isqrt(table.shape[1]), math.isqrt(num_tokens)
+    image = table.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=(target_side, target_side), mode="bilinear", align_corners=False)
+    return image.flatten(2).transpose(1, 2)
+
+
 class HoneybeeProjector(nn.Module):
-    """What all projectors share: position embedding, extra tokens, and how their own parameters start."""
+    """What all projectors share: position embedding, extra tokens, how their own parameters start, and images of
+    different M in one call.
+
+    A projector is two functions: `encode`, (B, N, D_v) -> features whatever M is, and `decode`, features -> (B, M + E, D_lm).
+    """
 
     pos_emb_width = "vision"  # D_v; the D-Abstractor adds its embedding after the input projection
     eos_width = "text"
@@ -34,7 +53,7 @@ class HoneybeeProjector(nn.Module):
         super().__init__()
         settings = config.projector_config
         self.num_patches = config.num_patches
-        self.num_query_tokens = settings.num_query_tokens
+        self.num_query_tokens, self.num_eos_tokens = settings.num_query_tokens, settings.num_eos_tokens
         self.initializer_range = settings.initializer_range
         width = {
             "vision": config.vision_config.hidden_size,
@@ -49,6 +68,27 @@ class HoneybeeProjector(nn.Module):
             if settings.num_eos_tokens
             else None
         )
+
+    def forward(self, features: torch.Tensor, num_query_tokens: int | list[int] | None = None) -> torch.Tensor:
+        """
+        Args:
+            features: (B, N, D_v), or (B, L, N, D_v) for several levels.
+            num_query_tokens: M of all images, or a list with the M of each. Default: the config's.
+
+        Returns:
+            (B, M + E, D_lm); or, for a list, the tokens of one image after the other, (sum of all M + E, D_lm).
+        """
+        features = self.encode(features)
+        if not isinstance(num_query_tokens, list):
+            return self.decode(features, num_query_tokens or self.num_query_tokens)
+        numbers = torch.tensor(num_query_tokens)
+        order = numbers.argsort(stable=True)
+        distinct, counts = numbers.unique(return_counts=True)
+        alike = features.index_select(0, order.to(features.device)).split(counts.tolist())
+        tokens = [self.decode(part, number).flatten(0, 1) for part, number in zip(alike, distinct.tolist())]
+        lengths = numbers + self.num_eos_tokens
+        places = order.repeat_interleave(lengths[order]).argsort(stable=True)  # of the tokens, image by image
+        return torch.cat(tokens).index_select(0, places.to(features.device))
 
     def reset_own_parameters(self):
         """Start the parameters that belong to no submodule. Through `nn.init`, because transformers guards loaded tensors
@@ -76,8 +116,11 @@ class HoneybeeMLPProjector(HoneybeeProjector):
         self.prenorm = nn.LayerNorm(vision_width, eps=1e-6) if settings.prenorm else nn.Identity()
         self.mlp = _mlp(vision_width, config.text_config.hidden_size, settings.depth)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.append_eos(self.mlp(self.add_positions(self.prenorm(features))))
+    def encode(self, features: torch.Tensor) -> torch.Tensor:
+        return self.add_positions(self.prenorm(features))
+
+    def decode(self, features: torch.Tensor, num_query_tokens: int) -> torch.Tensor:
+        return self.append_eos(self.mlp(features))
 
 
 class SqueezeExcite(nn.Module):
@@ -136,13 +179,17 @@ class HoneybeeCAbstractor(HoneybeeProjector):
         self.stage2 = nn.ModuleList(blocks[settings.depth :])
         self.readout = _mlp(widths[-1], config.text_config.hidden_size, settings.mlp_depth)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def encode(self, features: torch.Tensor) -> torch.Tensor:
         side = math.isqrt(self.num_patches)
         x = self.add_positions(self.prenorm(features))
         x = x.unflatten(1, (side, side))  # (B, H, W, D_v)
         for block in self.stage1:
             x = block(x)
-        x = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), math.isqrt(self.num_query_tokens)).permute(0, 2, 3, 1)
+        return x
+
+    def decode(self, features: torch.Tensor, num_query_tokens: int) -> torch.Tensor:
+        x = features.permute(0, 3, 1, 2)
+        x = F.adaptive_avg_pool2d(x, math.isqrt(num_query_tokens)).permute(0, 2, 3, 1)
         for block in self.stage2:
             x = block(x)
         return self.append_eos(self.readout(x.flatten(1, 2)))
@@ -198,7 +245,10 @@ class DAbstractorLayer(GradientCheckpointingLayer):
 
 
 class HoneybeeDAbstractor(HoneybeeProjector):
-    """M queries that sample the feature map around learned reference points."""
+    """M queries that sample the feature map around learned reference points.
+
+    For an M that has no queries of its own, the learned ones and their distances from a regular grid are interpolated.
+    """
 
     pos_emb_width = "hidden"
     eos_width = "hidden"
@@ -213,10 +263,9 @@ class HoneybeeDAbstractor(HoneybeeProjector):
             nn.Identity() if vision_width == hidden else nn.Linear(vision_width, hidden) for _ in range(self.num_levels)
         )
         self.level_emb = nn.Parameter(torch.empty(1, self.num_levels, 1, hidden)) if self.num_levels > 1 else None
-        self.query_embeddings = nn.Embedding(
-            self.num_query_tokens, 2 * hidden if self.pooled_v_target == "none" else hidden
-        )
-        self.reference_points = nn.Parameter(torch.empty(1, self.num_query_tokens, 2))
+        self.num_learned = settings.num_learned_queries
+        self.query_embeddings = nn.Embedding(self.num_learned, 2 * hidden if self.pooled_v_target == "none" else hidden)
+        self.reference_points = nn.Parameter(torch.empty(1, self.num_learned, 2))
         self.layers = nn.ModuleList(DAbstractorLayer(config) for _ in range(settings.num_hidden_layers))
         self.output_proj = nn.Identity() if hidden == text_width else nn.Linear(hidden, text_width)
 
@@ -224,38 +273,44 @@ class HoneybeeDAbstractor(HoneybeeProjector):
         super().reset_own_parameters()
         if self.level_emb is not None:
             nn.init.normal_(self.level_emb)
-        side = math.isqrt(self.num_query_tokens)
-        center = (torch.arange(side, dtype=torch.float32) + 0.5) / side
-        y, x = torch.meshgrid(center, center, indexing="ij")
-        grid = torch.stack([x, y], dim=-1).view(1, -1, 2)
         if not getattr(self.reference_points, "_is_hf_initialized", False):  # set on tensors that were loaded
             with torch.no_grad():
-                self.reference_points.copy_(grid)
+                self.reference_points.copy_(_cell_centers(math.isqrt(self.num_learned)))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def encode(self, features: torch.Tensor) -> torch.Tensor:
         if self.num_levels == 1:
             features = features.unsqueeze(1)
-        batch, levels = features.shape[:2]
-        side, target_side = math.isqrt(self.num_patches), math.isqrt(self.num_query_tokens)
         features = torch.stack([project(features[:, i]) for i, project in enumerate(self.input_proj)], dim=1)
         if self.pos_emb is not None:
             features = features + self.pos_emb.unsqueeze(1)
         if self.level_emb is not None:
-            features = features + self.level_emb  # (B, L, N, D)
+            features = features + self.level_emb
+        return features  # (B, L, N, D)
 
+    def _queries(self, num_query_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Learned queries (1, M, D or 2 D) and reference points (1, M, 2)."""
         # By a call, not by reading the weight, which offloading and sharding bring in for a call alone.
-        learned = self.query_embeddings(torch.arange(self.num_query_tokens, device=features.device)).unsqueeze(0)
+        learned = self.query_embeddings(torch.arange(self.num_learned, device=device)).unsqueeze(0)
+        if num_query_tokens == self.num_learned:
+            return learned, self.reference_points
+        moved = self.reference_points.float() - _cell_centers(math.isqrt(self.num_learned), device)
+        points = _cell_centers(math.isqrt(num_query_tokens), device) + _resize_table(moved, num_query_tokens)
+        return _resize_table(learned, num_query_tokens).to(learned.dtype), points
+
+    def decode(self, features: torch.Tensor, num_query_tokens: int) -> torch.Tensor:
+        batch, side = len(features), math.isqrt(self.num_patches)
+        learned, reference_points = self._queries(num_query_tokens, features.device)
         if self.pooled_v_target == "none":
             position, target = learned.expand(batch, -1, -1).chunk(2, dim=-1)
         else:
             image = features[:, 0].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-            pooled = F.adaptive_avg_pool2d(image, target_side).flatten(2).transpose(1, 2)  # (B, M, D)
+            pooled = F.adaptive_avg_pool2d(image, math.isqrt(num_query_tokens)).flatten(2).transpose(1, 2)  # (B, M, D)
             learned = learned.expand_as(pooled)
             position, target = (pooled, learned) if self.pooled_v_target == "query" else (learned, pooled)
 
         features = features.flatten(1, 2)
         for layer in self.layers:
-            target = layer(target, position, features, self.reference_points, (side, side))
+            target = layer(target, position, features, reference_points, (side, side))
         return self.output_proj(self.append_eos(target))
 
 
@@ -293,13 +348,14 @@ class ResamplerLayer(GradientCheckpointingLayer):
 
 
 class HoneybeeResampler(HoneybeeProjector):
-    """The baseline: M learned queries that attend to the whole image (mPLUG-Owl's abstractor)."""
+    """The baseline: M learned queries that attend to the whole image (mPLUG-Owl's abstractor). Of more queries, the first
+    M (arXiv 2405.19315)."""
 
     def __init__(self, config: HoneybeeConfig):
         super().__init__(config)
         settings = config.projector_config
         self.input_proj = nn.Linear(config.vision_config.hidden_size, settings.hidden_size)
-        self.query_tokens = nn.Parameter(torch.empty(1, self.num_query_tokens, settings.hidden_size))
+        self.query_tokens = nn.Parameter(torch.empty(1, settings.num_learned_queries, settings.hidden_size))
         self.layers = nn.ModuleList(ResamplerLayer(config) for _ in range(settings.num_hidden_layers))
         self.output_proj = nn.Linear(settings.hidden_size, config.text_config.hidden_size)
 
@@ -308,9 +364,11 @@ class HoneybeeResampler(HoneybeeProjector):
         # The official code starts them at exactly 0, where all queries are one.
         nn.init.normal_(self.query_tokens, std=self.initializer_range)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        features = self.input_proj(self.add_positions(features))
-        query = self.query_tokens.expand(features.shape[0], -1, -1)
+    def encode(self, features: torch.Tensor) -> torch.Tensor:
+        return self.input_proj(self.add_positions(features))
+
+    def decode(self, features: torch.Tensor, num_query_tokens: int) -> torch.Tensor:
+        query = self.query_tokens[:, :num_query_tokens].expand(features.shape[0], -1, -1)
         for layer in self.layers:
             query = layer(query, features)
         return self.append_eos(self.output_proj(query))

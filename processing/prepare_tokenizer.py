@@ -197,7 +197,7 @@ def square_image_processor(size: int, **settings) -> ImageProcessingMixin:
 
 
 def processor_from_vision_text_pretrained(
-    vision: str, text: str, num_image_tokens: int, image_size: int | None = None
+    vision: str, text: str, num_image_tokens: int, image_size: int | None = None, **numbers
 ) -> HoneybeeProcessor:
     """The processor that goes with `HoneybeeForConditionalGeneration.from_vision_text_pretrained(vision, text)`.
 
@@ -207,6 +207,8 @@ def processor_from_vision_text_pretrained(
         text: Hub name or folder of the language model: its tokenizer.
         num_image_tokens: `model.config.num_image_tokens`.
         image_size: where it is not the vision model's own, the one that the model was made with.
+        numbers: `elastic_num_query_tokens` and `num_eos_tokens` of [`HoneybeeProcessor`], those of
+            `model.config.projector_config`.
 
     Raises:
         ValueError: what [`prepare_tokenizer`] refuses, or preprocessing without a mean and a standard deviation.
@@ -225,7 +227,7 @@ def processor_from_vision_text_pretrained(
         size, image_mean=preprocessing["image_mean"], image_std=preprocessing["image_std"]
     )
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(text))
-    return HoneybeeProcessor(image_processor, tokenizer, num_image_tokens=num_image_tokens)
+    return HoneybeeProcessor(image_processor, tokenizer, num_image_tokens=num_image_tokens, **numbers)
 
 
 def check_processor(config, processor: HoneybeeProcessor) -> None:
@@ -237,12 +239,16 @@ def check_processor(config, processor: HoneybeeProcessor) -> None:
             f"the tokenizer's eos_token={processor.tokenizer.eos_token!r} has the id {processor.tokenizer.eos_token_id}, and "
             f"the model's vocabulary ends at {config.text_config.vocab_size - 1}; name a token that it has"
         )
-    size = config.vision_config.image_size
+    size, projector = config.vision_config.image_size, config.projector_config
+    trained = projector.elastic_num_query_tokens
     pairs = {
         "visual tokens an image": (processor.num_image_tokens, config.num_image_tokens),
+        "the numbers of visual tokens that are trained": (processor.elastic_num_query_tokens, trained),
         "the id of <image>": (processor.image_token_id, config.image_token_id),
         "the image height": (processor.image_processor.size["height"], size if isinstance(size, int) else size[0]),
     }
+    if trained:  # processors of older models with one number do not know it
+        pairs["extra tokens of an image"] = (processor.num_eos_tokens, projector.num_eos_tokens)
     for what, (of_processor, of_model) in pairs.items():
         if of_processor != of_model:
             raise ValueError(

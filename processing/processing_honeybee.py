@@ -7,8 +7,11 @@ processors need.
 
 import base64
 import io
+import itertools
 import json
+import math
 import os
+import re
 import urllib.parse
 import urllib.request
 
@@ -18,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import to_numpy_array
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 try:  # transformers asks for packages that are imported without a guard before it runs code from the Hub
     from PIL import Image, ImageOps
@@ -315,6 +318,27 @@ def make_tokenizer_portable(folder: str | os.PathLike) -> None:
         file.write("\n")
 
 
+class HoneybeeImagesKwargs(ImagesKwargs, total=False):
+    """`num_query_tokens`: M of each image, as `__call__` has worked it out."""
+
+    num_query_tokens: list[int]
+
+
+class HoneybeeProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: HoneybeeImagesKwargs
+    _defaults = {}  # which releases of transformers up to 5.19 read; a class like this one does not inherit them
+
+
+def _plain(number):
+    """Numbers of torch and numpy as Python's."""
+    return number.tolist() if hasattr(number, "tolist") else number
+
+
+def _check_number(name: str, value) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
 class HoneybeeProcessor(ProcessorMixin):
     """Image processor and tokenizer of Honeybee.
 
@@ -322,15 +346,25 @@ class HoneybeeProcessor(ProcessorMixin):
         image_processor: resizes to the tower's square and normalises. Its PIL kind is used on every line, because
             torchvision's bicubic resize is another function.
         tokenizer: a fast tokenizer that has `image_token` as one token (see `processing.prepare_tokenizer`).
-        num_image_tokens: placeholders that one `<image>` becomes; equals `model.config.num_image_tokens`.
+        num_image_tokens: placeholders that one `<image>` becomes where nothing else is asked for; equals
+            `model.config.num_image_tokens`.
         image_token: the placeholder, `<image>`: the templates and the prepared tokenizer know no other.
         chat_template: of conversations; the one above by default. Older folders give templates by name here.
         named_chat_templates: the others by name; `caption` (stage 1) is the one above where it is not given. They are part
             of processor_config.json.
+        elastic_num_query_tokens: the numbers M that the model is trained for, those of its `projector_config`. None: it has
+            one M, that of `num_image_tokens`.
+        num_eos_tokens: how many of `num_image_tokens` are extra tokens, which every image has whatever its M.
 
     Raises:
-        ValueError: `num_image_tokens` is not positive, `image_token` is another, or the tokenizer lacks it.
+        ValueError: `num_image_tokens` is not positive, `image_token` is another, or the tokenizer lacks it; or the numbers
+            of visual tokens do not fit together.
     """
+
+    # The class's: a processor of a model with a fixed M does not save them.
+    elastic_num_query_tokens = None
+    num_eos_tokens = 0
+    valid_processor_kwargs = HoneybeeProcessorKwargs
 
     if _TRANSFORMERS_4:  # 5 finds the parts by the names of the arguments, and warns of these
         attributes = ["image_processor", "tokenizer"]
@@ -345,10 +379,19 @@ class HoneybeeProcessor(ProcessorMixin):
         image_token: str = IMAGE_TOKEN,
         chat_template: str | dict[str, str] | None = None,
         named_chat_templates: dict[str, str] | None = None,
+        elastic_num_query_tokens: list[int] | None = None,
+        num_eos_tokens: int = 0,
         **kwargs,
     ):
-        if isinstance(num_image_tokens, bool) or not isinstance(num_image_tokens, int) or num_image_tokens < 1:
-            raise ValueError(f"num_image_tokens={num_image_tokens!r} must be a whole number of at least 1")
+        _check_number("num_image_tokens", num_image_tokens)
+        if type(num_eos_tokens) is not int or not 0 <= num_eos_tokens < num_image_tokens:
+            raise ValueError(
+                f"num_eos_tokens={num_eos_tokens!r} must be a whole number from 0 to num_image_tokens={num_image_tokens} - 1"
+            )
+        if elastic_num_query_tokens is not None:
+            self.elastic_num_query_tokens = elastic_num_query_tokens
+        if num_eos_tokens:
+            self.num_eos_tokens = num_eos_tokens
         if image_token != IMAGE_TOKEN:
             raise ValueError(f"image_token={image_token!r}: the chat templates write {IMAGE_TOKEN!r}; leave it out")
         if image_token not in tokenizer.get_vocab():
@@ -360,6 +403,7 @@ class HoneybeeProcessor(ProcessorMixin):
             settings = image_processor.to_dict()
             image_processor = pil_class(**{k: v for k, v in settings.items() if k != "image_processor_type"})
         self.num_image_tokens = num_image_tokens
+        self._check_trained()
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         # Tools look for both here as well; a tokenizer that was saved by us brings them.
@@ -377,6 +421,105 @@ class HoneybeeProcessor(ProcessorMixin):
     def chat_templates(self) -> dict[str, str]:
         """All templates by name: `default`, which `chat_template` is, `caption`, and what was given besides."""
         return {**self.named_chat_templates, "default": self.chat_template}
+
+    @property
+    def num_query_tokens(self) -> int:
+        """M of an image for which nothing else is asked."""
+        return self.num_image_tokens - self.num_eos_tokens
+
+    @property
+    def trained_num_query_tokens(self) -> list[int]:
+        """The numbers M that the model is trained for, in ascending order."""
+        return self.elastic_num_query_tokens or [self.num_query_tokens]
+
+    def _check_trained(self):
+        trained = self.elastic_num_query_tokens
+        listed = isinstance(trained, list) and all(type(number) is int and number > 0 for number in trained)
+        if trained is not None and not (listed and trained and trained == sorted(set(trained))):
+            raise ValueError(
+                f"elastic_num_query_tokens={trained!r} must be a list of whole numbers of at least 1, in ascending order and "
+                "without repetition, such as [16, 64, 144]"
+            )
+        self.check_is_trained(self.num_query_tokens)
+
+    def check_is_trained(self, number: int) -> None:
+        """Raises a ValueError, with the numbers that may be asked for, where the model is not trained for this M."""
+        trained = self.trained_num_query_tokens
+        between = trained[0] < number < trained[-1] and math.isqrt(number) ** 2 == number
+        if number not in trained and not between:
+            others = f" or a square between {trained[0]} and {trained[-1]}" if len(trained) > 1 else ""
+            raise ValueError(
+                f"num_query_tokens={number}: the model is trained for {', '.join(map(str, trained))} visual tokens an image; "
+                f"use one of these{others}"
+            )
+
+    def image_query_tokens(self, messages: list[dict], num_query_tokens=None) -> list[int | None]:
+        """M of each image of a conversation, in order: that of the content item's `num_query_tokens`, or of its OpenAI
+        `detail` (`low` the smallest that the model is trained for, `high` the largest); where it has neither, or `auto`,
+        that of `num_query_tokens`, a number or a list by image, and else None.
+
+        Raises:
+            ValueError: another `detail`, where the model has a choice.
+        """
+        named = {"low": self.trained_num_query_tokens[0], "high": self.trained_num_query_tokens[-1]}
+        numbers = []
+        for message in messages:
+            for item in message["content"] if isinstance(message.get("content"), (list, tuple)) else ():
+                if item.get("type") not in ("image", "image_url"):
+                    continue
+                url = item.get("image_url")
+                detail = item.get("detail", url.get("detail") if isinstance(url, dict) else None)
+                if detail not in (None, "auto", *named) and self.elastic_num_query_tokens:
+                    raise ValueError(f"detail={detail!r} of an image must be low, high or auto")
+                own = item.get("num_query_tokens")
+                if own is None and isinstance(detail, str):
+                    own = named.get(detail)
+                numbers.append(own)
+        each = _plain(num_query_tokens)
+        each = each if isinstance(each, (list, tuple)) else [each] * len(numbers)
+        if len(each) != len(numbers):
+            return each  # the call that takes them says what is wrong
+        return [theirs if number is None else number for number, theirs in zip(numbers, each)]
+
+    def _share(self, numbers: list[int | None], max_visual_tokens: int) -> list[int]:
+        """The images of one prompt within a budget: those without a number get the largest trained one that fits."""
+        _check_number("max_visual_tokens", max_visual_tokens)
+        for shared in reversed(self.trained_num_query_tokens):
+            filled = [shared if number is None else number for number in numbers]
+            needed = sum(filled) + len(filled) * self.num_eos_tokens
+            if needed <= max_visual_tokens:
+                return filled
+        raise ValueError(
+            f"max_visual_tokens={max_visual_tokens} is too small: the {len(numbers)} images of the prompt need at least "
+            f"{needed} visual tokens; give fewer images, or {needed} or more"
+        )
+
+    def _query_tokens(
+        self, images_by_row: list[int], num_query_tokens=None, max_visual_tokens=None, allow_untrained: bool = False
+    ) -> list[int]:
+        """M of each image of all rows; the arguments are those of `__call__`."""
+        total = sum(images_by_row)
+        each = _plain(num_query_tokens)
+        numbers = list(map(_plain, each)) if isinstance(each, (list, tuple)) else [each] * total
+        if len(numbers) != total:
+            raise ValueError(
+                f"num_query_tokens lists {len(numbers)} numbers, but there are {total} images; give one number for all "
+                "images or one for each"
+            )
+        for number in numbers:
+            if number is not None:
+                _check_number("num_query_tokens", number)
+                if not allow_untrained:
+                    try:
+                        self.check_is_trained(number)
+                    except ValueError as error:
+                        raise ValueError(f"{error}, or allow_untrained=True to try it all the same") from None
+        if max_visual_tokens is None:
+            return [self.num_query_tokens if number is None else number for number in numbers]
+        rows, filled = iter(numbers), []
+        for images in images_by_row:
+            filled += self._share([next(rows) for _ in range(images)], max_visual_tokens)
+        return filled
 
     def _check_image_count(self, text: list[str], images: list | None, rows: list | None):
         placeholders = [row.count(self.image_token) for row in text]
@@ -410,53 +553,96 @@ class HoneybeeProcessor(ProcessorMixin):
             images = resize_images([open_image(image) for image in images], self.image_processor, **asked)
         return images or None, list(text) if text is not None else None
 
-    if _TRANSFORMERS_4:
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        videos=None,
+        audio=None,
+        num_query_tokens: int | list[int | None] | None = None,
+        max_visual_tokens: int | None = None,
+        allow_untrained: bool = False,
+        **kwargs: Unpack[HoneybeeProcessorKwargs],
+    ) -> BatchFeature:
+        """Model inputs of the rows in `text`; the images of all rows in order.
 
-        def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
-            """Model inputs of the rows in `text`; the images of all rows in order.
+        Args:
+            images: image, list of images, or list of lists by row; each whatever [`open_image`] takes.
+            text: one row or a list, with one `<image>` for each image.
+            num_query_tokens: M, the visual tokens of each image, or a list with the M of each of all images. Default (also
+                None in a list): that of the model.
+            max_visual_tokens: the most that the images of one row may have together. Those without a number of their own
+                get the largest M that the model is trained for with which all fit.
+            allow_untrained: takes also an M that the model is not trained for, which otherwise has to be one of
+                `trained_num_query_tokens` or a square between them.
 
-            Args:
-                images: image, list of images, or list of lists by row; each whatever [`open_image`] takes.
-                text: one row or a list, with one `<image>` for each image.
+        Returns:
+            `input_ids` and `attention_mask` (rows, tokens), `pixel_values` (images, 3, S, S); and `num_query_tokens`
+            (images,) where an image has another M than the model's default.
 
-            Returns:
-                `input_ids` and `attention_mask` (rows, tokens), `pixel_values` (images, 3, S, S).
-            """
-            images, text = self._prepare(images, text, kwargs)
-            merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-            return_tensors = merged["text_kwargs"].pop("return_tensors", None)
-            data = {}
-            if text is not None:
-                expanded = [row.replace(self.image_token, self.image_token * self.num_image_tokens) for row in text]
-                mark_images = merged["text_kwargs"].pop("return_mm_token_type_ids", False)
-                data.update(self.tokenizer(expanded, **merged["text_kwargs"]))
-                if mark_images:  # 1 at the placeholders; read by serving runtimes
-                    data["mm_token_type_ids"] = [
-                        [int(token == self.image_token_id) for token in row] for row in data["input_ids"]
-                    ]
-                self._check_special_mm_tokens(expanded, data, modalities=["image"])
-            if images is not None:
-                # Guessed from the shape otherwise, where an image of 1 or 3 rows looks channels-first.
-                merged["images_kwargs"]["input_data_format"] = "channels_last"
-                data.update(self.image_processor(images, **merged["images_kwargs"]))
-            return BatchFeature(data=data, tensor_type=return_tensors)
+        Raises:
+            ValueError: text and images that do not belong together, images that cannot be read, an M that is not allowed,
+                or a budget that is too small.
+        """
+        if "num_query_tokens" in (kwargs.get("images_kwargs") or {}):
+            raise ValueError("num_query_tokens stands in images_kwargs; give it to the call itself")
+        images, text = self._prepare(images, text, kwargs)
+        by_row = [row.count(self.image_token) for row in text] if text is not None else [len(images or ())]
+        numbers = self._query_tokens(by_row, num_query_tokens, max_visual_tokens, allow_untrained)
+        if any(number != self.num_query_tokens for number in numbers):
+            kwargs["num_query_tokens"] = numbers
+        if _TRANSFORMERS_4:
+            return self._call_4(images, text, **kwargs)
+        return super().__call__(images=images, text=text, **kwargs)
 
-    else:
+    def _call_4(self, images, text, num_query_tokens: list[int] | None = None, **kwargs) -> BatchFeature:
+        # On transformers 4, what `__call__` of the base class does on 5.
+        merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        return_tensors = merged["text_kwargs"].pop("return_tensors", None)
+        numbered = {} if num_query_tokens is None else {"num_query_tokens": num_query_tokens}
+        data = {}
+        if text is not None:
+            number = itertools.count()
+            expanded = [
+                re.sub(self.image_token, lambda _: self.replace_image_token(numbered, next(number)), row)
+                for row in text
+            ]
+            mark_images = merged["text_kwargs"].pop("return_mm_token_type_ids", False)
+            data.update(self.tokenizer(expanded, **merged["text_kwargs"]))
+            if mark_images:  # 1 at the placeholders; read by serving runtimes
+                data["mm_token_type_ids"] = [
+                    [int(token == self.image_token_id) for token in row] for row in data["input_ids"]
+                ]
+            self._check_special_mm_tokens(expanded, data, modalities=["image"])
+        if images is not None:
+            # Guessed from the shape otherwise, where an image of 1 or 3 rows looks channels-first.
+            merged["images_kwargs"]["input_data_format"] = "channels_last"
+            data.update(self.image_processor(images, **merged["images_kwargs"]))
+        return BatchFeature(data={**data, **numbered}, tensor_type=return_tensors)
 
-        def prepare_inputs_layout(self, images=None, text=None, **kwargs):
-            images, text = self._prepare(images, text, kwargs)
-            return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+    def _process_images(self, images, num_query_tokens: list[int] | None = None, **kwargs):
+        # transformers 5 calls it. The image processor takes no numbers of tokens.
+        inputs, replacements = super()._process_images(images, **kwargs)
+        if num_query_tokens is not None:
+            inputs["num_query_tokens"] = num_query_tokens
+            replacements = [self.replace_image_token(inputs, index) for index in range(len(num_query_tokens))]
+        return inputs, replacements
 
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
         """What one `<image>` becomes. transformers 5 calls it for every image."""
-        return self.image_token * self.num_image_tokens
+        numbers = (image_inputs or {}).get("num_query_tokens")
+        number = self.num_query_tokens if numbers is None else int(numbers[image_idx])
+        return self.image_token * (number + self.num_eos_tokens)
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        """Placeholders of each image; read by serving runtimes."""
+    def _get_num_multimodal_tokens(
+        self, image_sizes=None, num_query_tokens=None, max_visual_tokens=None, allow_untrained=False, **kwargs
+    ) -> MultiModalData:
+        """Placeholders of each image of a prompt; read by serving runtimes, with the settings of a call."""
         if image_sizes is None:
             return MultiModalData()
+        numbers = self._query_tokens([len(image_sizes)], num_query_tokens, max_visual_tokens, allow_untrained)
         return MultiModalData(
-            num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+            num_image_tokens=[number + self.num_eos_tokens for number in numbers], num_image_patches=[1] * len(numbers)
         )
 
     @classmethod
@@ -471,10 +657,12 @@ class HoneybeeProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """As in transformers; a message's content may be a plain string, and a name out of `chat_templates` may stand for
-        the template.
+        the template. With `tokenize=True`, `num_query_tokens`, `max_visual_tokens` and `allow_untrained` of a call are
+        taken as well, and the numbers of [`image_query_tokens`] go before them. Text alone does not hold these numbers:
+        without `tokenize`, give them to the call that takes the text.
 
         Raises:
-            ValueError: a conversation without messages.
+            ValueError: a conversation without messages, or what [`image_query_tokens`] and a call refuse.
         """
 
         def as_item(item):
@@ -496,12 +684,33 @@ class HoneybeeProcessor(ProcessorMixin):
         if not conversation:
             raise ValueError("the conversation is empty; give it at least one message")
         conversation = getattr(conversation, "messages", conversation)
-        if isinstance(conversation[0], dict):
-            conversation = as_items(conversation)
-        else:
-            conversation = [as_items(getattr(messages, "messages", messages)) for messages in conversation]
+        batch = [conversation] if isinstance(conversation[0], dict) else conversation
+        batch = [getattr(messages, "messages", messages) for messages in batch]
+        names = [name for name in ("num_query_tokens", "max_visual_tokens") if kwargs.get(name) is not None]
+        if names and not kwargs.get("tokenize"):
+            raise ValueError(
+                f"{' and '.join(names)}: text alone does not hold numbers of visual tokens; add tokenize=True, or give them to "
+                "the call of the processor that takes the text"
+            )
+        if kwargs.get("tokenize"):
+            kwargs = self._with_query_tokens([message for row in batch for message in row], kwargs)
+        rows = [as_items(messages) for messages in batch]
+        conversation = rows[0] if isinstance(conversation[0], dict) else rows
         chat_template = self.chat_templates.get(chat_template, chat_template)
         return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+    def _with_query_tokens(self, messages: list[dict], kwargs: dict) -> dict:
+        """Arguments of `apply_chat_template` with the settings of `__call__` where this line of transformers takes them."""
+        settings = dict(kwargs.get("processor_kwargs") or {})
+        names = ("num_query_tokens", "max_visual_tokens", "allow_untrained")
+        settings |= {name: kwargs[name] for name in names if name in kwargs}
+        numbers = self.image_query_tokens(messages, settings.get("num_query_tokens"))
+        if any(number is not None for number in numbers):
+            settings["num_query_tokens"] = numbers
+        rest = {name: value for name, value in kwargs.items() if name not in (*names, "processor_kwargs")}
+        if not settings:
+            return rest
+        return {**rest, **settings} if _TRANSFORMERS_4 else {**rest, "processor_kwargs": settings}
 
     def save_pretrained(self, save_directory, **kwargs):
         files = super().save_pretrained(save_directory, **kwargs)

@@ -86,11 +86,21 @@ class Answer(StoppingCriteria):
         request = self.request
         try:
             prompt = self.processor.apply_chat_template(request.messages, add_generation_prompt=True)
+            numbers = self.processor.image_query_tokens(request.messages, request.num_query_tokens)
+            for number in filter(None, numbers):
+                self.processor.check_is_trained(number)
             inputs = self.processor(
-                images=request.images or None, text=prompt, add_special_tokens=False, return_tensors="pt"
+                images=request.images or None,
+                text=prompt,
+                num_query_tokens=numbers,
+                max_visual_tokens=request.max_visual_tokens,
+                add_special_tokens=False,
+                return_tensors="pt",
             )
         except (OSError, TemplateError, ValueError) as error:
-            raise LimitError(str(error), "messages") from error
+            fields = [name for name in ("num_query_tokens", "max_visual_tokens") if getattr(request, name) is not None]
+            param = next((name for name in fields if str(error).startswith(name)), "messages")
+            raise LimitError(str(error), param) from error
         self.prompt_tokens = inputs["input_ids"].shape[1]
         text_config = self.model.config.get_text_config()
         context = getattr(text_config, "max_position_embeddings", None) or float("inf")

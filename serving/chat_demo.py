@@ -70,8 +70,11 @@ class Chat:
     def __init__(self, model: "HoneybeeForConditionalGeneration", processor: "HoneybeeProcessor", limits: Limits):
         self.model, self.processor, self.limits = model, processor, limits
 
-    def answer(self, message: dict, history: list[dict]) -> Iterator[str]:
+    def answer(self, message: dict, history: list[dict], num_query_tokens: int | None = None) -> Iterator[str]:
         """The answer so far, again and again until it is complete.
+
+        Args:
+            num_query_tokens: M of all images of the chat; None for the model's default.
 
         Raises:
             LimitError: the chat is empty or over a limit; nothing was computed.
@@ -88,7 +91,8 @@ class Chat:
         for path in paths:
             self.limits.check_image_size(os.path.getsize(path))  # before it is read
             self.limits.check_image(Path(path).read_bytes())
-        answer = Answer(self.model, self.processor, ChatRequest(messages, paths, self.limits.max_new_tokens))
+        request = ChatRequest(messages, paths, self.limits.max_new_tokens, num_query_tokens=num_query_tokens)
+        answer = Answer(self.model, self.processor, request)
         events = Queue()
         Thread(target=answer.run, args=(events.put,)).start()
         text = ""
@@ -106,23 +110,48 @@ def build_page(chat: Chat, title: str):
     """The Gradio page of a [`Chat`]."""
     import gradio
 
-    def answer(message, history):
+    default, inputs = chat.processor.num_query_tokens, []
+    trained = sorted({*chat.processor.trained_num_query_tokens, default})
+
+    def nearest(number: float) -> int:
+        return min(trained, key=lambda one: abs(one - number))
+
+    if len(trained) > 1:
+        label = f"Visual tokens an image: {', '.join(map(str, trained))}"
+        slider = gradio.Slider(
+            trained[0],
+            trained[-1],
+            default,
+            step=1,
+            label=label,
+            info="The nearest of these is used.",
+            render=False,
+        )
+        inputs = [slider]
+
+    def answer(message, history, *number):
         try:
-            yield from chat.answer(message, history)
+            yield from chat.answer(message, history, *map(nearest, number))
         except LimitError as error:
             raise gradio.Error(str(error), title="Not taken", print_exception=False) from error
 
     limits = chat.limits
-    return gradio.ChatInterface(
+    page = gradio.ChatInterface(
         answer,
         multimodal=True,
         textbox=gradio.MultimodalTextbox(
             file_types=["image"], file_count="multiple", placeholder="Add images and ask about them", label="Message"
         ),
+        additional_inputs=inputs,
+        additional_inputs_accordion=gradio.Accordion("Visual tokens", open=True),
         title=title,
         description=f"Up to {limits.max_images} images of {limits.max_image_bytes / 1e6:g} MB and "
         f"{limits.max_image_pixels / 1e6:g} megapixels, and {limits.max_prompt_chars:,} characters a chat.",
     )
+    if inputs:
+        with page:
+            slider.release(nearest, slider, slider, show_progress="hidden", api_visibility="private")
+    return page
 
 
 def main():
@@ -145,13 +174,14 @@ def main():
         from modeling_honeybee import HoneybeeForConditionalGeneration
         from modeling_honeybee.model_folder import model_folder
         from modeling_honeybee.processes import use_attention_for_any_shape
-        from processing import HoneybeeProcessor
+        from processing import HoneybeeProcessor, check_processor
 
         use_attention_for_any_shape()
         folder = model_folder(args.model)
         model = HoneybeeForConditionalGeneration.from_pretrained(folder, dtype="auto").eval()
         model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         processor = HoneybeeProcessor.from_pretrained(folder)
+        check_processor(model.config, processor)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")

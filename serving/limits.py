@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 
 from PIL import Image, UnidentifiedImageError
 
+MOST_QUERY_TOKENS = 2**20  # of an image; which numbers a model takes, its processor says
+
 
 class LimitError(ValueError):
     """A request that is not taken; the message gives the value and the limit.
@@ -94,6 +96,7 @@ class ChatRequest:
         images: the `data:` URLs of the image items, in order.
         stop: always a list.
         logit_bias: by token id.
+        num_query_tokens, max_visual_tokens: of the processor's call; not in OpenAI's API.
     """
 
     messages: list[dict]
@@ -108,6 +111,8 @@ class ChatRequest:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
+    num_query_tokens: int | list[int] | None = None
+    max_visual_tokens: int | None = None
 
 
 # A check returns the value as it is used, or raises a ValueError with the rule that the value breaks.
@@ -168,6 +173,11 @@ def _logit_bias(value) -> dict[int, float]:
     return {int(token): check(bias) for token, bias in value.items()}
 
 
+def _query_tokens(value) -> int | list[int]:
+    check = _number(1, MOST_QUERY_TOKENS, int)
+    return [check(number) for number in value] if isinstance(value, list) else check(value)
+
+
 _label, _object = _is(str, "a text"), _is(dict, "an object")
 FIELDS = {
     # These change the answer, or how it is sent.
@@ -180,6 +190,9 @@ FIELDS = {
     "frequency_penalty": _number(-2, 2),
     "presence_penalty": _number(-2, 2),
     "logit_bias": _logit_bias,
+    # Not OpenAI's: visual tokens of an image, or of all images of the chat, where the model has a choice.
+    "num_query_tokens": _query_tokens,
+    "max_visual_tokens": _number(1, 2**31 - 1, int),
     # Labels for the provider's books, and hints to its caches: an answer does not depend on them.
     "user": _label,
     "safety_identifier": _label,
@@ -241,10 +254,11 @@ def _item(item, role: str, where: str) -> tuple[dict, str | None]:
     image = item.get("image_url")
     image = image if isinstance(image, dict) else {"url": image}
     _nothing_else(image, {"url", "detail"}, f"{where}.image_url")
-    # Every image has the same number of visual tokens, so that the detail changes nothing.
     if image.get("detail") not in (None, "auto", "low", "high"):
         raise LimitError(f"{where}.image_url.detail={_short(image['detail'])} must be auto, low or high", "messages")
-    return {"type": "image"}, image.get("url")
+    # Of a model whose images all have the same number of visual tokens it changes nothing.
+    detail = {"detail": image["detail"]} if image.get("detail") else {}
+    return {"type": "image", **detail}, image.get("url")
 
 
 def _message(message, position: int) -> tuple[dict, list[str]]:

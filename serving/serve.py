@@ -183,7 +183,7 @@ def main():
         from modeling_honeybee import HoneybeeForConditionalGeneration
         from modeling_honeybee.model_folder import model_folder
         from modeling_honeybee.processes import use_attention_for_any_shape
-        from processing import HoneybeeProcessor
+        from processing import HoneybeeProcessor, check_processor
 
         use_attention_for_any_shape()
         folder = model_folder(args.model)
@@ -191,6 +191,7 @@ def main():
             folder, dtype=args.dtype, device_map=args.device, attn_implementation=args.attn_implementation
         ).eval()
         processor = HoneybeeProcessor.from_pretrained(folder)
+        check_processor(model.config, processor)
     except (AssertionError, OSError, RuntimeError, ValueError) as error:  # the first for a torch without CUDA
         sys.exit(f"error: {error}")
 

@@ -10,11 +10,13 @@ import torch
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
 from tests.tiny import (
+    ELASTIC,
     NEW_PROJECTOR,
     NO_OTHER_PYTHONS,
     OTHER_PYTHONS,
     PROJECTORS,
     REPOSITORY,
+    elastic_processor,
     picture,
     run_script,
     save_clip,
@@ -28,6 +30,9 @@ from tests.tiny import (
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+FINER = [
+    {"role": "user", "content": [{"type": "image", "num_query_tokens": 16}, {"type": "text", "text": "What is it?"}]}
+]
 SHIPPED = [
     REPOSITORY / "modeling_honeybee" / "configuration_honeybee.py",
     REPOSITORY / "modeling_honeybee" / "deformable_attention_honeybee.py",
@@ -42,7 +47,7 @@ SHIPPED = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """One saved folder for each projector, and one for each kind of tower and language model."""
+    """One saved folder for each projector, one for each kind of tower and language model, and an elastic one."""
     root, saved = tmp_path_factory.mktemp("saved"), {}
     for projector_type in PROJECTORS:
         model = tiny_model(projector_type)
@@ -55,19 +60,22 @@ def folders(tmp_path_factory):
         torch.manual_seed(0)
         model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(*parts, **NEW_PROJECTOR)
         saved[name] = (model, processor_from_vision_text_pretrained(*parts, model.config.num_image_tokens))
+    saved["elastic"] = (tiny_model("d-abs", **ELASTIC), elastic_processor())
     references = {}
     for name, (model, processor) in saved.items():
         folder = str(root / name.replace("-", "_"))
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        inputs = tiny_inputs(model)
+        elastic = name == "elastic"
+        inputs = tiny_inputs(model, [(5, "image", 7, "image")], numbers=[16, 4]) if elastic else tiny_inputs(model)
+        messages = FINER if elastic else MESSAGES
         with torch.no_grad():
             output = model(**inputs)
             hidden = model.model(**inputs).last_hidden_state
             tokens = model.generate(**inputs, **GREEDY)
-        prompt = processor.apply_chat_template(MESSAGES, add_generation_prompt=True)
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
         prepared = processor(images=picture(), text=prompt, add_special_tokens=False, return_tensors="pt")
-        torch.save({"inputs": inputs, "greedy": GREEDY, "messages": MESSAGES, "image": None}, f"{folder}/inputs.pt")
+        torch.save({"inputs": inputs, "greedy": GREEDY, "messages": messages, "image": None}, f"{folder}/inputs.pt")
         references[folder] = (model, output.logits, hidden, tokens, prepared)
     return references
 

@@ -95,14 +95,17 @@ def tiny_model(projector_type: str = "c-abs", seed: int = 0, **settings) -> Hone
     return HoneybeeForConditionalGeneration(tiny_config(projector_type, **settings)).eval()
 
 
-def tiny_inputs(model, rows=((5, "image", 7, 8),), seed: int = 0) -> dict[str, torch.Tensor]:
-    """Left-padded rows of token ids in which "image" stands for the placeholders of one image."""
+def tiny_inputs(model, rows=((5, "image", 7, 8),), seed: int = 0, numbers=None) -> dict[str, torch.Tensor]:
+    """Left-padded rows of token ids in which "image" stands for the placeholders of one image. `numbers` are the M of the
+    images, where it is not the model's default."""
     config = model.config
-    ids = []
+    projector = config.projector_config
+    left, ids = iter(numbers or ()), []
     for row in rows:
         out = [1]
         for token in row:
-            out += [config.image_token_id] * config.num_image_tokens if token == "image" else [token]
+            count = next(left, projector.num_query_tokens) + projector.num_eos_tokens if token == "image" else 0
+            out += [config.image_token_id] * count if token == "image" else [token]
         ids.append(out)
     width = max(map(len, ids))
     inputs = {
@@ -113,6 +116,8 @@ def tiny_inputs(model, rows=((5, "image", 7, 8),), seed: int = 0) -> dict[str, t
     if images:
         generator = torch.Generator().manual_seed(seed)
         inputs["pixel_values"] = torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    if numbers:
+        inputs["num_query_tokens"] = torch.tensor(numbers)
     return inputs
 
 
@@ -157,16 +162,24 @@ def image_processor():
     return square_image_processor(IMAGE_SIZE)
 
 
-def tiny_processor(num_image_tokens: int = 4, tokenizer=None) -> HoneybeeProcessor:
-    return HoneybeeProcessor(
-        image_processor(), prepare_tokenizer(tokenizer or word_tokenizer()), num_image_tokens=num_image_tokens
-    )
+def tiny_processor(num_image_tokens: int = 4, tokenizer=None, **numbers) -> HoneybeeProcessor:
+    tokenizer = prepare_tokenizer(tokenizer or word_tokenizer())
+    return HoneybeeProcessor(image_processor(), tokenizer, num_image_tokens=num_image_tokens, **numbers)
 
 
-def save_tiny(folder) -> Path:
+# An elastic model: one more visual token an image than its M.
+ELASTIC = {"num_query_tokens": 9, "elastic_num_query_tokens": [4, 9, 16], "num_eos_tokens": 1}
+
+
+def elastic_processor(tokenizer=None) -> HoneybeeProcessor:
+    return tiny_processor(10, tokenizer, elastic_num_query_tokens=[4, 9, 16], num_eos_tokens=1)
+
+
+def save_tiny(folder, elastic: bool = False) -> Path:
     """A model with random weights, and its processor."""
-    processor = tiny_processor()
-    tiny_model(config={"image_token_id": processor.image_token_id}).save_pretrained(folder)
+    processor = elastic_processor() if elastic else tiny_processor()
+    settings = ELASTIC if elastic else {}
+    tiny_model(config={"image_token_id": processor.image_token_id}, **settings).save_pretrained(folder)
     processor.save_pretrained(folder)
     return Path(folder)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversations in, a batch with supervised answers out: a row each, padded, or all in one row, packed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +24,10 @@ class HoneybeeDataCollator:
         image_root: folder of relative image paths.
         pack: all samples of the batch in one row, without padding.
 
-    Called with samples `{"messages", "images"[, "chat_template"]}` it returns `input_ids`, `attention_mask`, `labels`
-    (rows, tokens), padded on the right, labels -100 where nothing is learned; and `pixel_values` (images, 3, S, S), in
-    the order of the placeholders, where the batch has images.
+    Called with samples `{"messages", "images"[, "chat_template"][, "num_query_tokens"]}` it returns `input_ids`,
+    `attention_mask`, `labels` (rows, tokens), padded on the right, labels -100 where nothing is learned; and `pixel_values`
+    (images, 3, S, S), in the order of the placeholders, where the batch has images. A sample's `num_query_tokens` is the M
+    of all its images; where one has it, `num_query_tokens` (images,) int64 is returned with the pixels.
 
     Packed, `input_ids`, `labels` and `position_ids` are (1, tokens of the batch), and positions start at 0 in each
     sample. That alone keeps samples apart in transformers' masks where there is no `attention_mask`; `cu_seq_lens_q`,
@@ -45,16 +47,20 @@ class HoneybeeDataCollator:
         self._pixels = Pixels(self.processor.image_processor)
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        conversations, images = [], []
+        conversations, images, numbers = [], [], []
         for example in examples:
             messages, sources = normalize_conversation(example)
             conversations.append((messages, example.get("chat_template") or "default"))
             images += [open_image(source, self.image_root) for source in sources]
-        rows = self.tokenize(conversations)
+            numbers += [example.get("num_query_tokens")] * len(sources)
+        rows = self.tokenize(conversations, [example.get("num_query_tokens") for example in examples])
 
         batch = self._packed(rows) if self.pack else self._padded(rows)
         if images:
             batch["pixel_values"] = self._pixels(images)
+        if any(number is not None for number in numbers):
+            default = self.processor.num_query_tokens
+            batch["num_query_tokens"] = torch.tensor([default if number is None else number for number in numbers])
         return batch
 
     def _padded(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -78,9 +84,15 @@ class HoneybeeDataCollator:
             "max_length_k": longest,
         }
 
-    def tokenize(self, conversations: list[tuple[list[dict], str]]) -> list[dict[str, list[int]]]:
-        """`input_ids` and `labels` of (messages, template name) pairs, placeholders expanded, cut, not padded."""
-        features = self._tokenize_whole(conversations)
+    def tokenize(
+        self, conversations: list[tuple[list[dict], str]], num_query_tokens: Sequence[int | None] | None = None
+    ) -> list[dict[str, list[int]]]:
+        """`input_ids` and `labels` of (messages, template name) pairs, placeholders expanded, cut, not padded.
+
+        Args:
+            num_query_tokens: (pairs,), M of the images of each; None for the processor's.
+        """
+        features = self._tokenize_whole(conversations, num_query_tokens)
         for feature in features:
             self._truncate(feature)
         return features
@@ -88,10 +100,14 @@ class HoneybeeDataCollator:
     def lengths(self, examples: list[dict]) -> list[int]:
         """Tokens of each sample in a batch, without reading its images."""
         conversations = [(normalize_conversation(e)[0], e.get("chat_template") or "default") for e in examples]
-        whole = [len(feature["input_ids"]) for feature in self._tokenize_whole(conversations)]
+        numbers = [example.get("num_query_tokens") for example in examples]
+        whole = [len(feature["input_ids"]) for feature in self._tokenize_whole(conversations, numbers)]
         return [length if self.max_length is None else min(length, self.max_length) for length in whole]
 
-    def _tokenize_whole(self, conversations: list[tuple[list[dict], str]]) -> list[dict[str, list[int]]]:
+    def _tokenize_whole(
+        self, conversations: list[tuple[list[dict], str]], num_query_tokens: Sequence[int | None] | None
+    ) -> list[dict[str, list[int]]]:
+        numbers = num_query_tokens or [None] * len(conversations)
         pieces = [
             (row, piece, is_answer)
             for row, (messages, template) in enumerate(conversations)
@@ -102,19 +118,20 @@ class HoneybeeDataCollator:
         # the "▁" in front of a piece is.)
         texts = list(dict.fromkeys(piece for _, piece, _ in pieces))
         ids = self.processor.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        ids = dict(zip(texts, map(self._expanded, ids)))
+        ids = dict(zip(texts, ids))
         features = [{"input_ids": [], "labels": []} for _ in conversations]
         for row, piece, is_answer in pieces:
-            features[row]["input_ids"] += ids[piece]
-            features[row]["labels"] += ids[piece] if is_answer else [-100] * len(ids[piece])
+            expanded = self._expanded(ids[piece], numbers[row])
+            features[row]["input_ids"] += expanded
+            features[row]["labels"] += expanded if is_answer else [-100] * len(expanded)
         for feature in features:
             # transformers 4 counts the first label in the loss's denominator although nothing predicts it; and in a
             # packed row the end of another sample stands before it.
             feature["labels"][0] = -100
         return features
 
-    def check_length(self, messages: list[dict], template: str) -> None:
-        """Refuses a sample that would not be worth collating.
+    def check_length(self, messages: list[dict], template: str, num_query_tokens: int | None = None) -> None:
+        """Refuses a sample that would not be worth collating with so many visual tokens an image.
 
         Raises:
             BadSampleError: its images, or the beginning of its first answer, do not fit into `max_length`.
@@ -127,13 +144,13 @@ class HoneybeeDataCollator:
             for item in message["content"]:
                 size += 16
                 if item["type"] == "image":
-                    needed = size = size + self.processor.num_image_tokens
+                    needed = size = size + self._count_image_tokens(num_query_tokens)
                 elif message["role"] == "assistant" and not answered:
                     needed, answered = size + 1, True
                 size += len(item.get("text", "").encode())
         if needed <= self.max_length:
             return
-        (row,) = self.tokenize([(messages, template)])
+        (row,) = self.tokenize([(messages, template)], [num_query_tokens])
         if all(label == -100 for label in row["labels"]):
             raise BadSampleError(
                 f"the sample's question fills max_length={self.max_length}, so nothing of the answer is left to learn; "
@@ -141,10 +158,18 @@ class HoneybeeDataCollator:
                 "too long",
             )
 
-    def _expanded(self, ids: list[int]) -> list[int]:
-        image, count = self.processor.image_token_id, self.processor.num_image_tokens
+    def _count_image_tokens(self, num_query_tokens: int | None) -> int:
+        if num_query_tokens is None:
+            return self.processor.num_image_tokens
+        return num_query_tokens + self.processor.num_eos_tokens
+
+    def _expanded(self, ids: list[int], num_query_tokens: int | None) -> list[int]:
+        image = self.processor.image_token_id
+        if image not in ids:
+            return ids
         # By hand: to tokenize hundreds of placeholders costs more than all the words around them.
-        return [i for token in ids for i in ([image] * count if token == image else (token,))] if image in ids else ids
+        placeholders = [image] * self._count_image_tokens(num_query_tokens)
+        return [i for token in ids for i in (placeholders if token == image else (token,))]
 
     def _render(self, messages: list[dict], template: str) -> list[tuple[str, bool]]:
         templates, tokenizer = self.processor.chat_templates, self.processor.tokenizer

@@ -21,6 +21,7 @@ import yaml
 
 from processing import HoneybeeProcessor
 from training.collator import HoneybeeDataCollator
+from training.elastic import ElasticDraw, elastic_draw
 from training.recipe.balancing import sampling_weights
 from training.recipe.config import RecipeError, load_recipe
 from training.recipe.mixture import Source
@@ -33,23 +34,30 @@ MEASURED = 64  # samples of a dataset whose tokens are counted
 DEMO = "outputs/recipe"
 
 
-def mean_length(source: Source, seed: int, processor: HoneybeeProcessor | None) -> float:
+def mean_length(
+    source: Source, seed: int, processor: HoneybeeProcessor | None, elastic: ElasticDraw | None = None
+) -> float:
     """Mean tokens of the first samples, with those of their images; mean characters where there is no processor."""
-    samples = list(islice(samples_of(source, seed, Counter()), MEASURED))
+    samples = list(islice(samples_of(source, seed, Counter(), elastic=elastic), MEASURED))
     if not samples:
         return float("nan")
     if processor is None:
         return float(np.mean([sum(len(part) for part, _ in rendered(sample)) for sample in samples]))
     rows = HoneybeeDataCollator(processor).tokenize(
-        [(sample["messages"], sample["chat_template"]) for sample in samples]
+        [(sample["messages"], sample["chat_template"]) for sample in samples],
+        [sample.get("num_query_tokens") for sample in samples],
     )
     return float(np.mean([len(row["input_ids"]) for row in rows]))
 
 
-def run_length(path: str, processes: int) -> int:
-    """Samples of the run in a YAML file; of the paper's short schedule if the file has no `max_steps`."""
+def run_settings(path: str) -> dict:
+    """The settings of the run in a YAML file."""
     with open(path, encoding="utf-8") as file:
-        settings = yaml.safe_load(file)
+        return yaml.safe_load(file)
+
+
+def run_length(settings: dict, processes: int) -> int:
+    """Samples of the run; of the paper's short schedule where it has no `max_steps`."""
     if "max_steps" not in settings:
         return 4000 * 128
     batch = settings.get("per_device_train_batch_size", 8) * settings.get("gradient_accumulation_steps", 1) * processes
@@ -59,7 +67,8 @@ def run_length(path: str, processes: int) -> int:
 def preview(sources: list[Source], weights: np.ndarray, seed: int, args: argparse.Namespace) -> None:
     """Prints and writes what the arguments ask for."""
     processor = HoneybeeProcessor.from_pretrained(args.processor) if args.processor else None
-    lengths = {source.name: mean_length(source, seed, processor) for source in sources}
+    elastic = elastic_draw(args.elastic, processor.elastic_num_query_tokens) if processor else None
+    lengths = {source.name: mean_length(source, seed, processor, elastic) for source in sources}
     table = mixture_table(sources, weights, args.samples, lengths, "tokens" if processor else "characters")
     print(
         f"The mixture in a run of {args.samples:,} samples; the last column is a mean over the first {MEASURED} samples"
@@ -93,6 +102,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--processes", type=int, default=1, help="of the run, each with the config's batch (%(default)s)"
     )
     parser.add_argument("--processor", help="Hub name or folder of a processor: its templates, and mean tokens")
+    parser.add_argument(
+        "--elastic", metavar="M,M,...", help="with --processor: as in training; else from the config or the processor"
+    )
     parser.add_argument("--show", type=int, default=2, help="conversations of each dataset (%(default)s)")
     parser.add_argument("--html", metavar="FILE", help="write the table and the shown conversations with their images")
     parser.add_argument("--jsonl", metavar="FILE", help="write each sample as a line")
@@ -116,9 +128,14 @@ def main(arguments: list[str] | None = None):
     try:
         recipe = load_recipe(args.config, args.set)
         sources = open_sources(recipe, args.config)
-    except RecipeError as error:
+        settings = run_settings(args.config)
+        args.elastic = args.elastic or (settings.get("elastic") if args.processor else None)
+        elastic_draw(args.elastic, None)
+        if args.elastic and not args.processor:
+            raise ValueError(f"--elastic {args.elastic} counts tokens, which takes a --processor; give one")
+    except (RecipeError, ValueError) as error:
         sys.exit(f"error: {error}")
-    args.samples = args.samples or run_length(args.config, args.processes)
+    args.samples = args.samples or run_length(settings, args.processes)
     preview(sources, sampling_weights(sources, recipe.balancing, recipe.weights), recipe.seed, args)
 
 

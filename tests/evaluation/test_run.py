@@ -16,13 +16,14 @@ import evaluation.generate
 from evaluation.generate import answer, fingerprint, load
 from evaluation.json_files import read_lines
 from evaluation.predictions import collect
-from evaluation.prompts import Question
+from evaluation.prompts import Question, render
 from evaluation.run import main
 from evaluation.tasks import TASKS
-from hub_upload.model_card import read_results
+from hub_upload.export_check import check_folder
+from hub_upload.model_card import read_curve, read_provenance, read_results, write_card
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from tests.evaluation.make_data_root import make_data_root, picture
-from tests.tiny import REPOSITORY, run_script, tiny_model, tiny_processor
+from tests.tiny import ELASTIC, REPOSITORY, elastic_processor, run_script, tiny_model, tiny_processor
 
 RULED = ("mme", "pope", "mmbench", "scienceqa", "seed", "mmmu")
 ENVIRONMENT = {
@@ -413,3 +414,78 @@ def test_answers_are_greedy_whatever_the_checkpoint_says(place, tmp_path, kind):
     settings = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**settings, **FOREIGN[kind]}))
     assert answers(folder) == answers(place / "model")
+
+
+@pytest.fixture(scope="module")
+def elastic(place):
+    """A model whose images can have 4, 9 or 16 visual tokens, asked with each."""
+    processor = elastic_processor()
+    model = tiny_model(config={"image_token_id": processor.image_token_id}, **ELASTIC)
+    model.lm_head.weight.data[2] *= 1.5
+    for part in (model, processor):
+        part.save_pretrained(place / "elastic")
+    run_here(place, "curve", "mme,pope", "--num_query_tokens", "16,4,9", model="elastic")
+    return place
+
+
+def test_several_numbers_of_visual_tokens_in_one_run(elastic, capsys):
+    place = elastic
+    model, processor = load(place / "elastic", "float32", torch.device("cpu"), None)
+    questions = {q.id: q for q in TASKS["mme"].read(TASKS["mme"].data(place / "data"))}
+    asked = [q for q in questions.values() if q.image is not None][:3]
+    for number in (4, 9, 16):
+        found = answers(place, f"curve/M{number}", "mme")
+        for question in asked:
+            prompt = render(question, processor)
+            own = {"images": question.image, "text": prompt, "num_query_tokens": number, "add_special_tokens": False}
+            inputs = processor(**own, return_tensors="pt")
+            assert (inputs["input_ids"] == processor.image_token_id).sum() == number + 1
+            longest = {"max_new_tokens": TASKS["mme"].max_new_tokens, "do_sample": False}
+            output = model.generate(**inputs, **longest)[0, inputs["input_ids"].shape[1] :]
+            assert processor.tokenizer.decode(output, skip_special_tokens=True) == found[question.id]
+    assert len({json.dumps(answers(place, f"curve/M{number}", "mme")) for number in (4, 9, 16)}) == 3
+    run_here(place, "default", "mme,pope", model="elastic")
+    assert answers(place, "default", "mme") == answers(place, "curve/M9", "mme")
+    before = capsys.readouterr() and (place / "curve" / "M4" / "mme" / "predictions.jsonl").read_bytes()
+    run_here(place, "curve", "mme,pope", "--num_query_tokens", "4,9,16", model="elastic")
+    assert (place / "curve" / "M4" / "mme" / "predictions.jsonl").read_bytes() == before
+    assert "| 9 (default) | 10 |" in capsys.readouterr().out
+
+
+def test_the_curve(elastic):
+    place = elastic
+    curve = json.loads((place / "curve" / "curve.json").read_text())
+    assert [row["num_query_tokens"] for row in curve["rows"]] == [4, 9, 16] and curve["default"] == 9
+    for row in curve["rows"]:
+        summary = summaries(place, f"curve/M{row['num_query_tokens']}")
+        assert row["scores"]["mme"] == summary["mme"]["total"] and set(row["scores"]) == {"mme", "pope"}
+        assert row["prefill_seconds"] > 0 and row["visual_tokens"] == row["num_query_tokens"] + 1
+    assert "| 16 | 17 |" in (place / "curve" / "curve.md").read_text()
+    assert (place / "curve" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    found = {"results": read_results(place / "curve", "model"), "curve": read_curve(place / "curve")}
+    card = write_card(check_folder(place / "elastic"), read_provenance(place / "elastic"), "bee/elastic", **found)
+    assert "| 16 | 17 |" in card and "c-abs, 4, 9, 16 (default: 9) and 1 more visual tokens an image" in card
+    default = summaries(place, "curve/M9")["mme"]["total"]
+    assert default in [result.metric_value for result in found["results"] if result.metric_name == "total"]
+
+
+@pytest.mark.parametrize(
+    ("model", "numbers", "message"),
+    [
+        ("elastic", "25", "trained for 4, 9, 16 visual tokens.*--allow_untrained"),
+        ("elastic", "4,5", "5 is not a perfect square"),
+        ("elastic", "4,x", "must be numbers"),
+        ("elastic", "0", "must be numbers"),
+        ("model", "9", "trained for 4 visual tokens.*--allow_untrained"),
+    ],
+)
+def test_numbers_that_are_refused(elastic, capsys, model, numbers, message):
+    with pytest.raises(SystemExit, match=message):
+        run_here(elastic, "refused", "mme", "--num_query_tokens", numbers, model=model)
+    assert not (elastic / "refused").exists()
+
+
+def test_the_curve_of_a_model_with_a_fixed_m(elastic):
+    run_here(elastic, "fixed", "pope", "--limit", "6", "--num_query_tokens", "1,4,9", "--allow_untrained")
+    curve = json.loads((elastic / "fixed" / "curve.json").read_text())
+    assert [row["visual_tokens"] for row in curve["rows"]] == [1, 4, 9] and curve["default"] == 4

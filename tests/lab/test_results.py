@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lab's plan, intervals and verdicts."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lab.claims import Setting, equal, judge, larger, no_worse
+from lab.experiment import Experiment
 from lab.plan import (
     MAX_RATES,
     PRESETS,
@@ -261,3 +263,51 @@ def test_what_is_planned():
         assert each.points[-1] == (1080 if as_planned == Variant("c-abs", 16) and each.task.tower == "clip" else 360)
     rate_of = {each.projector: each.learning_rate for each in planned}
     assert rate_of["blind"] == rates[Variant("pool-mlp", 16)] and rate_of["shuffled"] == rates[Variant("c-abs", 16)]
+
+
+def test_the_claims_about_an_elastic_projector():
+    preset, records = PRESETS["elastic"], []
+    early, end = preset.points[-2:]
+    fixed = {4: 0.4, 9: 0.5, 16: 0.6, 25: 0.6, 36: 0.6}
+    for seed in range(3):
+        for number, share in fixed.items():
+            records.append(record("c-abs", seed, {}, num_tokens=number, points=course({early: 0.1, end: share})))
+        points = course({end: 0.5}, elsewhere={"4": 0.3, "9": 0.45, "25": 0.6, "36": 0.5})
+        points += course({2 * end: 0.7}, elsewhere=dict.fromkeys(("4", "9", "25", "36"), 0.7))
+        records.append({**record("c-abs", seed, {}, points=points), "width": "elastic"})
+    found = {figure: each for figure, each in judged(records, preset).items() if figure.startswith("elastic")}
+    assert list(found.values()) == [(-0.05, "not supported"), (0.16, "supported"), (0.1, "supported")]
+    without = [each for each in records if each["width"] != "elastic"]
+    assert not any(figure.startswith("elastic") for figure in judged(without, preset))
+
+
+def test_what_is_planned_of_an_elastic_projector():
+    task, preset = SceneTask("", "clip", 0, 0, (9, 9, 9), 1, 1), PRESETS["elastic"]
+    variants = variants_of(names_of(None, preset.left_out), preset, task)
+    every_m = (4, 9, 16, 25, 36)
+    assert set(variants) == {*(Variant("c-abs", number) for number in every_m), Variant("c-abs", 16, None, every_m)}
+    planned = experiments(dict.fromkeys(variants, 0.01), preset, [task], 144)
+    points = {(each.num_tokens, bool(each.trained_at)): (each.points[-1], each.elsewhere) for each in planned}
+    assert points.pop((16, True)) == (720, ()) and points.pop((16, False)) == (360, (4, 9, 25, 36))
+    assert set(points.values()) == {(360, ())} and len(points) == 4
+
+
+def test_each_image_of_an_elastic_step_draws_its_m():
+    class Asked:
+        seed = 3
+
+        def batch(self, *asked):
+            return asked
+
+    fixed = Experiment("c-abs", Asked(), 16, 0.01, (10,))
+    assert fixed.batches(7) == [(16, (7, 32, 16))]
+    assert replace(fixed, trained_at=(16,)).batches(7) == [(16, (7, 32, 16))]
+    drawn, seen = Counter(), set()
+    for step in range(200):
+        batches = replace(fixed, trained_at=(4, 9, 16)).batches(step)
+        assert sum(count for _, (_, count, _) in batches) == 32
+        for number, (key, count, asked) in batches:
+            assert number == asked and key not in seen
+            seen.add(key)
+            drawn[number] += count
+    assert all(abs(count - 200 * 32 / 3) < 150 for count in drawn.values()) and len(drawn) == 3

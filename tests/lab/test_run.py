@@ -47,14 +47,16 @@ def test_what_a_run_leaves(whole):
     assert "| c-abs | 16 | default |" in report and "| pool-mlp | 144 | 592 |" in report  # the chosen learning rates
     assert "C-Abs is better than average pooling + MLP, at equal tokens and parameters" in report
     assert "| `shuffled` loses everything that `c-abs` knows |" in report
-    for name in ("kinds", "steps", "cpu_time", "tokens", "looks"):
+    assert "## Elastic: one c-abs for several M" in report and "| all of them (elastic), 8 steps |" in report
+    for name in ("kinds", "steps", "cpu_time", "tokens", "elastic-c-abs", "looks"):
         assert f"({name}.png)" in report and (whole / f"{name}.png").stat().st_size > 5000
     records = results(whole).values()
     assert {record["projector"] for record in records} == {"pool-mlp", "c-abs", "blind", "shuffled"}
     assert {record["seed"] for record in records} == {0, 1}
     for record in records:
         steps = [point["step"] for point in record["points"]]
-        assert steps == ([2, 4, 6] if record["projector"] == "c-abs" and record["num_tokens"] == 16 else [2, 4])
+        is_main = record["projector"] == "c-abs" and record["num_tokens"] == 16
+        assert steps == {"elastic": [2, 4, 8]}.get(record["width"], [2, 4, 6] if is_main else [2, 4])
     elsewhere = [record["points"][-1]["elsewhere"] for record in records if record["projector"] == "c-abs"]
     assert {frozenset(each) for each in elsewhere} == {frozenset({"4"}), frozenset()}
 

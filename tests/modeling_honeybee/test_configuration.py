@@ -23,6 +23,14 @@ from tests.tiny import PROJECTORS, clip_config, llama_config, projector_settings
         ({"dropout": 1.0}, ["dropout=1.0"]),
         ({"dropout": "none"}, ["dropout='none'"]),
         ({"pos_emb": "no"}, ["pos_emb='no'", "True or False"]),
+        ({"elastic_num_query_tokens": [16, 150]}, ["num_query_tokens=150", "perfect square", "144", "169"]),
+        ({"elastic_num_query_tokens": [0, 144]}, ["[0, 144]", "at least 1"]),
+        ({"elastic_num_query_tokens": [144, 16]}, ["[144, 16]", "ascending"]),
+        ({"elastic_num_query_tokens": [144, 144]}, ["[144, 144]", "without repetition"]),
+        ({"elastic_num_query_tokens": []}, ["elastic_num_query_tokens=[]", "list of whole numbers"]),
+        ({"elastic_num_query_tokens": "16,64"}, ["'16,64'", "list of whole numbers"]),
+        ({"elastic_num_query_tokens": [16, 64]}, ["num_query_tokens=144", "the default", "[16, 64]"]),
+        ({"projector_type": "mlp", "elastic_num_query_tokens": [16]}, ["'mlp'", "one visual token of each patch"]),
     ],
 )
 def test_projector_config_names_what_is_wrong(settings, words):
@@ -159,3 +167,28 @@ def test_image_sizes_that_do_not_fit_are_named(vision, words):
     settings = {**clip_config().to_dict(), **vision}
     with pytest.raises(ValueError, match=words):
         HoneybeeConfig(settings, llama_config(), projector_settings("c-abs"))
+
+
+@pytest.mark.parametrize("projector_type", ["resampler", "c-abs", "d-abs"])
+def test_elastic_numbers_are_saved_where_there_are_some(projector_type, tmp_path):
+    trained = [4, 9, 16]
+    for elastic in (None, trained):
+        config = tiny_config(projector_type, elastic_num_query_tokens=elastic)
+        config.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())["projector_config"]
+        assert ("elastic_num_query_tokens" in saved) == (elastic is not None)
+        loaded = HoneybeeConfig.from_pretrained(tmp_path)
+        assert loaded.projector_config.elastic_num_query_tokens == elastic
+        assert loaded.num_image_tokens == 4 and loaded.projector_config.num_learned_queries == (16 if elastic else 4)
+        assert loaded.to_dict() == config.to_dict()
+
+
+def test_what_is_trained():
+    elastic = HoneybeeProjectorConfig(num_query_tokens=16, elastic_num_query_tokens=[16, 64, 144])
+    assert [n for n in range(1, 200) if elastic.is_trained(n)] == [16, 25, 36, 49, 64, 81, 100, 121, 144]
+    fixed = HoneybeeProjectorConfig(num_query_tokens=16)
+    assert [n for n in range(1, 200) if fixed.is_trained(n)] == [16]
+    resampler = HoneybeeProjectorConfig(
+        projector_type="resampler", num_query_tokens=8, elastic_num_query_tokens=[8, 20]
+    )
+    assert [n for n in range(1, 200) if resampler.is_trained(n)] == [8, 9, 16, 20]

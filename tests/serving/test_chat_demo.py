@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
@@ -15,22 +16,29 @@ import torch
 
 from serving.chat_demo import Chat, as_messages
 from serving.limits import LimitError, Limits
-from tests.tiny import REPOSITORY, picture, tiny_model, tiny_processor
+from tests.tiny import ELASTIC, REPOSITORY, elastic_processor, picture, tiny_model, tiny_processor
 
 CHROMIUM = shutil.which("chromium")
 LIMITS = Limits(max_image_pixels=5_000, max_image_bytes=20_000, max_images=3, max_prompt_chars=100, max_new_tokens=6)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("chat")
-    processor = tiny_processor()
-    model = tiny_model(config={"image_token_id": processor.image_token_id})
+def make_world(root, processor, **settings) -> dict:
+    model = tiny_model(config={"image_token_id": processor.image_token_id}, **settings)
     for seed in range(4):
         picture(seed).save(root / f"{seed}.png")
     picture(size=(100, 60)).save(root / "large.png")
     (root / "text.png").write_text("no image")
     return {"root": root, "model": model, "processor": processor, "chat": Chat(model, processor, LIMITS)}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("chat"), tiny_processor())
+
+
+@pytest.fixture(scope="module")
+def elastic(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("elastic"), elastic_processor(), **ELASTIC)
 
 
 def file(path) -> dict:
@@ -103,23 +111,31 @@ def test_a_failure_while_generating_is_not_silent(world):
         handle.remove()
 
 
-@pytest.mark.skipif(
-    find_spec("gradio") is None or find_spec("playwright") is None or CHROMIUM is None,
-    reason="needs gradio, playwright and a chromium: pip install gradio playwright, apt install chromium",
-)
-def test_the_page_in_a_browser(world):
-    from playwright.sync_api import expect, sync_playwright
+def test_visual_tokens_of_an_answer(elastic):
+    chat, path = elastic["chat"], str(elastic["root"] / "0.png")
+    answers = []
+    for number in (None, 4, 9, 16):
+        (text,) = list(chat.answer({"text": "What is it ?", "files": [path]}, [], number))[-1:]
+        answers.append(text)
+    assert answers[0] == answers[2] and len(set(answers)) == 3
+    with pytest.raises(LimitError, match="trained for 4, 9, 16"):
+        list(chat.answer({"text": "What is it ?", "files": [path]}, [], 25))
 
-    root = world["root"]
-    world["model"].save_pretrained(root / "model")
-    world["processor"].save_pretrained(root / "model")
+
+@contextmanager
+def opened(world):
+    """The page of a model, in a browser."""
+    from playwright.sync_api import sync_playwright
+
+    for part in ("model", "processor"):
+        world[part].save_pretrained(world["root"] / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, REPOSITORY / "serving" / "chat_demo.py", "--model", root / "model", "--port", str(port),
+        [sys.executable, REPOSITORY / "serving" / "chat_demo.py", "--model", world["root"] / "model", "--port", str(port),
          "--device", "cpu", "--max_new_tokens", "6", "--max_image_pixels", "5000"],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])},
     )  # fmt: skip
     address = f"http://127.0.0.1:{port}/"
     try:
@@ -130,25 +146,61 @@ def test_the_page_in_a_browser(world):
             except OSError:
                 assert process.poll() is None
                 time.sleep(1)
-        (answer,) = list(world["chat"].answer({"text": "What is it ?", "files": [str(root / "2.png")]}, []))[-1:]
         flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
             page = browser.new_page()
             page.goto(address)
-
-            def say(text, name):
-                page.set_input_files("input[type=file]", root / name)
-                page.wait_for_selector(".thumbnail-item, .thumbnail-image, img[alt]", timeout=20_000)
-                page.wait_for_timeout(1_000)  # the upload
-                page.fill("textarea", text)
-                page.press("textarea", "Enter")
-
-            say("What is it ?", "2.png")
-            expect(page.locator(".bot.message").first).to_contain_text(answer.strip(), timeout=30_000)
-            say("And this ?", "large.png")
-            expect(page.locator("body")).to_contain_text("6,000 pixels; the limit is 5,000", timeout=30_000)
+            yield page
             browser.close()
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+def say(page, text, image):
+    page.set_input_files("input[type=file]", image)
+    page.wait_for_selector(".thumbnail-item, .thumbnail-image, img[alt]", timeout=20_000)
+    page.wait_for_timeout(1_000)  # the upload
+    page.fill("textarea", text)
+    page.press("textarea", "Enter")
+
+
+IN_A_BROWSER = pytest.mark.skipif(
+    find_spec("gradio") is None or find_spec("playwright") is None or CHROMIUM is None,
+    reason="needs gradio, playwright and a chromium: pip install gradio playwright, apt install chromium",
+)
+
+
+@IN_A_BROWSER
+def test_the_page_in_a_browser(world):
+    from playwright.sync_api import expect
+
+    root = world["root"]
+    (answer,) = list(world["chat"].answer({"text": "What is it ?", "files": [str(root / "2.png")]}, []))[-1:]
+    with opened(world) as page:
+        say(page, "What is it ?", root / "2.png")
+        expect(page.locator(".bot.message").first).to_contain_text(answer.strip(), timeout=30_000)
+        assert page.locator("input[type=range]").count() == 0
+        say(page, "And this ?", root / "large.png")
+        expect(page.locator("body")).to_contain_text("6,000 pixels; the limit is 5,000", timeout=30_000)
+
+
+@IN_A_BROWSER
+def test_the_slider_in_a_browser(elastic):
+    from playwright.sync_api import expect
+
+    root = elastic["root"]
+    (answer,) = list(elastic["chat"].answer({"text": "What is it ?", "files": [str(root / "2.png")]}, [], 16))[-1:]
+    with opened(elastic) as page:
+        slider = page.locator("input[type=range]")
+        assert slider.input_value() == "9"
+        box = slider.bounding_box()
+        page.mouse.click(
+            box["x"] + 0.85 * box["width"], box["y"] + box["height"] / 2
+        )  # at 14, to which 16 is the nearest
+        expect(slider).to_have_value("16", timeout=10_000)
+        if path := os.environ.get("HONEYBEE_SCREENSHOT"):
+            page.screenshot(path=path)
+        say(page, "What is it ?", root / "2.png")
+        expect(page.locator(".bot.message").first).to_contain_text(answer.strip(), timeout=30_000)

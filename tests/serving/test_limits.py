@@ -13,7 +13,7 @@ from PIL import Image
 
 from serving import chat_demo, serve
 from serving.limits import LimitError, Limits, check_chat
-from tests.tiny import picture
+from tests.tiny import picture, save_tiny, tiny_processor
 
 LIMITS = Limits(max_image_bytes=20_000, max_image_pixels=5_000, max_images=2, max_prompt_chars=50, max_new_tokens=16)
 
@@ -132,3 +132,6 @@ def test_a_model_that_cannot_be_served_is_named(script, tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").unlink()
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert "is of type 'llama'" in error(tmp_path)
+    folder = save_tiny(tmp_path / "elastic", elastic=True)
+    tiny_processor(10, elastic_num_query_tokens=[9, 10]).save_pretrained(folder)
+    assert "the numbers of visual tokens that are trained: [9, 10] and [4, 9, 16]" in error(folder)

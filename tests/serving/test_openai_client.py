@@ -18,7 +18,7 @@ import torch
 from serving.answer import Answer
 from serving.limits import FIELDS, ChatRequest, Limits
 from serving.serve import ChatServer
-from tests.tiny import byte_tokenizer, picture, tiny_model, tiny_processor
+from tests.tiny import ELASTIC, byte_tokenizer, elastic_processor, picture, tiny_model, tiny_processor
 
 openai = pytest.importorskip("openai", reason='needs openai: pip install -e ".[test]"')
 uvicorn = pytest.importorskip("uvicorn", reason='needs uvicorn: pip install -e ".[serve]"')
@@ -28,10 +28,8 @@ ASK = [{"role": "user", "content": "What is in the picture ?"}]
 LIMITS = Limits(max_new_tokens=400, max_prompt_chars=2_000, max_image_bytes=20_000)
 
 
-@pytest.fixture(scope="module")
-def world():
-    processor = tiny_processor()
-    model = tiny_model(config={"image_token_id": processor.image_token_id})
+@contextmanager
+def served(model, processor):
     server = uvicorn.Server(
         uvicorn.Config(ChatServer(model, processor, "tiny", LIMITS), port=0, lifespan="off", log_level="warning")
     )
@@ -50,6 +48,13 @@ def world():
     )
     server.should_exit = True
     thread.join(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def world():
+    processor = tiny_processor()
+    with served(tiny_model(config={"image_token_id": processor.image_token_id}), processor) as world:
+        yield world
 
 
 def ask(world, messages=ASK, **fields):
@@ -130,6 +135,8 @@ VALUES = {
     "store": ([None, False], [True]),
     "user": ([None, "", "somebody"], [3, ["somebody"]]),
     "safety_identifier": ([None, "somebody"], [3]),
+    "num_query_tokens": ([None, 4, []], [0, -1, 2.5, "4", True, [0], ["4"], [4], {}]),
+    "max_visual_tokens": ([None, 1, 10_000], [0, -1, 2.5, "4", True, [4]]),
     "metadata": ([None, {}, {"run": "1"}], ["run", ["run"]]),
     "prompt_cache_key": ([None, "key"], [3]),
     "prompt_cache_retention": ([None, "in_memory", "24h"], [24]),
@@ -466,3 +473,54 @@ def test_half_characters_are_not_streamed():
         answer.read(ids[:end])
     assert "".join(parts) == answer.text == "蜂 🐝 " and answer.stopped and len(parts) > 2
     assert "\ufffd" not in "".join(parts)
+
+
+@pytest.fixture(scope="module")
+def elastic():
+    """A model whose images can have 4, 9 or 16 visual tokens, and one more."""
+    processor = elastic_processor()
+    with served(tiny_model(config={"image_token_id": processor.image_token_id}, **ELASTIC), processor) as world:
+        yield world
+
+
+@pytest.mark.parametrize(
+    ("details", "fields", "numbers"),
+    [
+        ([None, None], {}, [9, 9]),
+        (["low", "high"], {}, [4, 16]),
+        (["auto", "low"], {}, [9, 4]),
+        ([None, None], {"num_query_tokens": 16}, [16, 16]),
+        ([None, "low"], {"num_query_tokens": 16}, [16, 4]),
+        ([None, None], {"num_query_tokens": [16, 4]}, [16, 4]),
+        ([None, None], {"max_visual_tokens": 33}, [9, 9]),
+        (["high", None], {"max_visual_tokens": 33}, [16, 9]),
+    ],
+)
+def test_visual_tokens_of_an_image(elastic, details, fields, numbers):
+    messages = user(*(image_item(**({"detail": detail} if detail else {})) for detail in details), TEXT)
+    reply = ask(elastic, messages, extra_body=fields)
+    processor, images = elastic.processor, [picture()] * 2
+    own = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, TEXT]}]
+    prompt = processor.apply_chat_template(own, add_generation_prompt=True)
+    asked = {"images": images, "text": prompt, "num_query_tokens": numbers, "add_special_tokens": False}
+    inputs = processor(**asked, return_tensors="pt")
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == sum(numbers) + 2
+    assert reply.usage.prompt_tokens == inputs["input_ids"].shape[1]
+    with torch.inference_mode():
+        ids = elastic.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert reply.choices[0].message.content == processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words", "param"),
+    [
+        ({"num_query_tokens": 25}, "trained for 4, 9, 16 visual tokens", "num_query_tokens"),
+        ({"num_query_tokens": 5}, "trained for 4, 9, 16 visual tokens", "num_query_tokens"),
+        ({"num_query_tokens": [4]}, "lists 1 numbers, but there are 2 images", "num_query_tokens"),
+        ({"max_visual_tokens": 9}, "the 2 images of the prompt need at least 10", "max_visual_tokens"),
+    ],
+)
+def test_visual_tokens_that_are_refused(elastic, fields, words, param):
+    body = {"messages": user(image_item(), image_item(), TEXT), "max_tokens": 2, **fields}
+    status, reply = post(elastic, body)
+    assert status == 400 and words in reply["error"]["message"] and reply["error"]["param"] == param

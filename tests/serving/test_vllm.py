@@ -17,8 +17,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
 from tests.tiny import (
+    ELASTIC,
     PROJECTORS,
     clip_config,
+    elastic_processor,
     llama_config,
     picture,
     projector_settings,
@@ -66,13 +68,12 @@ def some_chats() -> list[list[dict]]:
     return chats
 
 
-def save_model(projector_type: str, folder) -> None:
+def save_model(projector_type: str, folder, elastic: bool = False) -> None:
     """With heads of 32, which vLLM's attention on CPUs takes, and a placeholder that wins wherever it is not suppressed."""
     torch.manual_seed(0)
-    config = HoneybeeConfig(
-        clip_config(), llama_config(hidden_size=64, num_attention_heads=2), projector_settings(projector_type)
-    )
-    processor = tiny_processor(config.num_image_tokens)
+    projector = projector_settings(projector_type, **(ELASTIC if elastic else {}))
+    config = HoneybeeConfig(clip_config(), llama_config(hidden_size=64, num_attention_heads=2), projector)
+    processor = elastic_processor() if elastic else tiny_processor(config.num_image_tokens)
     config.image_token_id = processor.image_token_id
     model = HoneybeeForConditionalGeneration(config)
     with torch.no_grad():
@@ -84,14 +85,14 @@ def save_model(projector_type: str, folder) -> None:
     processor.save_pretrained(folder)
 
 
-def generated(folder, chats: list[list[dict]]) -> list[dict]:
-    """What `vllm_answers.py` gives, by `generate`, one chat at a time."""
+def generated(folder, chats: list[list[dict]], **settings) -> list[dict]:
+    """What `vllm_answers.py` gives, by `generate`, one chat at a time, the processor called with `settings`."""
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
     found = []
     for chat in chats:
         inputs = processor.apply_chat_template(
-            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **settings
         )
         output = model.generate(
             **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
@@ -114,11 +115,14 @@ def environment(**more) -> dict[str, str]:
     return {**kept, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
 
 
-def answered(folder: Path, chats: list[list[dict]], work: Path, image_token_id: int, **engine) -> list[dict]:
+def answered(
+    folder: Path, chats: list[list[dict]], work: Path, image_token_id: int, settings=(None,), **engine
+) -> list[dict]:
     (work / "chats.json").write_text(
         json.dumps(
             {
                 "chats": chats,
+                "settings": settings,
                 "engine": {**ENGINE, **engine},
                 "sampling": {"max_tokens": NEW_TOKENS, "logit_bias": {image_token_id: -100}},
             }
@@ -153,6 +157,18 @@ def test_answers_are_those_of_generate(projector_type, tmp_path):
     assert len(differences) == 6  # the chats differ in their pictures alone
     image_token_id = HoneybeeConfig.from_pretrained(folder).image_token_id
     check_same(answered(folder, chats, tmp_path, image_token_id, **PIECES), expected)
+
+
+@pytest.mark.parametrize("projector_type", ["c-abs", "d-abs"])
+def test_three_numbers_of_visual_tokens_of_one_folder(projector_type, tmp_path):
+    folder, chats = tmp_path / "model", [chat for chat in some_chats() if isinstance(chat[-1]["content"], list)][::2]
+    save_model(projector_type, folder, elastic=True)
+    image_token_id = HoneybeeConfig.from_pretrained(folder).image_token_id
+    settings = [{"num_query_tokens": 4}, {}, {"num_query_tokens": 16}]
+    expected = [answer for asked in settings for answer in generated(folder, chats, **asked)]
+    counts = [answer["prompt"].count(image_token_id) for answer in expected[:: len(chats)]]
+    assert counts == [5, 10, 17]  # of the first chat, with one picture
+    check_same(answered(folder, chats, tmp_path, image_token_id, settings, **PIECES), expected)
 
 
 @pytest.mark.parametrize("projector_type", ["c-abs", "d-abs"])

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModel, AutoProcesso
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from modeling_honeybee import HoneybeeModel
-from tests.tiny import PROJECTORS, picture, save_tiny, tiny_inputs, tiny_model
+from tests.tiny import ELASTIC, PROJECTORS, picture, save_tiny, tiny_inputs, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +121,43 @@ def test_processor_tells_where_it_put_them(processor):
     assert [entry["replacement"] for entry in offsets] == ["<image>" * 4] * 2
     assert [entry["type"] for entry in offsets] == ["image", "image"]
     assert "image_inputs" in inspect.signature(type(processor).replace_image_token).parameters
+
+
+@pytest.mark.parametrize("asked", [{}, {"num_query_tokens": 4}, {"num_query_tokens": 16}, {"max_visual_tokens": 27}])
+def test_numbers_of_visual_tokens_by_mm_processor_kwargs(asked, tmp_path):
+    """It gives them to the loading of the processor, to each call and to the count of tokens, and slices what a call
+    returns by image. What it makes of the text is not our placeholders: those come as `num_query_tokens` with the pixels."""
+    folder = save_tiny(tmp_path, elastic=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, **asked)
+    assert processor.num_image_tokens == 10 and processor.elastic_num_query_tokens == [4, 9, 16]
+    text, images = processor.image_token * 2, [picture(0), picture(1)]
+    expected = asked.get("num_query_tokens", 9) + ELASTIC["num_eos_tokens"]
+    (most,) = processor._get_num_multimodal_tokens(image_sizes=([10_000, 10_000],), **asked)["num_image_tokens"]
+    assert most >= expected
+    counts = processor._get_num_multimodal_tokens(image_sizes=[[24, 40]] * 2, **asked)["num_image_tokens"]
+    assert counts == [expected, expected]
+    inputs = processor(
+        images=images, text=text, return_mm_token_type_ids=True, truncation=False, add_special_tokens=False,
+        return_tensors="pt", **asked,
+    )  # fmt: skip
+    assert inputs["mm_token_type_ids"].tolist() == [[1] * sum(counts)]
+    assert ("num_query_tokens" in inputs) == (expected != 10)
+    model = AutoModel.from_pretrained(folder).eval()
+    # Two requests together, whose tensors it joins where they have the same fields.
+    given = {name: torch.cat([inputs[name]] * 2) for name in ("pixel_values", "num_query_tokens") if name in inputs}
+    with torch.no_grad():
+        features = model.get_image_features(**given, return_dict=True).pooler_output
+    assert [tuple(image.shape) for image in features] == [(expected, 24)] * 4
+    assert not isinstance(features, tuple)  # of which it would take the first
+
+
+def test_numbers_of_visual_tokens_in_the_replacements(tmp_path):
+    processor = AutoProcessor.from_pretrained(save_tiny(tmp_path, elastic=True), trust_remote_code=True)
+    if not hasattr(ProcessorMixin, "get_text_with_replacements"):
+        pytest.skip("this transformers has no replacement offsets; vLLM reads mm_token_type_ids there")
+    found = processor(
+        images=[picture(0), picture(1)], text="<image> or <image>?", return_text_replacement_offsets=True,
+        num_query_tokens=[4, 16],
+    )  # fmt: skip
+    (offsets,) = found["text_replacement_offsets"]
+    assert [entry["replacement"].count("<image>") for entry in offsets] == [5, 17]

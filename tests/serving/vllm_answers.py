@@ -3,10 +3,12 @@
 
     python vllm_answers.py CHATS.json FOLDER RESULT.json
 
-CHATS.json holds `chats` in OpenAI's form, `engine` (arguments of `LLM`) and `sampling` (of `SamplingParams`). RESULT.json gets
-of each chat the tokens of the prompt, those of the answer, their log-probabilities, and the text.
+CHATS.json holds `chats` in OpenAI's form, `engine` (arguments of `LLM`), `sampling` (of `SamplingParams`) and `settings`, the
+`mm_processor_kwargs` with which all chats are asked, one after the other. RESULT.json gets of each chat the tokens of the prompt,
+those of the answer, their log-probabilities, and the text.
 """
 
+import itertools
 import json
 import sys
 
@@ -21,7 +23,8 @@ def main(chats: str, folder: str, result: str):
     bias = bias and {int(token): value for token, value in bias.items()}
     sampling = SamplingParams(temperature=0, logprobs=0, logit_bias=bias, **asked["sampling"])
     found = []
-    for output in engine.chat(asked["chats"], sampling, use_tqdm=False):
+    outputs = (engine.chat(asked["chats"], sampling, use_tqdm=False, mm_processor_kwargs=s) for s in asked["settings"])
+    for output in itertools.chain.from_iterable(outputs):
         answer = output.outputs[0]
         found.append(
             {

@@ -24,13 +24,15 @@ from torch.utils.data import get_worker_info
 
 from processing import open_image
 from training.conversations import normalize_conversation
+from training.elastic import ElasticDraw
 from training.recipe.stream import ShuffledStream, Stream
 from training.samples import REASONS, BadSampleError, TooManyBadSamplesError
 
 logger = logging.getLogger(__name__)
 
-# Raises a ValueError where messages in a chat template are of no use for training, for instance because they are too long.
-Fits = Callable[[list[dict], str], None]
+# Raises a ValueError where messages in a chat template, with M visual tokens an image (None: the model's default), are of no
+# use for training, for instance because they are too long.
+Fits = Callable[[list[dict], str, int | None], None]
 
 # Columns of the counts: records used, answers in them, records not used; then the reasons, also of turns.
 _USED, _ANSWERS, _UNUSABLE, _REASONS = 0, 1, 2, 3
@@ -83,16 +85,18 @@ def sample_random(seed: int, name: str, index: int, epoch: int) -> random.Random
     return random.Random(f"{seed}/{name}/{index}/{epoch}")
 
 
-def read_sample(source: Source, index: int, rng: random.Random, fits: Fits | None = None) -> dict:
+def read_sample(
+    source: Source, index: int, rng: random.Random, fits: Fits | None = None, num_query_tokens: int | None = None
+) -> dict:
     """[`make_sample`] of record `index`, its images loaded as PIL images in RGB.
 
     Raises:
         BadSampleError: nothing can be learned from the record.
     """
-    sample = make_sample(source, index, read_record(source, index), rng)
+    sample = make_sample(source, index, read_record(source, index), rng, num_query_tokens)
     if fits is not None:
         try:
-            fits(sample["messages"], sample["chat_template"])
+            fits(sample["messages"], sample["chat_template"], num_query_tokens)
         except _DATA_ERRORS as error:
             raise bad_sample(error, "malformed conversation") from error
     try:
@@ -114,12 +118,15 @@ def read_record(source: Source, index: int):
         raise bad_sample(error, "malformed record") from error
 
 
-def make_sample(source: Source, index: int, record, rng: random.Random) -> dict:
+def make_sample(source: Source, index: int, record, rng: random.Random, num_query_tokens: int | None = None) -> dict:
     """A record as a checked sample.
 
+    Args:
+        num_query_tokens: M of its images, of an elastic run.
+
     Returns:
-        `messages` with content as items; `images` as the record has them; `chat_template`; `dataset` and `index`; and
-        `skipped`, the reason of each turn that is left out.
+        `messages` with content as items; `images` as the record has them; `chat_template`; `dataset` and `index`;
+        `skipped`, the reason of each turn that is left out; and `num_query_tokens` where it is given.
 
     Raises:
         BadSampleError: nothing can be learned from the record.
@@ -139,6 +146,7 @@ def make_sample(source: Source, index: int, record, rng: random.Random) -> dict:
         "dataset": source.name,
         "index": index,
         "skipped": list(sample.get("skipped") or ()),
+        **({} if num_query_tokens is None else {"num_query_tokens": num_query_tokens}),
     }
 
 
@@ -174,6 +182,7 @@ class Mixture(torch.utils.data.Dataset):
         max_bad_fraction: reading stops when more than this share of a source's records is of no use, or of the turns in
             the used ones. It is judged from 20 records or turns on, with two standard deviations of tolerance.
         fits: refuses samples that the run cannot use, see [`Fits`].
+        elastic: draws the M of each sample; None leaves it to the model.
 
     Raises:
         ValueError: sources without records, names given twice.
@@ -188,6 +197,7 @@ class Mixture(torch.utils.data.Dataset):
         seed: int = 0,
         max_bad_fraction: float = 0.1,
         fits: Fits | None = None,
+        elastic: ElasticDraw | None = None,
     ):
         names = [source.name for source in sources]
         if len(set(names)) < len(names):
@@ -195,7 +205,7 @@ class Mixture(torch.utils.data.Dataset):
         if empty := [source.name for source in sources if source.size == 0]:
             raise ValueError(f"no records in {', '.join(empty)}; check the files or leave the datasets out")
         self.sources, self.weights, self.num_samples, self.seed = sources, weights, num_samples, seed
-        self.max_bad_fraction, self.fits = max_bad_fraction, fits
+        self.max_bad_fraction, self.fits, self.elastic = max_bad_fraction, fits, elastic
         self._bounds = np.cumsum(weights)
         # The last source with a weight gets what rounding leaves of the sum.
         self._bounds[np.flatnonzero(weights)[-1] :] = np.inf
@@ -224,7 +234,7 @@ class Mixture(torch.utils.data.Dataset):
             index, epoch = self._record_at(number, position)
             rng = sample_random(self.seed, source.name, index, epoch)
             try:
-                sample = read_sample(source, index, rng, self.fits)
+                sample = read_sample(source, index, rng, self.fits, self._query_tokens(source, index, epoch))
             except BadSampleError as error:
                 self._count(number, _UNUSABLE)
                 self._skip(number, index, error.reason, error)
@@ -245,7 +255,7 @@ class Mixture(torch.utils.data.Dataset):
         source = self.sources[number]
         index, epoch = self._record_at(number, visit)
         rng = sample_random(self.seed, source.name, index, epoch)
-        return make_sample(source, index, read_record(source, index), rng)
+        return make_sample(source, index, read_record(source, index), rng, self._query_tokens(source, index, epoch))
 
     def read_ahead(self, window: int) -> "Mixture":
         """The same draws, to [`glance`] at a window of them before this mixture reads it in another order.
@@ -258,11 +268,11 @@ class Mixture(torch.utils.data.Dataset):
                 source.records.keep(window)
                 source = replace(source, records=source.records.anew())
             sources.append(source)
-        return Mixture(sources, self.weights, self.num_samples, self.seed)
+        return Mixture(sources, self.weights, self.num_samples, self.seed, elastic=self.elastic)
 
     def held_out(self) -> dict[str, "Mixture"]:
-        """What is kept from training, by source: each record once, always in the same words. The next one takes the place of a
-        bad one."""
+        """What is kept from training, by source: each record once, always in the same words, and of an elastic run with the
+        model's default M. The next one takes the place of a bad one."""
         return {
             source.name: Mixture(
                 [replace(source, records=source.held_out, held_out=None)],
@@ -342,6 +352,9 @@ class Mixture(torch.utils.data.Dataset):
             return position, 0
         epoch, offset = divmod(position, size)
         return int(self._order(number, epoch)[offset]), epoch
+
+    def _query_tokens(self, source: Source, index: int, epoch: int) -> int | None:
+        return None if self.elastic is None else self.elastic.of(self.seed, source.name, index, epoch)
 
     # Bad records
 

@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetsError
 
 from training.conversations import image_root, load_conversations
+from training.elastic import ElasticDraw
 from training.recipe.balancing import sampling_weights
 from training.recipe.catalogue import DATASETS
 from training.recipe.config import OwnDataset, Recipe, RecipeError
@@ -101,28 +102,41 @@ def keep_share(dataset: Dataset, share: float | None, seed: int) -> tuple[Datase
     return parts["train"], parts["test"]
 
 
-def open_mixture(recipe: Recipe, num_samples: int, path: str = "the recipe", fits: Fits | None = None) -> Mixture:
+def open_mixture(
+    recipe: Recipe,
+    num_samples: int,
+    path: str = "the recipe",
+    fits: Fits | None = None,
+    elastic: ElasticDraw | None = None,
+) -> Mixture:
     """The recipe's mixture for a run of `num_samples` samples: steps times global batch.
 
     Args:
         fits: refuses samples that the run cannot use; they are counted and left out.
+        elastic: draws the M of each sample.
 
     Raises:
         RecipeError: as [`open_sources`].
     """
     sources = open_sources(recipe, path)
     weights = sampling_weights(sources, recipe.balancing, recipe.weights)
-    return Mixture(sources, weights, num_samples, recipe.seed, recipe.max_bad_fraction, fits)
+    return Mixture(sources, weights, num_samples, recipe.seed, recipe.max_bad_fraction, fits, elastic)
 
 
 def open_streamed(
-    name: str, split: str, buffer_size: int, num_samples: int, seed: int, fits: Fits | None = None
+    name: str,
+    split: str,
+    buffer_size: int,
+    num_samples: int,
+    seed: int,
+    fits: Fits | None = None,
+    elastic: ElasticDraw | None = None,
 ) -> Mixture:
     """A stream alone, as a mixture of one, its first samples read with their images.
 
     Args:
         name, split: as [`open_stream`].
-        num_samples, fits: as [`open_mixture`].
+        num_samples, fits, elastic: as [`open_mixture`].
 
     Raises:
         ValueError, FileNotFoundError: as [`open_stream`].
@@ -130,7 +144,8 @@ def open_streamed(
     """
     stream, convert = open_stream(name, split, seed=seed, buffer_size=buffer_size)
     source = Source(name, "stream", stream, partial(render_streamed, convert=convert), stream_root(name))
-    trial = Mixture([source], np.ones(1), min(CHECKED, num_samples), seed, fits=fits)
+    trial = Mixture([source], np.ones(1), min(CHECKED, num_samples), seed, fits=fits, elastic=elastic)
     for draw in range(len(trial)):
         trial[draw]
-    return Mixture([replace(source, records=stream.anew())], np.ones(1), num_samples, seed, fits=fits)
+    sources = [replace(source, records=stream.anew())]
+    return Mixture(sources, np.ones(1), num_samples, seed, fits=fits, elastic=elastic)

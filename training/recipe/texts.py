@@ -9,6 +9,7 @@ from itertools import islice, product
 from processing import HoneybeeProcessor
 from processing.processing_honeybee import CAPTION_TEMPLATE, CHAT_TEMPLATE, GUARD
 from processing.rendering import render
+from training.elastic import ElasticDraw
 from training.recipe.mixture import Source, make_sample, sample_random
 from training.recipe.stream import Stream
 from training.samples import BadSampleError
@@ -16,11 +17,14 @@ from training.samples import BadSampleError
 NO_PROMPT = "[NO_PROMPT] <image> "
 
 
-def samples_of(source: Source, seed: int, skipped: Counter, epoch: int = 0) -> Iterator[dict]:
+def samples_of(
+    source: Source, seed: int, skipped: Counter, epoch: int = 0, elastic: ElasticDraw | None = None
+) -> Iterator[dict]:
     """The samples of a dataset in the order of its records, as an epoch words them; images are not opened.
 
     Args:
         skipped: (dataset, reason) -> number of records and turns that are of no use; it is added to.
+        elastic: draws the M of each sample.
     """
     if isinstance(source.records, Stream):
         records = source.records.one_pass()
@@ -28,7 +32,9 @@ def samples_of(source: Source, seed: int, skipped: Counter, epoch: int = 0) -> I
         records = (source.records[index] for index in range(len(source.records)))
     for index, record in enumerate(records):
         try:
-            sample = make_sample(source, index, record, sample_random(seed, source.name, index, epoch))
+            rng = sample_random(seed, source.name, index, epoch)
+            number = None if elastic is None else elastic.of(seed, source.name, index, epoch)
+            sample = make_sample(source, index, record, rng, number)
         except BadSampleError as error:
             skipped[source.name, error.reason] += 1
             continue

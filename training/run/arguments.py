@@ -7,6 +7,7 @@ from typing import Any, get_origin, get_type_hints
 
 from trl import TrlParser
 
+from training.elastic import parse_elastic
 from training.samples import BUFFER_SIZE
 from training.stages import TRAINED
 from training.yaml_file import is_of_type, parts_of
@@ -106,6 +107,12 @@ class HoneybeeArguments:
         default=None,
         metadata={"help": "Settings of a new projector, as JSON or a YAML mapping: fields of HoneybeeProjectorConfig."},
     )
+    elastic: str | None = field(
+        default=None,
+        metadata={"help": "Train a projector whose visual tokens an image (M) can be chosen later: the numbers to draw from for "
+                  'each sample, with weights where they are not 1, such as "16,64:2,144". Default: what the model was '
+                  "trained with."},
+    )  # fmt: skip
     global_batch_size: int | None = field(
         default=None,
         metadata={"help": "Samples in one step of all processes; gradient_accumulation_steps follows from it."},
@@ -138,6 +145,8 @@ class HoneybeeArguments:
             self.eval_tasks = list(dict.fromkeys(filter(None, names)))
         if not isinstance(self.projector, (dict, type(None))):
             raise ValueError(f"--projector {self.projector!r} is not a mapping of settings to values")
+        if self.elastic is not None:
+            parse_elastic(self.elastic)
 
 
 @dataclass

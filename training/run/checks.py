@@ -24,7 +24,7 @@ from modeling_honeybee.model_folder import NetworkError, read_model_config
 from processing import HoneybeeProcessor, check_processor
 from training.recipe.mixture import Mixture
 from training.run.arguments import BATCHINGS, HoneybeeArguments
-from training.run.loading import DTYPES
+from training.run.loading import DTYPES, projector_settings
 from training.run.lora import check_lora_settings
 from training.run.saving import check_savable
 from training.run.settings import Settings, is_set
@@ -229,7 +229,7 @@ def _check_model(own: HoneybeeArguments, model: ModelConfig) -> None:
             f"model_revision={model.model_revision!r} is for --model_name_or_path; download the parts that you want "
             "and give their folders"
         )
-    settings = own.projector or {}
+    settings = projector_settings(own)
     example = 'such as --projector \'{"projector_type": "c-abs", "num_query_tokens": 144}\''
     if "projector_type" not in settings:
         raise ValueError(f"--projector {settings}: a new model needs the setting projector_type; give it, {example}")
@@ -390,11 +390,9 @@ def check_model_files(settings: Settings, config: HoneybeeConfig, processor: Hon
     if settings.model.model_name_or_path:
         check_generation_config(settings.model)
     max_length, model_type = settings.training.max_length, config.text_config.model_type
-    if max_length is not None and processor.num_image_tokens >= max_length:
-        raise ValueError(
-            f"max_length={max_length} leaves no room for text: an image is {processor.num_image_tokens} visual tokens; "
-            "raise it"
-        )
+    most = max(processor.trained_num_query_tokens) + processor.num_eos_tokens
+    if max_length is not None and most >= max_length:
+        raise ValueError(f"max_length={max_length} leaves no room for text: an image is {most} visual tokens; raise it")
     if settings.liger:
         check_liger(model_type, None if settings.honeybee.dry_run else settings.training.device)
     if settings.honeybee.batching == "packed" and model_type not in PACKABLE:

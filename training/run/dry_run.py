@@ -23,6 +23,7 @@ class Tokens:
     Args:
         mean, longest: of a sample.
         visual, learned: in a sample, on average.
+        images: in a sample, on average.
         samples: how many were measured.
     """
 
@@ -30,6 +31,7 @@ class Tokens:
     longest: int
     visual: float
     learned: float
+    images: float
     samples: int
 
 
@@ -52,7 +54,7 @@ def dry_run(settings: Settings) -> str:
         f"  {'all':<15} {sum(n for n, _ in plan.parameters.values()):>15,} parameters, "
         f"{sum(n for _, n in plan.parameters.values()):,} trained",
         f"Image {vision.image_size} px, {plan.config.num_patches} patches -> {projector.projector_type} -> "
-        f"{plan.config.num_image_tokens} visual tokens",
+        f"{visual_tokens_words(plan)} visual tokens",
         f"Data: {data_line(settings, plan)}",
         f"A step: {batch} samples = {batch_words(settings)} x "
         f"{training.gradient_accumulation_steps} accumulated x {devices} "
@@ -80,6 +82,13 @@ def not_shown_lines(settings: Settings) -> list[str]:
         f"Not shown here: that {own.text_model} answers and {own.vision_model} sees in the new model as they do alone; the "
         "run's start compares them, once the weights are read"
     ]
+
+
+def visual_tokens_words(plan: Plan) -> str:
+    if plan.elastic is None:
+        return str(plan.config.num_image_tokens)
+    extra = plan.config.projector_config.num_eos_tokens
+    return plan.elastic.in_words() + (f" and {extra} more" if extra else "")
 
 
 def batch_words(settings: Settings) -> str:
@@ -140,11 +149,14 @@ def learning_rate_line(settings: Settings, steps: int) -> str:
 
 def measure_tokens(plan: Plan) -> Tokens:
     """Counts the run's first samples. Those of a mixture are read with their images, so that missing files are noticed."""
-    samples = []
+    samples, numbers, images = [], [], 0
     for index in range(min(MEASURED, len(plan.dataset))):
         sample = plan.mixture[index] if plan.mixture is not None else plan.dataset[index]
-        samples.append((normalize_conversation(sample)[0], sample.get("chat_template") or "default"))
-    rows = plan.collator.tokenize(samples)
+        messages, pictures = normalize_conversation(sample)
+        samples.append((messages, sample.get("chat_template") or "default"))
+        numbers.append(sample.get("num_query_tokens"))
+        images += len(pictures)
+    rows = plan.collator.tokenize(samples, numbers)
     image_token, number = plan.collator.processor.image_token_id, len(rows)
     learned = [sum(label != -100 for label in row["labels"]) for row in rows]
     lengths = [len(row["input_ids"]) for row in rows]
@@ -153,6 +165,7 @@ def measure_tokens(plan: Plan) -> Tokens:
         longest=max(lengths),
         visual=sum(row["input_ids"].count(image_token) for row in rows) / number,
         learned=sum(learned) / number,
+        images=images / number,
         samples=number,
     )
 
@@ -182,7 +195,7 @@ def memory_lines(settings: Settings, plan: Plan, tokens: Tokens) -> list[str]:
         count = samples * (tokens.mean if plan.collator.pack else tokens.longest)
     else:
         samples = count / tokens.mean
-    images = samples * tokens.visual / plan.config.num_image_tokens
+    images = samples * tokens.images
     stacks = [
         (text, count, text.num_hidden_layers),
         (plan.config.vision_config, images * (plan.config.num_patches + 1), trained_vision_blocks(settings, plan)),

@@ -26,6 +26,7 @@ from training.run.settings import Settings
 from training.samples import TooManyBadSamplesError
 from training.stages import freeze_for_stage, keep_trained_in_float32, parts_table
 from training.trainer.benchmarks import Benchmarks
+from training.trainer.elastic_rows import ElasticEpochs
 from training.trainer.interruption import StopOnSignal
 from training.trainer.kernels import compile_blocks, use_liger_kernels
 from training.trainer.length_grouping import grouped_sampler
@@ -128,10 +129,12 @@ def speed_up(language_model: PreTrainedModel, settings: Settings) -> None:
 
 
 def callbacks(settings: Settings, plan: Plan) -> list[TrainerCallback]:
-    """What stops a run, reports on it, and keeps a mixture's counts."""
+    """What stops a run, reports on it, keeps a mixture's counts, and tells a dataset's rows the epoch."""
     found = [StopOnSignal(), Report(settings, plan)]
     if plan.mixture is not None:
         found.append(MixtureCallback(plan.mixture, plan.checkpoint))
+    if plan.rows is not None:
+        found.append(ElasticEpochs(plan.rows))
     if settings.honeybee.early_stopping_patience is not None:
         found.append(EarlyStopping(settings.honeybee.early_stopping_patience, plan.checkpoint))
     return found

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model, config and processor that the settings name, new or trained."""
 
+import math
 import os
 
 import torch
@@ -8,7 +9,9 @@ from transformers import set_seed
 from trl import get_quantization_config
 
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
+from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS
 from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
+from training.elastic import parse_elastic
 from training.run.arguments import HoneybeeArguments
 from training.run.settings import Settings
 from training.trainer.engines import whole_models
@@ -16,11 +19,70 @@ from training.trainer.engines import whole_models
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto", None: None}
 
 
+def projector_settings(own: HoneybeeArguments) -> dict:
+    """The settings of a new projector, with the numbers of `--elastic`.
+
+    Raises:
+        ValueError: they are given twice.
+    """
+    settings = dict(own.projector or {})
+    if own.elastic is None:
+        return settings
+    if settings.get("elastic_num_query_tokens") is not None:
+        raise ValueError(
+            f"--elastic {own.elastic} and elastic_num_query_tokens={settings['elastic_num_query_tokens']} of --projector; "
+            "give one of them"
+        )
+    return {**settings, "elastic_num_query_tokens": list(parse_elastic(own.elastic).numbers)}
+
+
 def new_model_settings(own: HoneybeeArguments) -> dict:
     """The settings of a new model apart from the names of its parts: image size, layer of the tower, and projector."""
     layers = own.vision_feature_layer or [-2]
     layers = layers if len(layers) > 1 else layers[0]
-    return {"image_size": own.image_size, "vision_feature_layer": layers, **(own.projector or {})}
+    return {"image_size": own.image_size, "vision_feature_layer": layers, **projector_settings(own)}
+
+
+def record_elastic(config: HoneybeeConfig, settings: Settings) -> None:
+    """Puts the numbers of `--elastic` into the config of a model that exists already.
+
+    Raises:
+        ValueError: its projector cannot be trained for them, or its config would not be saved with them.
+    """
+    text, path, projector = settings.honeybee.elastic, settings.model.model_name_or_path, config.projector_config
+    if text is None:
+        return
+    numbers, before = list(parse_elastic(text).numbers), projector.num_learned_queries
+    default = projector.num_query_tokens
+    between = numbers[0] < default < numbers[-1] and math.isqrt(default) ** 2 == default
+    if default not in numbers and not between and projector.projector_type not in PIXELWISE_PROJECTORS:
+        raise ValueError(
+            f"--elastic {text}: the default of {path}, {default}, has to be among the numbers (or a square between them); add it"
+        )
+    config.projector_config = type(projector)(**{**projector.to_dict(), "elastic_num_query_tokens": numbers})
+    if projector.projector_type in ("d-abs", "resampler") and config.projector_config.num_learned_queries != before:
+        raise ValueError(
+            f"--elastic {text}: the {projector.projector_type} of {path} has learned queries for {before} visual tokens, and "
+            f"{before} has to be the largest of the numbers; or train a new projector"
+        )
+    if settings.model.use_peft and not settings.honeybee.merge and projector.elastic_num_query_tokens != numbers:
+        raise ValueError(
+            f"--elastic {text} with --use_peft: an adapter has no config of its own, and that of {path} does not have these "
+            "numbers; train its first stage with --elastic, or give --merge"
+        )
+
+
+def _elastic_processor(processor: HoneybeeProcessor, config: HoneybeeConfig) -> HoneybeeProcessor:
+    """The processor with the numbers of visual tokens of `config`."""
+    return HoneybeeProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        num_image_tokens=processor.num_image_tokens,
+        chat_template=processor.chat_template,
+        named_chat_templates=processor.named_chat_templates,
+        elastic_num_query_tokens=config.projector_config.elastic_num_query_tokens,
+        num_eos_tokens=config.projector_config.num_eos_tokens,
+    )
 
 
 def load_config_and_processor(settings: Settings) -> tuple[HoneybeeConfig, HoneybeeProcessor]:
@@ -36,12 +98,20 @@ def load_config_and_processor(settings: Settings) -> tuple[HoneybeeConfig, Honey
             config = HoneybeeForConditionalGeneration.config_from_vision_text_pretrained(
                 own.vision_model, own.text_model, **new_model_settings(own)
             )
+            projector = config.projector_config
             processor = processor_from_vision_text_pretrained(
-                own.vision_model, own.text_model, config.num_image_tokens, own.image_size
+                own.vision_model,
+                own.text_model,
+                config.num_image_tokens,
+                own.image_size,
+                elastic_num_query_tokens=projector.elastic_num_query_tokens,
+                num_eos_tokens=projector.num_eos_tokens,
             )
         else:
             config = HoneybeeConfig.from_pretrained(path, revision=revision)
             processor = HoneybeeProcessor.from_pretrained(path, revision=revision)
+            record_elastic(config, settings)
+            processor = _elastic_processor(processor, config) if own.elastic is not None else processor
     except OSError as error:
         names = [repr(name) for name in (path, own.vision_model, own.text_model) if name and not os.path.isdir(name)]
         if not names:
@@ -71,6 +141,8 @@ def load_model(settings: Settings, quantized: bool = True) -> HoneybeeForConditi
         )
     if quantized and (quantization := get_quantization_config(model)):
         loading["quantization_config"] = quantization
-    return HoneybeeForConditionalGeneration.from_pretrained(
+    loaded = HoneybeeForConditionalGeneration.from_pretrained(
         model.model_name_or_path, revision=model.model_revision, dtype=dtype or "auto", **loading
     )
+    record_elastic(loaded.config, settings)
+    return loaded

@@ -2,6 +2,7 @@
 """What a run is going to do, worked out and checked before a weight is read."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import datasets
 import torch
@@ -11,6 +12,7 @@ from evaluation.prompts import Question
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
 from training.collator import HoneybeeDataCollator
 from training.conversations import check_dataset, image_root, load_conversations
+from training.elastic import ElasticDraw, elastic_draw
 from training.recipe.config import Recipe, load_recipe
 from training.recipe.mixture import Mixture
 from training.recipe.sources import open_mixture, open_streamed
@@ -22,6 +24,7 @@ from training.run.loading import DTYPES, load_config_and_processor
 from training.run.lora import lora_config, parameter_counts_with
 from training.run.settings import Settings
 from training.stages import parameter_counts, set_trained, trains_language_model
+from training.trainer.elastic_rows import ElasticRows
 from training.trainer.engines import whole_models
 from training.trainer.token_batches import TokenBatches, token_batches
 
@@ -43,6 +46,8 @@ class Plan:
         parameters: part of the model -> (all, trained) parameters, LoRA's among them.
         disk_bytes: what it will write.
         tasks: benchmark -> what of it is asked while training.
+        elastic: draws the M of each sample, or None.
+        rows: the rows of `dataset` that do so, where there is no mixture.
     """
 
     identity: dict
@@ -57,6 +62,8 @@ class Plan:
     parameters: dict[str, tuple[int, int]]
     disk_bytes: int
     tasks: dict[str, list[Question]]
+    elastic: ElasticDraw | None
+    rows: ElasticRows | None
 
 
 @whole_models()
@@ -86,10 +93,15 @@ def make_plan(settings: Settings) -> Plan:
     tasks = read_tasks(settings)
 
     collator = HoneybeeDataCollator(processor, max_length=training.max_length, pack=own.batching == "packed")
-    dataset, mixture = open_data(settings, recipe, collator)
+    elastic = elastic_draw(own.elastic, config.projector_config.elastic_num_query_tokens)
+    dataset, mixture = open_data(settings, recipe, collator, elastic)
     dataset, evaluation = open_evaluation(settings, dataset, mixture, collator)
     check_number(dataset, settings)
-    batches = batches_by_tokens(settings, dataset, mixture, collator)
+    rows = None
+    if elastic is not None and mixture is None:
+        rows = ElasticRows(dataset, elastic, settings.data_seed, own.dataset)
+        dataset = rows.as_dataset()
+    batches = batches_by_tokens(settings, dataset, mixture, collator, rows)
     return Plan(
         identity,
         checkpoint,
@@ -103,6 +115,8 @@ def make_plan(settings: Settings) -> Plan:
         parameters,
         disk_bytes,
         tasks,
+        elastic,
+        rows,
     )
 
 
@@ -121,9 +135,9 @@ def count_parameters(
 
 
 def open_data(
-    settings: Settings, recipe: Recipe | None, collator: HoneybeeDataCollator
+    settings: Settings, recipe: Recipe | None, collator: HoneybeeDataCollator, elastic: ElasticDraw | None
 ) -> tuple[datasets.Dataset, Mixture | None]:
-    """What the trainer reads, and the mixture behind it; tells the collator where images are.
+    """What the trainer reads, and the mixture behind it, which draws by `elastic`; tells the collator where images are.
 
     Raises:
         ValueError, FileNotFoundError: samples that cannot be trained on. What of a mixture does not fit into `max_length`
@@ -136,23 +150,36 @@ def open_data(
     with training.main_process_first(desc="opening the data"):
         if own.streaming:
             mixture = open_streamed(
-                own.dataset, own.dataset_split, own.buffer_size, num_samples, settings.data_seed, collator.check_length
+                own.dataset,
+                own.dataset_split,
+                own.buffer_size,
+                num_samples,
+                settings.data_seed,
+                collator.check_length,
+                elastic,
             )
         elif recipe is None:
             dataset = load_conversations(own.dataset, own.dataset_split)
             collator.image_root = image_root(own.dataset)
-            check_dataset(dataset, collator.image_root, needs_images, collator.check_length)
+            # In some epoch a sample draws the largest M.
+            most = None if elastic is None else elastic.numbers[-1]
+            fits = partial(collator.check_length, num_query_tokens=most)
+            check_dataset(dataset, collator.image_root, needs_images, fits)
             return dataset, None
         else:
             path = own.mixture if isinstance(own.mixture, str) else "mixture"
-            mixture = open_mixture(recipe, num_samples, path, collator.check_length)
+            mixture = open_mixture(recipe, num_samples, path, collator.check_length, elastic)
         if needs_images:
             check_images(mixture)
         return mixture.as_dataset(), mixture
 
 
 def batches_by_tokens(
-    settings: Settings, dataset: datasets.Dataset, mixture: Mixture | None, collator: HoneybeeDataCollator
+    settings: Settings,
+    dataset: datasets.Dataset,
+    mixture: Mixture | None,
+    collator: HoneybeeDataCollator,
+    rows: ElasticRows | None,
 ) -> TokenBatches | None:
     """Batches of at most `max_tokens_per_batch`, and tells the settings how many of them make a step.
 
@@ -163,7 +190,7 @@ def batches_by_tokens(
     if tokens is None:
         return None
     processes = settings.training.world_size
-    batches = token_batches(dataset, mixture, collator, step_size, tokens, processes, settings.data_seed)
+    batches = token_batches(dataset, mixture, collator, step_size, tokens, processes, settings.data_seed, rows)
     settings.accumulate(batches.batches_per_step // processes)
     return batches
 

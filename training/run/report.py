@@ -23,7 +23,9 @@ from training.stages import parts_table
 logger = logging.getLogger(__name__)
 
 # Our own settings that the page shows where they are given.
-OWN = ("train_vision_tower", "lora_vision", "vision_learning_rate", "projector_learning_rate", "max_tokens_per_batch")
+OWN = (
+    "train_vision_tower", "lora_vision", "vision_learning_rate", "projector_learning_rate", "max_tokens_per_batch", "elastic",
+)  # fmt: skip
 PLOT, TASKS_PLOT, SUMMARY = "loss.png", "tasks.png", "run_summary.md"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes", "deepspeed")
 

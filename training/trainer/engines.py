@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 from transformers.integrations import deepspeed
 from trl import SFTConfig
 
+from modeling_honeybee.projectors_honeybee import HoneybeeProjector
+
 
 def read_deepspeed_settings(given: dict | str) -> dict:
     """The settings that `--deepspeed` gives: a mapping, JSON, or the path of a JSON file.
@@ -176,6 +178,27 @@ def saved_as_one_process(model: nn.Module, state_dict: dict | None):
         yield
     finally:
         model.__class__ = own_class
+
+
+def gather_projector_at_once(model: nn.Module, state) -> None:
+    """Lets ZeRO-3 gather the whole projector when it is called, and not part by part as they are called inside.
+
+    Parts are called once for each M in a process's batch, and processes that do not gather the same wait for each other for ever.
+
+    Args:
+        state: of the trainer's accelerator.
+    """
+    if state.deepspeed_plugin is None or state.deepspeed_plugin.zero_stage != 3:
+        return
+    from deepspeed.utils import set_z3_leaf_modules
+
+    def ask_for_gradient(module, args):
+        # ZeRO-3 sums up what is gathered at once when the gradient of its input is there. A frozen tower needs none.
+        features, *others = args
+        return (features.requires_grad_() if torch.is_grad_enabled() else features), *others
+
+    for projector in set_z3_leaf_modules(model, [HoneybeeProjector]):
+        projector.register_forward_pre_hook(ask_for_gradient)
 
 
 class WholeCopy:

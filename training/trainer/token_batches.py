@@ -15,10 +15,12 @@ from torch.utils.data import Sampler
 
 from training.collator import HoneybeeDataCollator
 from training.recipe.mixture import Mixture
+from training.trainer.elastic_rows import ElasticRows
 from training.trainer.length_grouping import WINDOW, Lengths, lengths_by_window, windows
 
 logger = logging.getLogger(__name__)
 
+MEASURED_EPOCHS = 4  # of data whose lengths differ between epochs
 MEASURED = 4  # windows, whose steps are dealt together, that say how many batches a step needs
 SPARE = 0.05  # share of a batch that is left for windows with longer samples, unless all samples were measured
 
@@ -72,6 +74,7 @@ class TokenBatches(Sampler[list[int]]):
         max_tokens: of a batch.
         processes: a step has a multiple of them of batches; how many is in `batches_per_step`.
         seed, shuffle, epoch: see [`LengthGroupedSampler`].
+        rows: tell the lengths of an epoch, where samples have others in each.
 
     Raises:
         ValueError: a step, or the whole epoch, has fewer samples than batches.
@@ -89,8 +92,9 @@ class TokenBatches(Sampler[list[int]]):
         seed: int = 0,
         shuffle: bool = True,
         epoch: Callable[[], int] = lambda: 0,
+        rows: ElasticRows | None = None,
     ):
-        self.lengths, self.num_samples, self.step_size = lengths, num_samples, step_size
+        self.lengths, self.num_samples, self.step_size, self.rows = lengths, num_samples, step_size, rows
         self.max_tokens, self.seed, self.shuffle, self.epoch = max_tokens, seed, shuffle, epoch
         self._warned = False
         self.batches_per_step = self._count_batches(processes)
@@ -102,8 +106,14 @@ class TokenBatches(Sampler[list[int]]):
 
     def _count_batches(self, processes: int) -> int:
         measured = min(MEASURED * WINDOW * self.step_size, self.num_samples)
-        limit = self.max_tokens * (1 if measured == self.num_samples else 1 - SPARE)
-        steps = [lengths for _, lengths in self._steps(0, measured)]
+        limit = self.max_tokens * (1 if measured == self.num_samples and self.rows is None else 1 - SPARE)
+        steps = []
+        for epoch in range(1 if self.rows is None else MEASURED_EPOCHS):
+            if self.rows is not None:
+                self.rows.begin(epoch)
+            steps += [lengths for _, lengths in self._steps(epoch, measured)]
+        if self.rows is not None:
+            self.rows.begin(0)
         longest_sample = max(int(lengths.max()) for lengths in steps)
         # A sample that is a batch by itself needs nothing to spare.
         limit = min(max(limit, longest_sample), self.max_tokens)
@@ -164,6 +174,7 @@ def token_batches(
     max_tokens: int,
     processes: int,
     seed: int,
+    rows: ElasticRows | None = None,
 ) -> TokenBatches:
     """The batches of a dataset of conversations, or of the draws of a mixture, which is shuffled already.
 
@@ -171,4 +182,5 @@ def token_batches(
         ValueError: see [`TokenBatches`].
     """
     lengths = lengths_by_window(dataset, mixture, collator, step_size)
-    return TokenBatches(lengths, len(dataset), step_size, max_tokens, processes, seed, shuffle=mixture is None)
+    shuffle = mixture is None
+    return TokenBatches(lengths, len(dataset), step_size, max_tokens, processes, seed, shuffle, rows=rows)

@@ -16,6 +16,7 @@ from training.trainer.engines import (
     WholeCopy,
     check_saves_whole_models,
     gather_head_before_use,
+    gather_projector_at_once,
     saved_as_one_process,
     shards_weights,
     untie_originals,
@@ -107,6 +108,8 @@ class HoneybeeTrainer(SFTTrainer):
         if benchmarks is not None and shards_weights(self.accelerator.state):
             self._whole_copy = WholeCopy(self.model)
         gather_head_before_use(self.model)
+        if self.model.config.projector_config.elastic_num_query_tokens:
+            gather_projector_at_once(self.model, self.accelerator.state)
         if self.is_fsdp_enabled:
             untie_originals(self.model)
         if isinstance(self.model, PeftModel):

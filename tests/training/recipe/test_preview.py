@@ -110,9 +110,9 @@ def test_without_arguments_it_makes_a_recipe(tmp_path, monkeypatch, capsys):
 def test_the_length_of_the_run(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("{max_steps: 10, per_device_train_batch_size: 4, gradient_accumulation_steps: 2}")
-    assert preview.run_length(str(path), processes=3) == 240
+    assert preview.run_length(preview.run_settings(str(path)), processes=3) == 240
     path.write_text("mixture: {}")
-    assert preview.run_length(str(path), processes=3) == 4000 * 128
+    assert preview.run_length(preview.run_settings(str(path)), processes=3) == 4000 * 128
 
 
 def test_page(sources, tmp_path):

@@ -45,12 +45,14 @@ ENGINES = {
 }
 RUNS = ["align", "instruct", "lora", "mixture", "killed"]
 MORE_RUNS = ["tied", "tied-lora", "grouped", "evaluated", "tokens", "tower", "tower-all", "tower-lora", "asked-lora"]
+MORE_RUNS += ["elastic", "elastic-d-abs"]
 CELLS = [(engine, run) for engine in ("ddp", "fsdp2", "zero2", "zero3") for run in RUNS]
 CELLS += [("zero2-json", "align"), ("zero3-json", "instruct"), ("zero3-json", "lora"), ("fsdp2", "tied-lora")]
 CELLS += [("fsdp2", "evaluated"), ("zero3", "evaluated")]
 CELLS += [("fsdp2", "tokens"), ("zero2", "tokens"), ("ddp", "tower-all")]
 CELLS += [(engine, run) for engine in ("ddp", "fsdp2", "zero3") for run in ("tower", "tower-lora")]
-CELLS += [(engine, "asked-lora") for engine in ("ddp", "fsdp2", "zero3")]
+CELLS += [(engine, run) for engine in ("ddp", "fsdp2", "zero3") for run in ("asked-lora", "elastic")]
+CELLS += [("fsdp2", "elastic-d-abs"), ("zero3", "elastic-d-abs")]
 if os.environ.get("HONEYBEE_ALL_ENGINES"):
     CELLS = [(engine, run) for engine in ENGINES for run in RUNS + MORE_RUNS]
 if not is_deepspeed_available():
@@ -61,6 +63,7 @@ SHORT = [
     "--learning_rate", 1e-3, "--adam_epsilon", 1e-6, "--logging_steps", 1, "--bf16", "False", "--report_to", "none",
     "--dataloader_pin_memory", "False", "--save_strategy", "no", "--max_steps", 3,
 ]  # fmt: skip
+ELASTIC_D_ABS = {"projector_type": "d-abs", "num_query_tokens": 4, "hidden_size": 32, "dropout": 0.0}
 # In the last, some questions have no image.
 ASKED = ("mme", "pope", "scienceqa")
 LORA = ["--use_peft", "--lora_r", 4, "--lora_dropout", 0.0, "--merge", "--lora_modules_to_save", "lm_head"]
@@ -74,6 +77,7 @@ def arguments_of(run: str, root) -> list:
     asked = ["--eval_tasks", *ASKED, "--eval_tasks_data", root / "benchmarks", "--eval_limit", 8]
     asked += ["--per_device_eval_batch_size", 3]
     mixture = ["--mixture", root / "mixture" / "recipe.yaml", "--model_name_or_path", root / "tied-model"]
+    pictures = ["--dataset", root / "pictures" / "data.jsonl", "--elastic", "1,4,9:2"]
     rates = ["--vision_learning_rate", 5e-4, "--projector_learning_rate", 2e-3]
     return {
         "align": ["--stage", "align", *data[:2], *new],
@@ -88,6 +92,9 @@ def arguments_of(run: str, root) -> list:
         "grouped": [*data, root / "text-model", "--batching", "grouped"],
         "tower": [*data, root / "text-model", "--train_vision_tower", 1, *rates],
         "tower-all": [*data, root / "text-model", "--train_vision_tower", "all", "--stage", "align", *rates[:2]],
+        "elastic": [*pictures, "--model_name_or_path", root / "text-model"],
+        # A new model, since queries of a d-abs that exists are for its own M.
+        "elastic-d-abs": [*pictures, *new[:-1], json.dumps(ELASTIC_D_ABS)],
         "tower-lora": [*data, root / "text-model", *LORA, "--lora_vision", *rates],
     }["instruct" if run == "killed" else run]
 
@@ -103,6 +110,8 @@ def job(engine: str | None, run: str, root, shards: bool = False) -> list[dict]:
     out = root / (engine or "one") / ("shards" if shards else run)
     # Steps of four samples, two of them accumulated.
     batch = ["--global_batch_size", 4, "--per_device_train_batch_size", 1 if engine else 2]
+    if run.startswith("elastic"):  # processes whose images have different numbers of M among them
+        batch = ["--global_batch_size", 8, "--per_device_train_batch_size", 4 if engine else 8]
     arguments = [*SHORT, *arguments_of(run, root), *batch, "--output_dir", out]
     if engine and engine.endswith("json"):
         arguments += ["--deepspeed", root / f"{engine}.json"]
@@ -125,6 +134,7 @@ def write_world(root) -> None:
         model.save_pretrained(root / f"{name}-model")
         processor_from_vision_text_pretrained(vision, text, 4).save_pretrained(root / f"{name}-model")
     write_dataset(root / "data", [sample(i, image=i % 2 == 0) for i in range(16)])
+    write_dataset(root / "pictures", [sample(i) for i in range(24)])
     write_mixture(root / "mixture")
     make_data_root(root / "benchmarks")
     auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping"), "auto")

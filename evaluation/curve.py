@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model with several numbers of visual tokens: its scores and the time of a prompt against M, as a table and a plot."""
+
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from evaluation import report
+from evaluation.generate import prepare
+from evaluation.json_files import write_json
+from evaluation.prompts import Question
+from evaluation.tasks import TASKS
+
+ROUNDS = 7  # of each M, after one that is not counted
+
+
+def folder_of(output: Path, num_query_tokens: int) -> Path:
+    """Where the answers and scores with this M are."""
+    return output / f"M{num_query_tokens}"
+
+
+def numbers_in(output: Path) -> list[int]:
+    """The M that were scored, ascending."""
+    folders = {path.parent.parent.name.removeprefix("M") for path in output.glob("M*/*/scores.json")}
+    return sorted(int(name) for name in folders if name.isdecimal())
+
+
+@torch.no_grad()
+def prefill_seconds(model, processor, question: Question, template: str, settings: list[dict]) -> list[float]:
+    """Seconds until the first token of an answer is known, the vision tower included, for each of `settings`.
+
+    They take turns, so that what else the machine does is spread over all of them; a number is a median.
+
+    Args:
+        settings: of the processor's call, with `num_query_tokens`.
+    """
+    prompts = [prepare(processor, [question], template, asked).to(model.device, model.dtype) for asked in settings]
+    seconds = [[] for _ in prompts]
+    for turn in range(1 + ROUNDS):
+        for inputs, measured in zip(prompts, seconds):
+            start = time.perf_counter()
+            model(**inputs, use_cache=True, logits_to_keep=1).logits.argmax().item()  # which waits for the device
+            if turn:
+                measured.append(time.perf_counter() - start)
+    return list(map(statistics.median, seconds))
+
+
+def write(
+    output: Path, model_name: str, numbers: list[int], default: int, extra: int, seconds: list[float] | None
+) -> dict:
+    """curve.json, curve.md and curve.png in the output folder, from the scores in the folders of `numbers`.
+
+    Args:
+        default: M of the model where nothing is asked for.
+        extra: visual tokens of an image beside M.
+        seconds: of a prompt, for each of `numbers`; None where no question has an image.
+    """
+    rows = []
+    for place, num_query_tokens in enumerate(numbers):
+        scores = report.scores_in(folder_of(output, num_query_tokens))
+        rows.append(
+            {
+                "num_query_tokens": num_query_tokens,
+                "visual_tokens": num_query_tokens + extra,
+                "prefill_seconds": None if seconds is None else seconds[place],
+                "scores": {task: scores[task]["score"] for task in scores if scores[task]["score"] is not None},
+            }
+        )
+    device = f"{torch.get_num_threads()} threads of a CPU"
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator().type
+    curve = {"report": report.MARK, "model": model_name, "default": default, "device": device, "rows": rows}
+    curve["text"] = as_text(curve)
+    write_json(output / "curve.json", curve)
+    title = f"# {model_name}: scores and time against M"
+    (output / "curve.md").write_text(f"{title}\n\n{curve['text']}\n\n![against M](curve.png)\n", encoding="utf-8")
+    draw(curve, output / "curve.png")
+    return curve
+
+
+def tasks_of(curve: dict) -> list[str]:
+    return list(dict.fromkeys(task for row in curve["rows"] for task in row["scores"]))
+
+
+def table_of(curve: dict) -> list[str]:
+    """Lines of Markdown."""
+    tasks = tasks_of(curve)
+    names = [TASKS[task].display_name for task in tasks]
+    lines = [
+        "| M | visual tokens an image | first token after | " + " | ".join(names) + " |",
+        "|" + "---|" * (3 + len(tasks)),
+    ]
+    for row in curve["rows"]:
+        mark = " (default)" if row["num_query_tokens"] == curve["default"] else ""
+        took = "-" if row["prefill_seconds"] is None else f"{row['prefill_seconds'] * 1000:.1f} ms"
+        scores = [report.number(row["scores"].get(task), TASKS[task].digits) for task in tasks]
+        lines.append(f"| {row['num_query_tokens']}{mark} | {row['visual_tokens']} | {took} | {' | '.join(scores)} |")
+    return lines
+
+
+def as_text(curve: dict) -> str:
+    """Markdown: the table, and what its times are."""
+    took = f"The time is that of a prompt with one image, on {curve['device']}; the tower's share of it does not depend on M."
+    return "\n".join([*table_of(curve), "", took])
+
+
+def draw(curve: dict, path: Path) -> None:
+    """A panel for each task and one for the time, over M; a line marks the default."""
+    rows, tasks = curve["rows"], tasks_of(curve)
+    panels = {TASKS[task].display_name: [row["scores"].get(task) for row in rows] for task in tasks}
+    if rows[0]["prefill_seconds"] is not None:
+        panels["first token, ms"] = [row["prefill_seconds"] * 1000 for row in rows]
+    figure = Figure(figsize=(7, 1 + 1.8 * max(1, len(panels))), layout="constrained")
+    numbers = [row["num_query_tokens"] for row in rows]
+    for axes, (name, values) in zip(
+        figure.subplots(max(1, len(panels)), squeeze=False, sharex=True)[:, 0], panels.items()
+    ):
+        axes.plot(numbers, [float("nan") if value is None else value for value in values], marker="o")
+        axes.set_ylabel(name)
+        if curve["default"] in numbers:
+            axes.axvline(curve["default"], color="grey", linestyle=":", label="default")
+            axes.legend(fontsize="small", frameon=False)
+        axes.set_xticks(numbers)
+    figure.supxlabel("M, visual tokens of an image")
+    figure.savefig(path, dpi=120)
+
+
+def check_output(output: Path, model: str) -> None:
+    """Refuses a folder with another's files of these names, or with scores of another model.
+
+    Raises:
+        ValueError: says which.
+    """
+    files = [output / name for name in ("curve.json", "curve.md", "curve.png")]
+    there = [file for file in files if file.exists()]
+    if there and not (
+        files[0].exists() and f'"{report.MARK}"' in files[0].read_text(encoding="utf-8", errors="replace")
+    ):
+        raise ValueError(f"{there[0]} is not from an evaluation; give another --output")
+    for number in numbers_in(output):
+        report.check_output(folder_of(output, number), model)
