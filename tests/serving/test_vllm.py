@@ -159,10 +159,9 @@ def test_answers_are_those_of_generate(projector_type, tmp_path):
     check_same(answered(folder, chats, tmp_path, image_token_id, **PIECES), expected)
 
 
-@pytest.mark.parametrize("projector_type", ["c-abs", "d-abs"])
-def test_three_numbers_of_visual_tokens_of_one_folder(projector_type, tmp_path):
+def test_three_numbers_of_visual_tokens_of_one_folder(tmp_path):
     folder, chats = tmp_path / "model", [chat for chat in some_chats() if isinstance(chat[-1]["content"], list)][::2]
-    save_model(projector_type, folder, elastic=True)
+    save_model("c-abs", folder, elastic=True)
     image_token_id = HoneybeeConfig.from_pretrained(folder).image_token_id
     settings = [{"num_query_tokens": 4}, {}, {"num_query_tokens": 16}]
     expected = [answer for asked in settings for answer in generated(folder, chats, **asked)]

@@ -52,7 +52,7 @@ CELLS += [("fsdp2", "evaluated"), ("zero3", "evaluated")]
 CELLS += [("fsdp2", "tokens"), ("zero2", "tokens"), ("ddp", "tower-all")]
 CELLS += [(engine, run) for engine in ("ddp", "fsdp2", "zero3") for run in ("tower", "tower-lora")]
 CELLS += [(engine, run) for engine in ("ddp", "fsdp2", "zero3") for run in ("asked-lora", "elastic")]
-CELLS += [("fsdp2", "elastic-d-abs"), ("zero3", "elastic-d-abs")]
+CELLS += [("zero3", "elastic-d-abs")]
 if os.environ.get("HONEYBEE_ALL_ENGINES"):
     CELLS = [(engine, run) for engine in ENGINES for run in RUNS + MORE_RUNS]
 if not is_deepspeed_available():
