@@ -4,6 +4,11 @@
 import os
 
 import pytest
+from hypothesis import settings
+
+# Its limit of 200 ms an example says how busy a machine is, and nothing about the code.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 # Before torch is loaded. The policy is that of the scripts; the models are tiny, and there is a test process for each core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
