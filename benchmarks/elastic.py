@@ -8,12 +8,11 @@ which are as many in all. Forward and backward.
 The settings take turns.
 """
 
-import argparse
 import json
 
 import torch
 
-from benchmarks.measure import build, in_turn, machine, markdown
+from benchmarks.measure import arguments, build, in_turn, machine, markdown
 
 TEXT = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8}
 VISION = {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8}
@@ -46,11 +45,7 @@ def functions_of(projector_type: str) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="the numbers instead of the table")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = arguments(__doc__, rounds=5)
     rows = []
     for projector_type in ("c-abs", "d-abs", "resampler"):
         times = in_turn(functions_of(projector_type), args.rounds)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmarks share: tables, memory of this process, and models of a chosen shape with random weights."""
 
+import argparse
 import gc
 import json
 import platform
@@ -20,6 +21,15 @@ def markdown(rows: list[dict]) -> str:
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *[[str(row[name]) for name in head] for row in rows]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def arguments(description: str, rounds: int) -> argparse.Namespace:
+    """Those of a benchmark whose functions take turns on one thread: `--rounds`, with its default, and `--json`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--json", action="store_true", help="the numbers instead of the table")
+    torch.set_num_threads(1)
+    return parser.parse_args()
 
 
 def machine() -> str:

@@ -7,12 +7,11 @@ M = 576 is what a linear projector keeps of a 336 px image of CLIP-L/14. The LLM
 most of the work, as in a 7B model; `LLM` is its time alone, `all` has tower and projector in it. The settings take turns.
 """
 
-import argparse
 import json
 
 import torch
 
-from benchmarks.measure import build, in_turn, machine, markdown
+from benchmarks.measure import arguments, build, in_turn, machine, markdown
 
 TEXT = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8}
 VISION = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -21,11 +20,7 @@ MS = (64, 144, 256, 576)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", action="store_true", help="the numbers instead of the table")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = arguments(__doc__, rounds=7)
     functions = {}
     for number in MS:
         projector = {"projector_type": "c-abs", "num_query_tokens": number, "hidden_size": 128}

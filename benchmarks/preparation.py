@@ -7,16 +7,14 @@ Images are JPEGs of 640 x 480 as in COCO, texts those of the fine-tuning mixture
 over its seconds; more workers (`--dataloader_num_workers`) make as many more.
 """
 
-import argparse
 import io
 import json
 
 import numpy as np
-import torch
 from PIL import Image
 
 from benchmarks import lengths as stand_ins
-from benchmarks.measure import in_turn, machine, markdown
+from benchmarks.measure import arguments, in_turn, machine, markdown
 from processing import open_image
 from training.collator import HoneybeeDataCollator
 
@@ -32,11 +30,7 @@ def jpeg(seed: int, size: tuple[int, int] = (640, 480)) -> bytes:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="the numbers instead of the table")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = arguments(__doc__, rounds=5)
     processor = stand_ins.processor()
     collator = HoneybeeDataCollator(processor, 1024, pack=True)
     mixture = stand_ins.mixture(BATCH)

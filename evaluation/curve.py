@@ -14,6 +14,7 @@ from evaluation.json_files import write_json
 from evaluation.prompts import Question
 from evaluation.tasks import TASKS
 
+NAMES = ("curve.json", "curve.md", "curve.png")
 ROUNDS = 7  # of each M, after one that is not counted
 
 
@@ -85,26 +86,18 @@ def tasks_of(curve: dict) -> list[str]:
     return list(dict.fromkeys(task for row in curve["rows"] for task in row["scores"]))
 
 
-def table_of(curve: dict) -> list[str]:
-    """Lines of Markdown."""
-    tasks = tasks_of(curve)
-    names = [TASKS[task].display_name for task in tasks]
-    lines = [
-        "| M | visual tokens an image | first token after | " + " | ".join(names) + " |",
-        "|" + "---|" * (3 + len(tasks)),
-    ]
-    for row in curve["rows"]:
-        mark = " (default)" if row["num_query_tokens"] == curve["default"] else ""
-        took = "-" if row["prefill_seconds"] is None else f"{row['prefill_seconds'] * 1000:.1f} ms"
-        scores = [report.number(row["scores"].get(task), TASKS[task].digits) for task in tasks]
-        lines.append(f"| {row['num_query_tokens']}{mark} | {row['visual_tokens']} | {took} | {' | '.join(scores)} |")
-    return lines
-
-
 def as_text(curve: dict) -> str:
     """Markdown: the table, and what its times are."""
+    tasks, rows = tasks_of(curve), []
+    for row in curve["rows"]:
+        mark = " (default)" if row["num_query_tokens"] == curve["default"] else ""
+        took = None if row["prefill_seconds"] is None else f"{row['prefill_seconds'] * 1000:.1f} ms"
+        scores = (report.number(row["scores"].get(task), TASKS[task].digits) for task in tasks)
+        rows.append((f"{row['num_query_tokens']}{mark}", row["visual_tokens"], took, *scores))
+    names = (TASKS[task].display_name for task in tasks)
+    lines = report.table(("M", "visual tokens an image", "first token after", *names), rows)
     took = f"The time is that of a prompt with one image, on {curve['device']}; the tower's share of it does not depend on M."
-    return "\n".join([*table_of(curve), "", took])
+    return "\n".join([*lines, took])
 
 
 def draw(curve: dict, path: Path) -> None:
@@ -134,11 +127,6 @@ def check_output(output: Path, model: str) -> None:
     Raises:
         ValueError: says which.
     """
-    files = [output / name for name in ("curve.json", "curve.md", "curve.png")]
-    there = [file for file in files if file.exists()]
-    if there and not (
-        files[0].exists() and f'"{report.MARK}"' in files[0].read_text(encoding="utf-8", errors="replace")
-    ):
-        raise ValueError(f"{there[0]} is not from an evaluation; give another --output")
+    report.check_ours(output, NAMES)
     for number in numbers_in(output):
         report.check_output(folder_of(output, number), model)

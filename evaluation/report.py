@@ -75,17 +75,25 @@ def scores_in(output: Path) -> dict[str, dict]:
     }
 
 
+def check_ours(output: Path, names: tuple[str, ...]) -> None:
+    """Refuses a folder with files of these names, of which the first bears our mark, that somebody else wrote.
+
+    Raises:
+        ValueError: says which.
+    """
+    files = [output / name for name in names]
+    there = [file for file in files if file.exists()]
+    if there and not (files[0].exists() and f'"{MARK}"' in files[0].read_text(encoding="utf-8", errors="replace")):
+        raise ValueError(f"{there[0]} is not from an evaluation; give another --output")
+
+
 def check_output(output: Path, model: str | None) -> None:
     """Refuses an output folder that has somebody else's report, or scores of another model.
 
     Raises:
         ValueError: says which.
     """
-    for name in NAMES:
-        if (output / name).exists():
-            report = output / "report.json"
-            if not report.exists() or f'"{MARK}"' not in report.read_text(encoding="utf-8", errors="replace"):
-                raise ValueError(f"{output / name} is not from an evaluation; give another --output")
+    check_ours(output, NAMES)
     for task, scores in scores_in(output).items():
         if scores.get("model") != model:
             raise ValueError(
@@ -147,7 +155,7 @@ def number(value: float | int | str | None, digits: int = 1) -> str:
     return "-" if value is None else str(value).replace("|", "\\|")
 
 
-def _table(head: tuple, rows: list[tuple], digits: int = 1) -> list[str]:
+def table(head: tuple, rows: list[tuple], digits: int = 1) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return [*lines, *("| " + " | ".join(number(cell, digits) for cell in row) + " |" for row in rows), ""]
 
@@ -162,11 +170,11 @@ def as_markdown(report: dict) -> str:
     rows += [
         (f"paper, {name}", *(row[key] for key in MAIN), None) for name, row in report["paper"]["published"].items()
     ]
-    lines += _table(("model", "MMBench", "MME (both parts)", "SEED-I", "LLaVA-W", "main average"), rows)
+    lines += table(("model", "MMBench", "MME (both parts)", "SEED-I", "LLaVA-W", "main average"), rows)
     lines += ["The main average is (MMBench + SEED-I + MME perception / 20) / 3.", "", "## Spatial", ""]
     rows = [(ours, *(report["spatial"].get(name) for name in SPATIAL), report["averages"]["AvgN"])]
     rows += [(f"paper, {name}", *row.values()) for name, row in report["paper"]["spatial"].items()]
-    lines += _table(("model", *SPATIAL, "AvgN"), rows)
+    lines += table(("model", *SPATIAL, "AvgN"), rows)
     lines += [
         "POS: MME position (out of 200); SR, OL, PR: MMBench spatial relationship, object localization, physical relation; "
         "SEED-Bench spatial relation and instance location. The paper's rows are its short schedule. "
@@ -184,7 +192,7 @@ def _section(task: str, scores: dict) -> list[str]:
     """The lines about one task."""
     lines = [f"## {task}", "", f"{scores['questions']} questions.", ""]
     if scores["summary"]:
-        lines += _table(("", "score"), list(scores["summary"].items()), TASKS[task].digits if task in TASKS else 1)
+        lines += table(("", "score"), list(scores["summary"].items()), TASKS[task].digits if task in TASKS else 1)
     else:
         lines += ["Not scored.", ""]
     if scores.get("judge"):
@@ -195,7 +203,7 @@ def _section(task: str, scores: dict) -> list[str]:
     counted = [(TASKS[task].quirks[name], count) for name, count in scores["quirks"].items() if count]
     if counted:
         lines += ["Items that an odd rule of the official scorer decided:", ""]
-        lines += _table(("rule", "items"), counted)
+        lines += table(("rule", "items"), counted)
     return lines
 
 

@@ -2,7 +2,7 @@
 """Sentences that people say about projectors, each with the figure that decides it here. A new claim is an entry of
 `CLAIMS`; where a preset lacks what it compares, it is left out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,11 +53,6 @@ class Setting:
 
     def elastic(self, name: str) -> Cell:
         return Cell(name, self.preset.num_tokens, "elastic")
-
-    @property
-    def numbers(self) -> list[int]:
-        """All M that are compared, ascending."""
-        return sorted((self.preset.num_tokens, *self.preset.curve))
 
     def every_patch(self, name: str, width: str = "default") -> Cell:
         return Cell(name, self.num_patches, width)
@@ -130,7 +125,7 @@ def _used_elsewhere(results: Results, setting: Setting) -> np.ndarray:
     return results.difference(used, answers)
 
 
-def elastic_gap(results: Results, setting: Setting, name: str, numbers: list[int], step: int) -> np.ndarray:
+def elastic_gap(results: Results, setting: Setting, name: str, numbers: Sequence[int], step: int) -> np.ndarray:
     """The mean over some M of: an elastic projector after `step` steps, minus one that is trained for this M alone, in the end."""
     elastic, gaps = setting.elastic(name), []
     if not numbers or elastic not in results.cells:
@@ -217,20 +212,20 @@ CLAIMS = (
     Claim(
         "one elastic C-Abs keeps what those trained for one M have, inside its range, at equal steps",
         "elastic minus fixed, mean over the M between the fewest and the most; above -0.02",
-        lambda r, s: elastic_gap(r, s, "c-abs", s.numbers[1:-1], s.end),
+        lambda r, s: elastic_gap(r, s, "c-abs", s.preset.numbers[1:-1], s.end),
         partial(no_worse, margin=0.02),
     ),
     Claim(
         "one elastic C-Abs keeps what those trained for one M have, at all of them, at twice the steps",
         "elastic after twice the steps minus fixed, mean over all M; above -0.01",
-        lambda r, s: elastic_gap(r, s, "c-abs", s.numbers, 2 * s.end),
+        lambda r, s: elastic_gap(r, s, "c-abs", s.preset.numbers, 2 * s.end),
         partial(no_worse, margin=0.01),
     ),
     Claim(
         "one elastic C-Abs keeps what those trained for one M have, at both ends of its range, at twice the steps",
         "elastic after twice the steps minus fixed, the worse of the fewest and the most; above -0.01",
         lambda r, s: np.minimum(
-            *(elastic_gap(r, s, "c-abs", [end], 2 * s.end) for end in (s.numbers[0], s.numbers[-1]))
+            *(elastic_gap(r, s, "c-abs", [end], 2 * s.end) for end in (s.preset.numbers[0], s.preset.numbers[-1]))
         ),
         partial(no_worse, margin=0.01),
     ),

@@ -150,13 +150,20 @@ def running_average(average: torch.Tensor, weight: torch.Tensor, steps: torch.Te
     return average + (weight - average) * max(1 / AVERAGED_STEPS, 1 - (1 + int(steps)) / (10 + int(steps)))
 
 
-def _hidden_states(language_model, ids: torch.Tensor, tokens: torch.Tensor, placeholder: int) -> torch.Tensor:
-    """(B, T, D_lm), with visual tokens (B, M, D_lm) in the places of the placeholders."""
+def _predictions(language_model, ids, labels, tokens, placeholder: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (asked, V) of what is said where there is a label, and where that is (B, T - 1).
+
+    Args:
+        ids, labels: (B, T) and, without the first of each row, (B, T - 1).
+        tokens: (B, M, D_lm), which take the places of the placeholders.
+    """
     visual = ids == placeholder
     embeds = language_model.get_input_embeddings()(ids.masked_fill(visual, 0))
     embeds = embeds.masked_scatter(visual.unsqueeze(-1), tokens.to(embeds.dtype))
     # No mask: rows are padded on the right, where a causal model does not look.
-    return language_model.base_model(inputs_embeds=embeds).last_hidden_state
+    hidden = language_model.base_model(inputs_embeds=embeds).last_hidden_state[:, :-1]
+    asked = labels != -100
+    return language_model.get_output_embeddings()(hidden[asked]), asked
 
 
 @torch.inference_mode()
@@ -175,8 +182,8 @@ def evaluate(
         ids, labels = (each[start : start + size].to(device) for each in (rows.ids, rows.labels[:, 1:]))
         images, each = rows.images[start : start + size].unique_consecutive(return_inverse=True)
         tokens = visual_tokens(images)[each.to(device)]
-        hidden, asked = _hidden_states(language_model, ids, tokens, placeholder)[:, :-1], labels != -100
-        logits = language_model.get_output_embeddings()(hidden[asked]).float()
+        logits, asked = _predictions(language_model, ids, labels, tokens, placeholder)
+        logits = logits.float()
         losses.append(F.cross_entropy(logits, labels[asked], reduction="none"))
         wrong = torch.zeros(labels.shape, dtype=torch.bool, device=device)
         wrong[asked] = logits.argmax(-1) != labels[asked]
@@ -207,9 +214,7 @@ def run(experiment: Experiment, folder: str) -> str:
             ids, labels = ids.to(task.device), labels[:, 1:].to(task.device)
             projector.num_query_tokens = number
             tokens = projector(features[images].to(task.device).float())
-            hidden = _hidden_states(language_model, ids, tokens, task.placeholder)[:, :-1]
-            learned = labels != -100
-            logits = language_model.get_output_embeddings()(hidden[learned])
+            logits, learned = _predictions(language_model, ids, labels, tokens, task.placeholder)
             losses.append(F.cross_entropy(logits, labels[learned], reduction="none"))
         return torch.cat(losses).mean()
 

@@ -65,18 +65,22 @@ class Preset:
             raise ValueError(
                 f"points and long_points are {list(steps)}; at least two points, all ascending, are needed"
             )
-        tokens = (self.num_tokens, *self.curve)
-        for number in tokens:
+        for number in self.numbers:
             if number < 1 or math.isqrt(number) ** 2 != number:
                 root = max(1, math.isqrt(max(number, 0)))
                 raise ValueError(f"M = {number} is not a square; use {root**2} or {(root + 1) ** 2}")
-        if len(set(tokens)) < len(tokens):
+        if len(set(self.numbers)) < len(self.numbers):
             raise ValueError(f"num_tokens={self.num_tokens} and curve={list(self.curve)} name an M twice; take one out")
         if len(self.images) != 3 or min(*self.images, self.seeds, self.search_steps) < 1:
             raise ValueError(
                 f"images={list(self.images)}, seeds={self.seeds}, search_steps={self.search_steps}: three numbers of images "
                 "(train, validation, test) are needed, and everything above 0"
             )
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """All M that are compared, ascending."""
+        return tuple(sorted((self.num_tokens, *self.curve)))
 
 
 PRESETS = {
@@ -156,8 +160,9 @@ def variants_of(names: list[str], preset: Preset, task: Task) -> list[Variant]:
         if not CANDIDATES[name].per_patch
         for num_tokens in preset.curve + (num_patches,) * (name in preset.every_patch)
     ]
-    every_m = tuple(sorted((preset.num_tokens, *preset.curve)))
-    variants += [Variant(name, preset.num_tokens, trained_at=every_m) for name in names if name in preset.elastic]
+    variants += [
+        Variant(name, preset.num_tokens, trained_at=preset.numbers) for name in names if name in preset.elastic
+    ]
     if preset.matched and MATCHED_TO in names:
         config = projector_config(MATCHED_TO, *configs, preset.num_tokens, None)
         target = number_of_parameters(MATCHED_TO, config)

@@ -4,6 +4,7 @@
 import json
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -121,6 +122,10 @@ class Report:
 
     def accuracy(self, cell: Cell, step: int | None = None, kinds=None) -> Estimate:
         answers = self.results.at_step(cell, step or self.setting.end)
+        return self._share(answers, kinds)
+
+    def _share(self, answers: dict, kinds=None) -> Estimate:
+        """Of right answers: from 0 to 1, also where a widened interval is not."""
         return estimate(self.results.draws(answers, kinds).clip(0, 1))
 
     def write(self, scope: str) -> str:
@@ -205,15 +210,13 @@ class Report:
             # On the first tower, so that all points of a line are of the same images.
             found = [self._first_tower(cell) for cell in cells]
             _line(axis, [cell.num_tokens for cell in cells], found, name, self._color(name))
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sorted({cell.num_tokens for cell in self.results.cells}))
-        axis.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        _scale_by_tokens(axis, sorted({cell.num_tokens for cell in self.results.cells}))
         self._finish(figure, axis, "visual tokens M", "tokens.png")
         return f"\n![by M, {self.preset.towers[0]}](tokens.png)\n"
 
     def elastic(self, name: str) -> str:
         """One projector that is trained for several M, beside those that are trained for one."""
-        numbers, end, answers = self.setting.numbers, self.setting.end, self.results.at
+        numbers, end, answers = self.preset.numbers, self.setting.end, self.results.at
         elastic, main = self.setting.elastic(name), self.setting.main(name)
         lines = {
             f"its own M alone, {end} steps": [answers(Cell(name, number), number, end) for number in numbers],
@@ -221,13 +224,11 @@ class Report:
             f"all of them (elastic), {end} steps": [answers(elastic, number, end) for number in numbers],
             f"all of them (elastic), {2 * end} steps": [answers(elastic, number, 2 * end) for number in numbers],
         }
-        found = {line: [estimate(self.results.draws(each).clip(0, 1)) for each in row] for line, row in lines.items()}
+        found = {line: list(map(self._share, row)) for line, row in lines.items()}
         figure, axis = pyplot.subplots(figsize=(6, 4))
         for color, (line, row) in enumerate(found.items()):
             _line(axis, numbers, row, line, f"C{color}")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(numbers)
-        axis.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        _scale_by_tokens(axis, numbers)
         self._finish(figure, axis, "visual tokens M when it is used", f"elastic-{name}.png")
         gaps = {
             f"elastic minus its own M alone, {step} steps": [
@@ -244,7 +245,7 @@ class Report:
 
     def _first_tower(self, cell: Cell) -> Estimate:
         answers = self.results.at_step(cell, self.setting.end)
-        return estimate(self.results.draws({u: right for u, right in answers.items() if u[0] == self.preset.towers[0]}))
+        return self._share({unit: right for unit, right in answers.items() if unit[0] == self.preset.towers[0]})
 
     def ceiling(self) -> str:
         """What the language model answers from perfect tokens."""
@@ -259,7 +260,7 @@ class Report:
                 return ""
             answers = {unit: arrays(right) for unit, right in found.items()}
             kinds = [None, *self.groups.values()]
-            rows.append([num_tokens, *(estimate(self.results.draws(answers, each).clip(0, 1)) for each in kinds)])
+            rows.append([num_tokens, *(self._share(answers, each) for each in kinds)])
         return (
             "What the language model answers where the tokens are symbols, in which every digit and its cell are named:\n\n"
             + _table(["M", "all", *self.groups], rows)
@@ -384,6 +385,12 @@ class Report:
         figure.tight_layout()
         figure.savefig(os.path.join(self.folder, file), dpi=90)
         pyplot.close(figure)
+
+
+def _scale_by_tokens(axis, numbers: Sequence[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(numbers)
+    axis.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
 
 
 def _line(axis, places: list, found: list[Estimate], label: str, color: str) -> None:

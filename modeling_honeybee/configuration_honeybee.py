@@ -38,6 +38,12 @@ def _is_square(number: int) -> bool:
     return math.isqrt(number) ** 2 == number
 
 
+def covers(trained: list[int], num_query_tokens: int) -> bool:
+    """Whether this M is one of `trained`, ascending, or a square between them."""
+    between = _is_square(num_query_tokens) and trained[0] < num_query_tokens < trained[-1]
+    return between or num_query_tokens in trained
+
+
 class HoneybeeProjectorConfig(PretrainedConfig):
     """The projector's own settings (paper section 3; a field that a projector has no use for is ignored by it).
 
@@ -207,9 +213,7 @@ class HoneybeeProjectorConfig(PretrainedConfig):
 
     def is_trained(self, num_query_tokens: int) -> bool:
         """Whether the model is trained for this M, or for a smaller and a larger one where it is a square."""
-        trained = self.elastic_num_query_tokens or [self.num_query_tokens]
-        between = _is_square(num_query_tokens) and trained[0] < num_query_tokens < trained[-1]
-        return between or num_query_tokens in trained
+        return covers(self.elastic_num_query_tokens or [self.num_query_tokens], num_query_tokens)
 
     def check_num_query_tokens(self, number: int) -> None:
         """Raises a ValueError, with the reason, where the projector cannot make `number` visual tokens of an image."""

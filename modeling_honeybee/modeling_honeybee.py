@@ -361,7 +361,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
     def _split_by_image(self, visual_tokens: torch.FloatTensor, numbers: int | list[int] | None):
         if not isinstance(numbers, list):
             return visual_tokens
-        return list(visual_tokens.split(self.count_image_tokens(numbers, len(numbers))))
+        return list(visual_tokens.split(self._tokens_of_each(numbers, len(numbers))))
 
     def _checked_numbers(self, num_query_tokens, num_images: int) -> int | list[int] | None:
         """`num_query_tokens` as the projector takes it, checked."""
@@ -392,7 +392,11 @@ class HoneybeeModel(HoneybeePreTrainedModel):
 
     def count_image_tokens(self, num_query_tokens: int | torch.LongTensor | None, num_images: int) -> list[int]:
         """Placeholders of each of `num_images` images, for a `num_query_tokens` as [`get_image_features`] takes it."""
-        numbers, config = self._checked_numbers(num_query_tokens, num_images), self.config.projector_config
+        return self._tokens_of_each(self._checked_numbers(num_query_tokens, num_images), num_images)
+
+    def _tokens_of_each(self, numbers: int | list[int] | None, num_images: int) -> list[int]:
+        """The same for checked numbers."""
+        config = self.config.projector_config
         numbers = config.num_query_tokens if numbers is None else numbers
         numbers = numbers if isinstance(numbers, list) else [numbers] * num_images
         return [number + config.num_eos_tokens for number in numbers]
@@ -487,7 +491,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         if encoded is None:
             numbers = self._checked_numbers(num_query_tokens, len(pixel_values))
             visual_tokens = self._project(self.get_patch_features(pixel_values), numbers)
-            tokens = self.count_image_tokens(numbers, len(pixel_values))
+            tokens = self._tokens_of_each(numbers, len(pixel_values))
             return visual_tokens, self.get_placeholder_mask(input_ids, inputs_embeds, tokens)
         if pixel_values is not None:
             raise ValueError("pixel_values and mm_encoder_outputs give images twice; give one of them")

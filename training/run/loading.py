@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model, config and processor that the settings name, new or trained."""
 
-import math
 import os
 
 import torch
@@ -9,7 +8,7 @@ from transformers import set_seed
 from trl import get_quantization_config
 
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
-from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS
+from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS, covers
 from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
 from training.elastic import parse_elastic
 from training.run.arguments import HoneybeeArguments
@@ -54,8 +53,7 @@ def record_elastic(config: HoneybeeConfig, settings: Settings) -> None:
         return
     numbers, before = list(parse_elastic(text).numbers), projector.num_learned_queries
     default = projector.num_query_tokens
-    between = numbers[0] < default < numbers[-1] and math.isqrt(default) ** 2 == default
-    if default not in numbers and not between and projector.projector_type not in PIXELWISE_PROJECTORS:
+    if projector.projector_type not in PIXELWISE_PROJECTORS and not covers(numbers, default):
         raise ValueError(
             f"--elastic {text}: the default of {path}, {default}, has to be among the numbers (or a square between them); add it"
         )

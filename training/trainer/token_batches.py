@@ -107,13 +107,8 @@ class TokenBatches(Sampler[list[int]]):
     def _count_batches(self, processes: int) -> int:
         measured = min(MEASURED * WINDOW * self.step_size, self.num_samples)
         limit = self.max_tokens * (1 if measured == self.num_samples and self.rows is None else 1 - SPARE)
-        steps = []
-        for epoch in range(1 if self.rows is None else MEASURED_EPOCHS):
-            if self.rows is not None:
-                self.rows.begin(epoch)
-            steps += [lengths for _, lengths in self._steps(epoch, measured)]
-        if self.rows is not None:
-            self.rows.begin(0)
+        epochs = reversed(range(1 if self.rows is None else MEASURED_EPOCHS))  # the rows are left in the first one
+        steps = [lengths for epoch in epochs for _, lengths in self._steps(epoch, measured)]
         longest_sample = max(int(lengths.max()) for lengths in steps)
         # A sample that is a batch by itself needs nothing to spare.
         limit = min(max(limit, longest_sample), self.max_tokens)
@@ -150,6 +145,8 @@ class TokenBatches(Sampler[list[int]]):
 
     def _steps(self, epoch: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Samples of each step, and their lengths."""
+        if self.rows is not None:
+            self.rows.begin(epoch)
         size = WINDOW * self.step_size
         for start, samples in windows(self.num_samples, size, self.seed, epoch, self.shuffle):
             if start >= stop:
