@@ -300,7 +300,8 @@ def test_tensor_parallel(save_text, tmp_path):
         "    logits = model(**saved['inputs']).logits\n"
         "torch.testing.assert_close(logits, saved['logits'], atol=1e-4, rtol=1e-4)\n"
         "print('agreed', flush=True)\n"
-        "torch.distributed.destroy_process_group()\n"
+        "from modeling_honeybee.processes import leave_processes\n"
+        "leave_processes(2)\n"
     )
     launch = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29571, script)
     result = run_script(*launch, python=sys.executable, env={"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"})

@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from trl import SFTConfig
 
+from modeling_honeybee.processes import leave_processes
 from tests.tiny import picture, tiny_model, tiny_processor
 from training.collator import HoneybeeDataCollator
 from training.stages import freeze_for_stage
@@ -65,3 +66,4 @@ def main(stage: str, projector_type: str, checkpointing: str, batch_size: str, w
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave_processes(2)
