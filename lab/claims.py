@@ -11,6 +11,7 @@ import numpy as np
 from lab.plan import Preset, tokens_of
 from lab.results import Cell, Estimate, Results, estimate
 from lab.scenes import GROUPS
+from lab.ways import PLAIN, elastic_width
 
 MIN_SEEDS = 3
 MARGIN = 0.03  # below which two accuracies count as equal
@@ -51,8 +52,8 @@ class Setting:
         """At the fewest (0) or the most (-1) tokens of the curve."""
         return Cell(name, sorted(self.preset.curve)[which])
 
-    def elastic(self, name: str) -> Cell:
-        return Cell(name, self.preset.num_tokens, "elastic")
+    def elastic(self, name: str, way: str = PLAIN) -> Cell:
+        return Cell(name, self.preset.num_tokens, elastic_width(way))
 
     def every_patch(self, name: str, width: str = "default") -> Cell:
         return Cell(name, self.num_patches, width)
@@ -125,9 +126,11 @@ def _used_elsewhere(results: Results, setting: Setting) -> np.ndarray:
     return results.difference(used, answers)
 
 
-def elastic_gap(results: Results, setting: Setting, name: str, numbers: Sequence[int], step: int) -> np.ndarray:
+def elastic_gap(
+    results: Results, setting: Setting, name: str, numbers: Sequence[int], step: int, way: str = PLAIN
+) -> np.ndarray:
     """The mean over some M of: an elastic projector after `step` steps, minus one that is trained for this M alone, in the end."""
-    elastic, gaps = setting.elastic(name), []
+    elastic, gaps = setting.elastic(name, way), []
     if not numbers or elastic not in results.cells:
         raise KeyError(elastic)
     for number in numbers:

@@ -14,7 +14,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 import numpy as np
@@ -24,8 +24,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lab.loop import train, write_text, write_whole
-from lab.projectors import CANDIDATES, make_projector, number_of_parameters, projector_config
+from lab.projectors import CANDIDATES, make_projector, projector_config
 from lab.rows import Rows
+from lab.ways import PLAIN, WAYS, Lesson, elastic_width
 from modeling_honeybee import HoneybeeConfig
 
 WARMUP_STEPS = 20
@@ -43,7 +44,8 @@ class Experiment:
         points: numbers of steps at which it is evaluated, ascending; the last is the length of the run.
         elsewhere: other M, at which the projector is evaluated too, without being trained for them. (In the record, all M but
             `num_tokens`.)
-        trained_at: elastic: each image of a batch draws its M from these, and all are evaluated; () for `num_tokens` alone.
+        trained_at: elastic: learned at all of these M, ascending, and evaluated at all; () for `num_tokens` alone.
+        way: in which an elastic one learns, out of `WAYS`.
     """
 
     projector: str
@@ -56,25 +58,22 @@ class Experiment:
     batch_size: int = 32
     elsewhere: tuple[int, ...] = ()
     trained_at: tuple[int, ...] = ()
+    way: str = field(default=PLAIN, repr=False)
 
-    def batches(self, step: int) -> list[tuple[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-        """What is learned in a step: M, and images with so many visual tokens as [`Task.batch`] gives them."""
+    def lessons(self, step: int) -> list[Lesson]:
+        """What is learned in a step."""
         if not self.trained_at:
-            return [(self.num_tokens, self.task.batch(step, self.batch_size, self.num_tokens))]
-        drawn = np.random.default_rng((self.task.seed, step, len(self.trained_at))).choice(
-            self.trained_at, size=self.batch_size
-        )
-        return [
-            (number, self.task.batch(step * len(self.trained_at) + place, count, number))
-            for place, number in enumerate(self.trained_at)
-            if (count := int((drawn == number).sum()))
-        ]
+            return [Lesson(self.num_tokens, self.task.batch(step, self.batch_size, self.num_tokens))]
+        way, task = WAYS[self.way], self.task
+        return list(way.lessons(task.batch, task.seed, step, self.batch_size, self.num_tokens, self.trained_at))
 
     @property
     def name(self) -> str:
         """Of its files. Two experiments that differ in a setting, or in the code of the projector's class, have two names."""
         candidate = CANDIDATES[self.projector]
-        settings = repr(self), repr(candidate.settings), inspect.getsource(candidate.build)
+        settings = [repr(self), repr(candidate.settings), inspect.getsource(candidate.build)]
+        if self.way != PLAIN:
+            settings += [repr(WAYS[self.way]), inspect.getsource(candidate.scaled) if WAYS[self.way].scaled else ""]
         digest = hashlib.sha256("".join(settings).encode()).hexdigest()[:8]
         return f"{self.projector}-m{self.num_tokens}-{self.task.name}-{self.split}-{digest}"
 
@@ -201,21 +200,32 @@ def run(experiment: Experiment, folder: str) -> str:
     config = projector_config(
         experiment.projector, *task.configs(), num_tokens, experiment.hidden_size, experiment.trained_at
     )
-    projector = make_projector(experiment.projector, config).to(task.device)
+    projector = make_projector(experiment.projector, config, WAYS[experiment.way].scaled).to(task.device)
     averaged = AveragedModel(projector, avg_fn=running_average).requires_grad_(False)
     language_model, features = task.language_model().to(task.device), task.features("train")
     tested = task.features(experiment.split)
     numbers = {num_tokens, *experiment.trained_at, *experiment.elsewhere}
     asked = {number: task.rows(experiment.split, number) for number in sorted(numbers)}
 
+    def say(number: int, batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is said (asked, V) with so many visual tokens, and what is right (asked,)."""
+        ids, labels, images = batch
+        ids, labels = ids.to(task.device), labels[:, 1:].to(task.device)
+        projector.num_query_tokens = number
+        tokens = projector(features[images].to(task.device).float())
+        logits, learned = _predictions(language_model, ids, labels, tokens, task.placeholder)
+        return logits, labels[learned]
+
     def loss_at(step: int) -> torch.Tensor:
         losses = []
-        for number, (ids, labels, images) in experiment.batches(step):
-            ids, labels = ids.to(task.device), labels[:, 1:].to(task.device)
-            projector.num_query_tokens = number
-            tokens = projector(features[images].to(task.device).float())
-            logits, learned = _predictions(language_model, ids, labels, tokens, task.placeholder)
-            losses.append(F.cross_entropy(logits, labels[learned], reduction="none"))
+        for number, batch, at_most in experiment.lessons(step):
+            logits, right = say(number, batch)
+            losses.append(F.cross_entropy(logits, right, reduction="none"))
+            if at_most is not None:
+                taught, _ = say(experiment.trained_at[-1], at_most)
+                losses.append(F.cross_entropy(taught, right, reduction="none"))
+                teacher = taught.detach().log_softmax(-1)
+                losses.append(F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="none").sum(-1))
         return torch.cat(losses).mean()
 
     task.batch(0, 1, num_tokens)  # reads what is read once, which is no part of training's time
@@ -250,23 +260,24 @@ def run(experiment: Experiment, folder: str) -> str:
         after_step=lambda: averaged.update_parameters(projector),
     )
     write_whole(path + ".pt", partial(torch.save, averaged.module.state_dict()))
-    write_text(path + ".json", json.dumps(_record(experiment, config, points)))
+    parameters = sum(parameter.numel() for parameter in projector.parameters())
+    write_text(path + ".json", json.dumps(_record(experiment, config.projector_config.hidden_size, parameters, points)))
     os.remove(path + ".state")
     return path + ".json"
 
 
-def _record(experiment: Experiment, config: HoneybeeConfig, points: list[dict]) -> dict:
-    task = experiment.task
+def _record(experiment: Experiment, hidden_size: int, parameters: int, points: list[dict]) -> dict:
+    task, width = experiment.task, "default" if experiment.hidden_size is None else "matched"
     return {
         "name": experiment.name,
         "projector": experiment.projector,
         "tower": task.tower,
         "seed": task.seed,
         "num_tokens": experiment.num_tokens,
-        "width": "elastic" if experiment.trained_at else "default" if experiment.hidden_size is None else "matched",
+        "width": elastic_width(experiment.way) if experiment.trained_at else width,
         "trained_at": experiment.trained_at,
-        "hidden_size": config.projector_config.hidden_size,
-        "parameters": number_of_parameters(experiment.projector, config),
+        "hidden_size": hidden_size,
+        "parameters": parameters,
         "learning_rate": experiment.learning_rate,
         "split": experiment.split,
         "points": points,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lab.experiment import Experiment, Task
 from lab.projectors import CANDIDATES, matched_width, number_of_parameters, projector_config
+from lab.ways import PLAIN, WAYS
 
 RATES = (1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2)
 RATE_STEP = 2.5  # by which the grid grows where the best value is at its edge
@@ -31,6 +32,7 @@ class Preset:
         every_patch: who is also run with M = N.
         matched: run everyone with as many parameters as the C-Abstractor, too.
         elastic: who is also trained for all of these M at once, for the steps of the comparison and for twice as many.
+        ways: of learning them, beside the plain one, whose learning rate they take; those that the projector can.
         controls: run the controls.
         left_out: projectors that are run only where they are asked for, and controls that are not run.
         images: how many to train on, to choose learning rates on and to test on.
@@ -49,6 +51,7 @@ class Preset:
     every_patch: tuple[str, ...] = ("c-abs",)
     matched: bool = True
     elastic: tuple[str, ...] = ()
+    ways: tuple[str, ...] = ()
     controls: bool = True
     left_out: tuple[str, ...] = ()
     images: tuple[int, ...] = (5000, 200, 300)
@@ -106,6 +109,7 @@ PRESETS = {
         every_patch=(),
         matched=False,
         elastic=("c-abs",),
+        ways=tuple(way for way in WAYS if way != PLAIN),
         controls=False,
         left_out=("linear", "mlp", "pool-mlp", "resampler", "d-abs"),
     ),
@@ -119,6 +123,7 @@ PRESETS = {
         curve=(4,),
         every_patch=(),
         elastic=("c-abs", "d-abs"),
+        ways=("a scale and a shift for each M", "the largest M teaches"),
         images=(64, 12, 12),
         tower_steps=4,
         language_model_steps=4,
@@ -238,6 +243,11 @@ def experiments(rates: dict[Variant, float], preset: Preset, tasks: list[Task], 
                 points += (2 * points[-1],) * bool(variant.trained_at)
                 used_at = preset.curve * (is_main and name in (USED_ELSEWHERE, *preset.elastic))
                 planned.append(_experiment(variant, task, rate, points, elsewhere=used_at))
+                planned += [
+                    _experiment(variant, task, rate, points, way=way)
+                    for way in preset.ways * bool(variant.trained_at)
+                    if CANDIDATES[name].scaled or not WAYS[way].scaled
+                ]
             elif is_main and not CANDIDATES[name].per_patch:
                 planned.append(_experiment(variant, task, rate, preset.points))
         for name, candidate in CANDIDATES.items():

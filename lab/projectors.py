@@ -67,6 +67,25 @@ class Placeless(PoolMLP):
         return super().forward(features.gather(1, order.expand_as(features)))
 
 
+class ScaledCAbstractor(PROJECTORS["c-abs"]):
+    """A C-Abstractor whose pooled map is scaled and shifted by channel, for each M in a way of its own."""
+
+    def __init__(self, config: HoneybeeConfig):
+        super().__init__(config)
+        settings = config.projector_config
+        self.places = {number: place for place, number in enumerate(settings.elastic_num_query_tokens)}
+        self.scale = nn.Parameter(torch.ones(len(self.places), settings.hidden_size))
+        self.shift = nn.Parameter(torch.zeros(len(self.places), settings.hidden_size))
+
+    def decode(self, features: torch.Tensor, num_query_tokens: int) -> torch.Tensor:
+        place = self.places[num_query_tokens]
+        x = F.adaptive_avg_pool2d(features.permute(0, 3, 1, 2), math.isqrt(num_query_tokens)).permute(0, 2, 3, 1)
+        x = x * self.scale[place] + self.shift[place]  # (B, side, side, C)
+        for block in self.stage2:
+            x = block(x)
+        return self.append_eos(self.readout(x.flatten(1, 2)))
+
+
 @dataclass(frozen=True)
 class Candidate:
     """
@@ -76,6 +95,7 @@ class Candidate:
         per_patch: M = N, always.
         has_width: `hidden_size` changes its number of parameters.
         control: no projector but a check of the lab; it takes the learning rate of this candidate.
+        scaled: makes one with weights of its own for each M that it is trained for.
     """
 
     build: Callable[[HoneybeeConfig], nn.Module]
@@ -83,6 +103,7 @@ class Candidate:
     per_patch: bool = False
     has_width: bool = True
     control: str | None = None
+    scaled: Callable[[HoneybeeConfig], nn.Module] | None = None
 
 
 CANDIDATES = {
@@ -92,7 +113,7 @@ CANDIDATES = {
     "resampler": Candidate(
         PROJECTORS["resampler"], {"projector_type": "resampler", "num_hidden_layers": 3, "num_attention_heads": 4}
     ),
-    "c-abs": Candidate(PROJECTORS["c-abs"]),
+    "c-abs": Candidate(PROJECTORS["c-abs"], scaled=ScaledCAbstractor),
     "d-abs": Candidate(PROJECTORS["d-abs"], {"projector_type": "d-abs", "num_hidden_layers": 3}),
     "blind": Candidate(Blind, control="pool-mlp"),
     "shuffled": Candidate(Shuffled, control="c-abs"),
@@ -135,10 +156,11 @@ def projector_config(
     return HoneybeeConfig(vision_config, text_config, settings, image_token_id=text_config.vocab_size)
 
 
-def make_projector(name: str, config: HoneybeeConfig) -> nn.Module:
-    """A candidate with new weights. They start as those of a new Honeybee do; but its standard deviation is meant for layers
+def make_projector(name: str, config: HoneybeeConfig, scaled: bool = False) -> nn.Module:
+    """A candidate with new weights, or its `scaled` kind. They start as those of a new Honeybee do; but its standard deviation is meant for layers
     of 1024 inputs, so that here each linear layer has the one that does the same for its own number of inputs."""
-    projector = CANDIDATES[name].build(config)
+    candidate = CANDIDATES[name]
+    projector = (candidate.scaled if scaled else candidate.build)(config)
     with torch.device("meta"):
         model = HoneybeeForConditionalGeneration(config)
     projector.apply(model._init_weights)

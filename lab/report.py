@@ -18,6 +18,7 @@ from lab.plan import Preset, best_rate, is_at_the_edge
 from lab.projectors import CANDIDATES, make_projector, projector_config
 from lab.results import DRAWS, Cell, Estimate, Results, arrays, estimate
 from lab.scenes import GROUPS
+from lab.ways import PLAIN
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -240,7 +241,30 @@ class Report:
         return (
             f"\n## Elastic: one {name} for several M\n\nEach image of a batch drew its M. A model that is trained for one M has "
             f"its own learning rate, and so has the elastic one.\n\n{_table(['trained for', *map(str, numbers)], rows)}\n\n"
-            f"![elastic {name}](elastic-{name}.png)\n"
+            f"![elastic {name}](elastic-{name}.png)\n{self.ways(name)}"
+        )
+
+    def ways(self, name: str) -> str:
+        """What an elastic projector loses against those for one M, by the way in which it learned."""
+        numbers, end, rows = self.preset.numbers, self.setting.end, []
+
+        def gap(way: str, some: Sequence[int], step: int) -> Estimate:
+            return estimate(elastic_gap(self.results, self.setting, name, some, step, way))
+
+        for way in (PLAIN, *self.preset.ways):
+            cell = self.setting.elastic(name, way)
+            if cell in self.results.cells:
+                seconds = np.mean(list(self.results.seconds(cell, end).values()))
+                after = [gap(way, [number], end) for number in numbers] + [gap(way, numbers[1:-1], end)]
+                later = [gap(way, some, 2 * end) for some in (numbers[:1], numbers[-1:], numbers)]
+                rows.append([way, f"{seconds:.0f}", *after, *later])
+        if len(rows) < 2:
+            return ""
+        head = ["way of learning", f"CPU s, {end} steps", *(f"M = {number}" for number in numbers), "between the ends"]
+        head += [f"{2 * end} steps: M = {numbers[0]}", f"M = {numbers[-1]}", "all"]
+        return (
+            f"\nElastic minus its own M alone, after {end} and {2 * end} steps, by the way of learning, all with the learning rate of "
+            f"the first:\n\n{_table(head, rows)}\n"
         )
 
     def _first_tower(self, cell: Cell) -> Estimate:

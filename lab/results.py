@@ -25,8 +25,8 @@ Right = dict[
 
 @dataclass(frozen=True)
 class Cell:
-    """What one line of a comparison is about. `width` is `default`, `matched`, or `elastic` for one that is trained for several
-    M, of which `num_tokens` is the default."""
+    """What one line of a comparison is about. `width` is `default`, `matched`, or, for one that is trained for several M, of which
+    `num_tokens` is the default, `elastic` and the way in which it learned them where that is not the plain one."""
 
     projector: str
     num_tokens: int

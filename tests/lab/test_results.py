@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from lab.claims import Setting, equal, judge, larger, no_worse
 from lab.experiment import Experiment
@@ -20,9 +21,10 @@ from lab.plan import (
     rate_search,
     variants_of,
 )
-from lab.projectors import names_of
+from lab.projectors import make_projector, names_of, projector_config
 from lab.results import Cell, Estimate, Results, estimate
 from lab.scene_task import SceneTask
+from lab.ways import PLAIN, WAYS
 
 
 def record(projector: str, seed: int, right: dict[str, str], num_tokens: int = 16, tower: str = "clip", points=None):
@@ -290,24 +292,67 @@ def test_what_is_planned_of_an_elastic_projector():
     points = {(each.num_tokens, bool(each.trained_at)): (each.points[-1], each.elsewhere) for each in planned}
     assert points.pop((16, True)) == (720, ()) and points.pop((16, False)) == (360, (4, 9, 25, 36))
     assert set(points.values()) == {(360, ())} and len(points) == 4
+    assert Counter(each.way for each in planned if each.trained_at) == dict.fromkeys(WAYS, 1)
+    assert len({each.name for each in planned}) == len(planned)
+    d_abs = experiments({Variant("d-abs", 16, None, every_m): 0.01}, preset, [task], 144)
+    assert {each.way for each in d_abs} == {name for name, way in WAYS.items() if not way.scaled}
+
+
+class Asked:
+    """A task whose batches say what was asked for."""
+
+    seed = 3
+
+    def batch(self, *asked):
+        return asked
+
+
+def lessons(steps: int, way: str, trained_at=(4, 9, 16)) -> list[list]:
+    experiment = Experiment("c-abs", Asked(), 16, 0.01, (10,), trained_at=trained_at, way=way)
+    return [experiment.lessons(step) for step in range(steps)]
 
 
 def test_each_image_of_an_elastic_step_draws_its_m():
-    class Asked:
-        seed = 3
-
-        def batch(self, *asked):
-            return asked
-
-    fixed = Experiment("c-abs", Asked(), 16, 0.01, (10,))
-    assert fixed.batches(7) == [(16, (7, 32, 16))]
-    assert replace(fixed, trained_at=(16,)).batches(7) == [(16, (7, 32, 16))]
+    assert Experiment("c-abs", Asked(), 16, 0.01, (10,)).lessons(7) == [(16, (7, 32, 16), None)]
+    assert lessons(8, PLAIN, trained_at=(16,))[7] == [(16, (7, 32, 16), None)]
     drawn, seen = Counter(), set()
-    for step in range(200):
-        batches = replace(fixed, trained_at=(4, 9, 16)).batches(step)
-        assert sum(count for _, (_, count, _) in batches) == 32
-        for number, (key, count, asked) in batches:
-            assert number == asked and key not in seen
+    for step in lessons(200, PLAIN):
+        assert sum(count for _, (_, count, _), _ in step) == 32
+        for number, (key, count, asked), at_most in step:
+            assert number == asked and key not in seen and at_most is None
             seen.add(key)
             drawn[number] += count
-    assert all(abs(count - 200 * 32 / 3) < 150 for count in drawn.values()) and len(drawn) == 3
+    assert all(abs(count / 6400 - 1 / 3) < 0.03 for count in drawn.values())
+
+
+def test_other_ways_to_learn_several_m():
+    each_batch = lessons(200, "each batch draws its M")
+    assert all(len(step) == 1 and step[0].batch[1] == 32 for step in each_batch)
+    assert {step[0].number for step in each_batch} == {4, 9, 16}
+    drawn = Counter()
+    for step in lessons(200, "the fewest and the most twice as often"):
+        drawn.update({lesson.number: lesson.batch[1] for lesson in step})
+    assert [round(drawn[number] / 6400, 1) for number in (4, 9, 16)] == [0.4, 0.2, 0.4]
+    for step in lessons(20, "the largest M teaches"):
+        for number, batch, at_most in step:
+            assert at_most == (None if number == 16 else (*batch[:2], 16))
+    for step in lessons(20, "twice the images a step"):
+        assert sum(lesson.batch[1] for lesson in step) == 64 and len({lesson.batch[0] for lesson in step}) == len(step)
+    then = lessons(260, "the default M alone for 240 steps, then each image draws")
+    assert all(len(step) == 1 and step[0][0] == 16 and step[0].batch[1] == 32 for step in then[:240])
+    assert {lesson.number for step in then[240:] for lesson in step} == {4, 9, 16}
+
+
+def test_a_projector_with_a_scale_for_each_m():
+    task = SceneTask("", "clip", 0, 0, (9, 9, 9), 1, 1)
+    config = projector_config("c-abs", *task.configs(), 16, None, (4, 16))
+    torch.manual_seed(0)
+    plain = make_projector("c-abs", config)
+    scaled = make_projector("c-abs", config, scaled=True)
+    assert scaled.load_state_dict(plain.state_dict(), strict=False).missing_keys == ["scale", "shift"]
+    features = torch.randn(2, 144, 64)
+    torch.testing.assert_close(scaled(features, 4), plain(features, 4))
+    with torch.no_grad():
+        scaled.shift[0] += 1.0
+    torch.testing.assert_close(scaled(features, 16), plain(features, 16))
+    assert not torch.allclose(scaled(features, 4), plain(features, 4), atol=0.01)
