@@ -239,7 +239,7 @@ class Report:
         }
         rows = [[line, *row] for line, row in {**found, **gaps}.items()]
         return (
-            f"\n## Elastic: one {name} for several M\n\nEach image of a batch drew its M. A model that is trained for one M has "
+            f"\n## Elastic: one {name} for several M\n\nEach image of a batch drew its M where nothing else is said. A model that is trained for one M has "
             f"its own learning rate, and so has the elastic one.\n\n{_table(['trained for', *map(str, numbers)], rows)}\n\n"
             f"![elastic {name}](elastic-{name}.png)\n{self.ways(name)}"
         )

@@ -96,7 +96,7 @@ WAYS = {
         Way("the largest M teaches", taught=True),
         Way("twice the images a step", batches=2),
         Way("the default M alone for 240 steps, then each image draws", alone=240),
-        Way("the same, then the fewest and the most twice as often", alone=240, ends=2),
+        Way("the default M alone for 240 steps, then the ends twice as often", alone=240, ends=2),
     )
 }
 PLAIN = next(iter(WAYS))

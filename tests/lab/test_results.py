@@ -24,7 +24,7 @@ from lab.plan import (
 from lab.projectors import make_projector, names_of, projector_config
 from lab.results import Cell, Estimate, Results, estimate
 from lab.scene_task import SceneTask
-from lab.ways import PLAIN, WAYS
+from lab.ways import PLAIN, WAYS, elastic_width
 
 
 def record(projector: str, seed: int, right: dict[str, str], num_tokens: int = 16, tower: str = "clip", points=None):
@@ -279,6 +279,10 @@ def test_the_claims_about_an_elastic_projector():
         records.append({**record("c-abs", seed, {}, points=points), "width": "elastic"})
     found = {figure: each for figure, each in judged(records, preset).items() if figure.startswith("elastic")}
     assert list(found.values()) == [(-0.05, "not supported"), (0.16, "supported"), (0.1, "supported")]
+    twice = elastic_width("twice the images a step")
+    other = [{**each, "width": twice} for each in records if each["width"] == "elastic"]
+    more = {figure: each for figure, each in judged(records + other, preset).items() if figure.startswith("elastic")}
+    assert len(more) == 6 and list(more.values()) == 2 * list(found.values())
     without = [each for each in records if each["width"] != "elastic"]
     assert not any(figure.startswith("elastic") for figure in judged(without, preset))
 
