@@ -255,9 +255,10 @@ class Report:
             cell = self.setting.elastic(name, way)
             if cell in self.results.cells:
                 seconds = np.mean(list(self.results.seconds(cell, end).values()))
-                after = [gap(way, [number], end) for number in numbers] + [gap(way, numbers[1:-1], end)]
+                after = [gap(way, [number], end) for number in numbers]
+                between = gap(way, numbers[1:-1], end) if len(numbers) > 2 else ""
                 later = [gap(way, some, 2 * end) for some in (numbers[:1], numbers[-1:], numbers)]
-                rows.append([way, f"{seconds:.0f}", *after, *later])
+                rows.append([way, f"{seconds:.0f}", *after, between, *later])
         if len(rows) < 2:
             return ""
         head = ["way of learning", f"CPU s, {end} steps", *(f"M = {number}" for number in numbers), "between the ends"]
