@@ -239,8 +239,8 @@ class Report:
         }
         rows = [[line, *row] for line, row in {**found, **gaps}.items()]
         return (
-            f"\n## Elastic: one {name} for several M\n\nEach image of a batch drew its M where nothing else is said. A model that is trained for one M has "
-            f"its own learning rate, and so has the elastic one.\n\n{_table(['trained for', *map(str, numbers)], rows)}\n\n"
+            f"\n## Elastic: one {name} for several M\n\nEach image of a batch drew its M where nothing else is said. A model that "
+            f"is trained for one M has its own learning rate, and so has the elastic one.\n\n{_table(['trained for', *map(str, numbers)], rows)}\n\n"
             f"![elastic {name}](elastic-{name}.png)\n{self.ways(name)}"
         )
 
@@ -261,11 +261,11 @@ class Report:
                 rows.append([way, f"{seconds:.0f}", *after, between, *later])
         if len(rows) < 2:
             return ""
-        head = ["way of learning", f"CPU s, {end} steps", *(f"M = {number}" for number in numbers), "between the ends"]
+        head = ["way of learning", "CPU s", *(f"M = {number}" for number in numbers), "between the ends"]
         head += [f"{2 * end} steps: M = {numbers[0]}", f"M = {numbers[-1]}", "all"]
         return (
-            f"\nElastic minus its own M alone, after {end} and {2 * end} steps, by the way of learning, all with the learning rate of "
-            f"the first:\n\n{_table(head, rows)}\n"
+            f"\nElastic minus its own M alone, after {end} and {2 * end} steps, by the way of learning, all with the learning "
+            f"rate of the first; CPU time is that of {end} steps:\n\n{_table(head, rows)}\n"
         )
 
     def _first_tower(self, cell: Cell) -> Estimate:

@@ -83,12 +83,18 @@ def killed_at(folder, reached) -> None:
 
 
 def without_times(report) -> str:
-    """The report but for the column of CPU time and the claims about it."""
-    lines = report.read_text().splitlines()
-    lines = [line for line in lines if "CPU time |" not in line and "of the shorter run" not in line]
-    head = next(line for line in lines if "| CPU s |" in line).split("|").index(" CPU s ")
-    rows = [line.split("|") for line in lines]
-    return "\n".join("|".join(row[:head] + row[head + 1 :]) if len(row) > head + 1 else "|".join(row) for row in rows)
+    """The report but for the columns of CPU time and the claims about it."""
+    kept, column = [], None  # of the table that a line is in
+    for line in report.read_text().splitlines():
+        if "CPU time |" in line or "of the shorter run" in line:
+            continue
+        cells = line.split("|")
+        if " CPU s " in cells:
+            column = cells.index(" CPU s ")
+        elif not line.startswith("|"):
+            column = None
+        kept.append("|".join(cells if column is None else cells[:column] + cells[column + 1 :]))
+    return "\n".join(kept)
 
 
 def test_a_killed_run_goes_on(whole, tmp_path):
