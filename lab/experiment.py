@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,11 +27,27 @@ from torch.optim.swa_utils import AveragedModel
 from lab.loop import train, write_text, write_whole
 from lab.projectors import CANDIDATES, make_projector, projector_config
 from lab.rows import Rows
-from lab.ways import PLAIN, WAYS, Lesson, elastic_width
+from lab.ways import PLAIN, WAYS, elastic_width
 from modeling_honeybee import HoneybeeConfig
 
 WARMUP_STEPS = 20
 AVERAGED_STEPS = 50  # how far back the average of the weights reaches
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # as [`Task.batch`] gives it
+
+
+class Lesson(NamedTuple):
+    """What is learned at one M in a step.
+
+    Args:
+        number: M.
+        batch: images, questions and answers.
+        teacher: the largest M and the same with it, where what is answered there teaches what is answered here.
+    """
+
+    number: int
+    batch: Batch
+    teacher: tuple[int, Batch] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,10 +79,17 @@ class Experiment:
 
     def lessons(self, step: int) -> list[Lesson]:
         """What is learned in a step."""
-        if not self.trained_at:
-            return [Lesson(self.num_tokens, self.task.batch(step, self.batch_size, self.num_tokens))]
-        way, task = WAYS[self.way], self.task
-        return list(way.lessons(task.batch, task.seed, step, self.batch_size, self.num_tokens, self.trained_at))
+        way, batch, lessons = WAYS[self.way], self.task.batch, []
+        numbers = (self.num_tokens,) if step < way.alone else self.trained_at or (self.num_tokens,)
+        for which in range(step * way.batches, (step + 1) * way.batches):
+            drawn = way.draw(np.random.default_rng((self.task.seed, which, len(numbers))), self.batch_size, numbers)
+            for place, number in enumerate(numbers):
+                if count := int((drawn == number).sum()):
+                    same = which * len(numbers) + place, count
+                    taught = way.taught and number < numbers[-1]
+                    teacher = (numbers[-1], batch(*same, numbers[-1])) if taught else None
+                    lessons.append(Lesson(number, batch(*same, number), teacher))
+        return lessons
 
     @property
     def name(self) -> str:
@@ -124,7 +148,7 @@ class Task(ABC):
         """(images, N, D_v) of `train`, `validation` or `test`."""
 
     @abstractmethod
-    def batch(self, step: int, size: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def batch(self, step: int, size: int, num_tokens: int) -> Batch:
         """Of a training step: `input_ids` (B, T) with M placeholders a row, `labels` (B, T), `images` (B,)."""
 
     @abstractmethod
@@ -191,6 +215,22 @@ def evaluate(
     return dict(right), float(torch.cat(losses).mean())
 
 
+def lesson_losses(lesson: Lesson, say: Callable[[int, Batch], tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """Losses (asked,) of a lesson.
+
+    Args:
+        say: from M and a batch, the logits (asked, V) of what is said, and what is right (asked,).
+    """
+    logits, right = say(lesson.number, lesson.batch)
+    losses = [F.cross_entropy(logits, right, reduction="none")]
+    if lesson.teacher is not None:
+        best, right = say(*lesson.teacher)
+        losses.append(F.cross_entropy(best, right, reduction="none"))
+        best = best.detach().log_softmax(-1)
+        losses.append(F.kl_div(logits.log_softmax(-1), best, log_target=True, reduction="none").sum(-1))
+    return losses
+
+
 def run(experiment: Experiment, folder: str) -> str:
     """Trains and evaluates, or goes on where an earlier run was stopped. Writes `folder/NAME.json` and the projector's
     weights beside it; returns the path of the first."""
@@ -207,8 +247,7 @@ def run(experiment: Experiment, folder: str) -> str:
     numbers = {num_tokens, *experiment.trained_at, *experiment.elsewhere}
     asked = {number: task.rows(experiment.split, number) for number in sorted(numbers)}
 
-    def say(number: int, batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is said (asked, V) with so many visual tokens, and what is right (asked,)."""
+    def say(number: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         ids, labels, images = batch
         ids, labels = ids.to(task.device), labels[:, 1:].to(task.device)
         projector.num_query_tokens = number
@@ -217,16 +256,7 @@ def run(experiment: Experiment, folder: str) -> str:
         return logits, labels[learned]
 
     def loss_at(step: int) -> torch.Tensor:
-        losses = []
-        for number, batch, at_most in experiment.lessons(step):
-            logits, right = say(number, batch)
-            losses.append(F.cross_entropy(logits, right, reduction="none"))
-            if at_most is not None:
-                taught, _ = say(experiment.trained_at[-1], at_most)
-                losses.append(F.cross_entropy(taught, right, reduction="none"))
-                teacher = taught.detach().log_softmax(-1)
-                losses.append(F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="none").sum(-1))
-        return torch.cat(losses).mean()
+        return torch.cat([loss for lesson in experiment.lessons(step) for loss in lesson_losses(lesson, say)]).mean()
 
     task.batch(0, 1, num_tokens)  # reads what is read once, which is no part of training's time
 
@@ -243,10 +273,7 @@ def run(experiment: Experiment, folder: str) -> str:
 
     def at_point(step: int, seconds: float) -> dict:
         found = {number: ask(number) for number in asked}
-        loss = float(np.mean([found[number][1] for number in experiment.trained_at or (num_tokens,)]))
-        elsewhere = {str(number): right for number, (right, _) in found.items() if number != num_tokens}
-        right = found[num_tokens][0]
-        return {"step": step, "cpu_seconds": round(seconds, 2), "loss": loss, "right": right, "elsewhere": elsewhere}
+        return {"step": step, "cpu_seconds": round(seconds, 2), **_answers(experiment, found)}
 
     points = train(
         nn.ModuleDict({"projector": projector, "average": averaged}),
@@ -260,13 +287,20 @@ def run(experiment: Experiment, folder: str) -> str:
         after_step=lambda: averaged.update_parameters(projector),
     )
     write_whole(path + ".pt", partial(torch.save, averaged.module.state_dict()))
-    parameters = sum(parameter.numel() for parameter in projector.parameters())
-    write_text(path + ".json", json.dumps(_record(experiment, config.projector_config.hidden_size, parameters, points)))
+    write_text(path + ".json", json.dumps(_record(experiment, config, projector, points)))
     os.remove(path + ".state")
     return path + ".json"
 
 
-def _record(experiment: Experiment, hidden_size: int, parameters: int, points: list[dict]) -> dict:
+def _answers(experiment: Experiment, found: dict[int, tuple[dict[str, str], float]]) -> dict:
+    """Of a point, from what [`evaluate`] found by M."""
+    loss = float(np.mean([found[number][1] for number in experiment.trained_at or (experiment.num_tokens,)]))
+    right = {number: right for number, (right, _) in found.items()}
+    own = right.pop(experiment.num_tokens)
+    return {"loss": loss, "right": own, "elsewhere": {str(number): each for number, each in right.items()}}
+
+
+def _record(experiment: Experiment, config: HoneybeeConfig, projector: nn.Module, points: list[dict]) -> dict:
     task, width = experiment.task, "default" if experiment.hidden_size is None else "matched"
     return {
         "name": experiment.name,
@@ -276,8 +310,8 @@ def _record(experiment: Experiment, hidden_size: int, parameters: int, points: l
         "num_tokens": experiment.num_tokens,
         "width": elastic_width(experiment.way) if experiment.trained_at else width,
         "trained_at": experiment.trained_at,
-        "hidden_size": hidden_size,
-        "parameters": parameters,
+        "hidden_size": config.projector_config.hidden_size,
+        "parameters": sum(parameter.numel() for parameter in projector.parameters()),
         "learning_rate": experiment.learning_rate,
         "split": experiment.split,
         "points": points,

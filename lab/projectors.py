@@ -68,7 +68,8 @@ class Placeless(PoolMLP):
 
 
 class ScaledCAbstractor(PROJECTORS["c-abs"]):
-    """A C-Abstractor whose pooled map is scaled and shifted by channel, for each M in a way of its own."""
+    """A C-Abstractor whose pooled map is scaled and shifted by channel, for each M in a way of its own. (It is done before
+    pooling, whose means come out the same.)"""
 
     def __init__(self, config: HoneybeeConfig):
         super().__init__(config)
@@ -79,11 +80,7 @@ class ScaledCAbstractor(PROJECTORS["c-abs"]):
 
     def decode(self, features: torch.Tensor, num_query_tokens: int) -> torch.Tensor:
         place = self.places[num_query_tokens]
-        x = F.adaptive_avg_pool2d(features.permute(0, 3, 1, 2), math.isqrt(num_query_tokens)).permute(0, 2, 3, 1)
-        x = x * self.scale[place] + self.shift[place]  # (B, side, side, C)
-        for block in self.stage2:
-            x = block(x)
-        return self.append_eos(self.readout(x.flatten(1, 2)))
+        return super().decode(features * self.scale[place] + self.shift[place], num_query_tokens)
 
 
 @dataclass(frozen=True)
@@ -157,8 +154,9 @@ def projector_config(
 
 
 def make_projector(name: str, config: HoneybeeConfig, scaled: bool = False) -> nn.Module:
-    """A candidate with new weights, or its `scaled` kind. They start as those of a new Honeybee do; but its standard deviation is meant for layers
-    of 1024 inputs, so that here each linear layer has the one that does the same for its own number of inputs."""
+    """A candidate, or its `scaled` kind, with new weights. They start as those of a new Honeybee do; but its standard
+    deviation is meant for layers of 1024 inputs, so that here each linear layer has the one that does the same for its own
+    number of inputs."""
     candidate = CANDIDATES[name]
     projector = (candidate.scaled if scaled else candidate.build)(config)
     with torch.device("meta"):

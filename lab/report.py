@@ -237,10 +237,10 @@ class Report:
             ]
             for step in (end, 2 * end)
         }
-        rows = [[line, *row] for line, row in {**found, **gaps}.items()]
+        table = _table(["trained for", *map(str, numbers)], [[line, *row] for line, row in {**found, **gaps}.items()])
         return (
             f"\n## Elastic: one {name} for several M\n\nEach image of a batch drew its M where nothing else is said. A model that "
-            f"is trained for one M has its own learning rate, and so has the elastic one.\n\n{_table(['trained for', *map(str, numbers)], rows)}\n\n"
+            f"is trained for one M has its own learning rate, and so has the elastic one.\n\n{table}\n\n"
             f"![elastic {name}](elastic-{name}.png)\n{self.ways(name)}"
         )
 

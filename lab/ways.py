@@ -1,28 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ways in which one projector learns several M. The first is that of `--elastic`; the others are tried beside it."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-import torch
-
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # as `lab.experiment.Task.batch` gives it
-
-
-class Lesson(NamedTuple):
-    """What is learned at one M in a step.
-
-    Args:
-        number: M.
-        batch: images, questions and answers.
-        at_most: the same with the largest M, whose answers teach those of this one; None where nobody teaches.
-    """
-
-    number: int
-    batch: Batch
-    at_most: Batch | None = None
 
 
 @dataclass(frozen=True)
@@ -47,36 +28,8 @@ class Way:
     scaled: bool = False
     alone: int = 0
 
-    def lessons(
-        self,
-        batch: Callable[[int, int, int], Batch],
-        seed: int,
-        step: int,
-        size: int,
-        default: int,
-        numbers: tuple[int, ...],
-    ) -> Iterator[Lesson]:
-        """Those of a step.
-
-        Args:
-            batch: from a number, the same for the same; how many images; M.
-            size: images of a batch.
-            default: M of the comparison.
-            numbers: M, ascending.
-        """
-        if step < self.alone:
-            numbers = (default,)
-        for which in range(step * self.batches, (step + 1) * self.batches):
-            drawn = self._draw(np.random.default_rng((seed, which, len(numbers))), size, numbers)
-            for place, number in enumerate(numbers):
-                if count := int((drawn == number).sum()):
-                    same = which * len(numbers) + place
-                    taught = self.taught and number < numbers[-1]
-                    at_most = batch(same, count, numbers[-1]) if taught else None
-                    yield Lesson(number, batch(same, count, number), at_most)
-
-    def _draw(self, draw: np.random.Generator, size: int, numbers: tuple[int, ...]) -> np.ndarray:
-        """M of each image (size,)."""
+    def draw(self, draw: np.random.Generator, size: int, numbers: tuple[int, ...]) -> np.ndarray:
+        """M (size,) of the images of a batch, out of `numbers`, which are ascending."""
         if self.by_batch:
             return np.full(size, draw.choice(numbers))
         if self.ends == 1:
