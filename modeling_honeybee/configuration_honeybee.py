@@ -54,6 +54,8 @@ class HoneybeeProjectorConfig(PretrainedConfig):
             elastic model it is the default.
         elastic_num_query_tokens: the numbers M that the model is trained for, in ascending order, where each image can
             have its own (`c-abs`, `d-abs`, `resampler`). None: it is trained for `num_query_tokens` alone.
+        overview_num_query_tokens: M of the overview of a picture that is cut into crops, where the model is trained for another
+            M there than for the crops. What is cut is a setting of the processor.
         hidden_size: width inside `c-abs`, `d-abs` and `resampler`.
         depth: convolution blocks in each of the two stages of `c-abs` (3; 0 leaves pooling and readout alone), or
             linear layers of `linear` (1) and `mlp` (2).
@@ -77,7 +79,9 @@ class HoneybeeProjectorConfig(PretrainedConfig):
 
     model_type = "honeybee_projector"
     base_config_key = "projector_config"
-    elastic_num_query_tokens = None  # the class's: a model with a fixed M does not save it
+    # The class's: a model with a fixed M does not save them.
+    elastic_num_query_tokens = None
+    overview_num_query_tokens = None
 
     def __init__(
         self,
@@ -98,6 +102,7 @@ class HoneybeeProjectorConfig(PretrainedConfig):
         layer_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
         elastic_num_query_tokens: list[int] | None = None,
+        overview_num_query_tokens: int | None = None,
         **kwargs,
     ):
         if projector_type not in PROJECTOR_DEFAULTS:
@@ -129,6 +134,8 @@ class HoneybeeProjectorConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         if elastic_num_query_tokens is not None:
             self.elastic_num_query_tokens = elastic_num_query_tokens
+        if overview_num_query_tokens is not None:
+            self.overview_num_query_tokens = overview_num_query_tokens
         self._validate()
         super().__init__(**kwargs)
 
@@ -172,6 +179,11 @@ class HoneybeeProjectorConfig(PretrainedConfig):
             self._check_square(self.num_query_tokens)
         if self.elastic_num_query_tokens is not None:
             self._validate_elastic()
+        if self.overview_num_query_tokens is not None:
+            try:
+                self.check_num_query_tokens(self.overview_num_query_tokens)
+            except ValueError as error:
+                raise ValueError(f"overview_{error}") from None
         if self.projector_type in ("d-abs", "resampler") and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}; "
@@ -197,7 +209,7 @@ class HoneybeeProjectorConfig(PretrainedConfig):
             )
         for number in trained:
             self._check_square(number)
-        if not self.is_trained(self.num_query_tokens):
+        if not covers(trained, self.num_query_tokens):
             raise ValueError(
                 f"num_query_tokens={self.num_query_tokens}, the default, is not one of elastic_num_query_tokens={trained}; "
                 f"use one of them, such as {trained[-1]}"
@@ -212,8 +224,10 @@ class HoneybeeProjectorConfig(PretrainedConfig):
             )
 
     def is_trained(self, num_query_tokens: int) -> bool:
-        """Whether the model is trained for this M, or for a smaller and a larger one where it is a square."""
-        return covers(self.elastic_num_query_tokens or [self.num_query_tokens], num_query_tokens)
+        """Whether the model is trained for this M, of crops or of overviews, or for a smaller and a larger one where it is a
+        square."""
+        trained = self.elastic_num_query_tokens or [self.num_query_tokens]
+        return num_query_tokens == self.overview_num_query_tokens or covers(trained, num_query_tokens)
 
     def check_num_query_tokens(self, number: int) -> None:
         """Raises a ValueError, with the reason, where the projector cannot make `number` visual tokens of an image."""
@@ -234,7 +248,7 @@ class HoneybeeProjectorConfig(PretrainedConfig):
     @property
     def num_learned_queries(self) -> int:
         """Learned queries of `d-abs` and `resampler`: one for each visual token of the largest M that is trained."""
-        return max([self.num_query_tokens, *(self.elastic_num_query_tokens or ())])
+        return max([self.num_query_tokens, *(self.elastic_num_query_tokens or ()), self.overview_num_query_tokens or 0])
 
     @property
     def num_visual_tokens(self) -> int:

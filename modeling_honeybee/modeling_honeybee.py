@@ -3,7 +3,8 @@
 
 Shapes: B rows of text, T tokens a row, I images in the batch (in the order of their placeholders), N patches an image,
 M visual tokens an image (extra tokens included), D_v width of the tower, D_lm width of the language model, V vocabulary.
-Images can have an M each; what is (I, M, D_lm) is then (sum of all M, D_lm), or a list of (M, D_lm).
+Images can have an M each; what is (I, M, D_lm) is then (sum of all M, D_lm), or a list of (M, D_lm). A large picture can be
+cut into crops, each an image to tower and projector: I counts these, and `num_crops` says how many a picture has.
 
     pixel_values (I, 3, S, S) -> patch features (I, N, D_v) -> visual tokens (I, M, D_lm) -> the I * M placeholders of
     input_ids (B, T) -> hidden states (B, T, D_lm) -> logits (B, T, V)
@@ -341,27 +342,44 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         return features[0] if len(features) == 1 else torch.stack(features, dim=1), outputs
 
     def get_visual_tokens(
-        self, pixel_values: torch.FloatTensor, num_query_tokens: int | torch.LongTensor | None = None
+        self,
+        pixel_values: torch.FloatTensor,
+        num_query_tokens: int | torch.LongTensor | None = None,
+        num_crops: torch.LongTensor | None = None,
     ) -> torch.FloatTensor | list[torch.FloatTensor]:
         """Visual tokens of images, as [`get_image_features`] describes them.
 
         Args:
             pixel_values: (I, 3, S, S).
-            num_query_tokens: see [`get_image_features`].
+            num_query_tokens, num_crops: see [`get_image_features`].
 
         Returns:
             (I, M, D_lm), or a list of (M, D_lm).
         """
         numbers = self._checked_numbers(num_query_tokens, len(pixel_values))
-        return self._split_by_image(self._project(self.get_patch_features(pixel_values), numbers), numbers)
+        crops = self._checked_crops(num_crops, len(pixel_values))
+        return self._split_by_image(self._project(self.get_patch_features(pixel_values), numbers), numbers, crops)
 
     def _project(self, features: torch.FloatTensor, numbers: int | list[int] | None) -> torch.FloatTensor:
         return self.projector(features.to(next(self.projector.parameters()).dtype), numbers)
 
-    def _split_by_image(self, visual_tokens: torch.FloatTensor, numbers: int | list[int] | None):
-        if not isinstance(numbers, list):
+    def _split_by_image(
+        self, visual_tokens: torch.FloatTensor, numbers: int | list[int] | None, crops: list[int] | None
+    ) -> torch.FloatTensor | list[torch.FloatTensor]:
+        if crops is None and not isinstance(numbers, list):
             return visual_tokens
-        return list(visual_tokens.split(self._tokens_of_each(numbers, len(numbers))))
+        squares = len(numbers) if isinstance(numbers, list) else len(visual_tokens)
+        flat = visual_tokens.reshape(-1, visual_tokens.shape[-1])
+        return list(flat.split(self._tokens_of_each(numbers, squares, crops)))
+
+    def _checked_crops(self, num_crops: torch.LongTensor | list[int] | None, num_squares: int) -> list[int] | None:
+        crops = num_crops.tolist() if isinstance(num_crops, torch.Tensor) else num_crops
+        if crops is not None and (min(crops, default=1) < 1 or sum(crops) != num_squares):
+            raise ValueError(
+                f"num_crops={crops} are {sum(crops)} squares, but pixel_values has {num_squares}; give both as the processor "
+                "returned them, at least one for each image"
+            )
+        return crops
 
     def _checked_numbers(self, num_query_tokens, num_images: int) -> int | list[int] | None:
         """`num_query_tokens` as the projector takes it, checked."""
@@ -390,16 +408,29 @@ class HoneybeeModel(HoneybeePreTrainedModel):
                 )
         return numbers
 
-    def count_image_tokens(self, num_query_tokens: int | torch.LongTensor | None, num_images: int) -> list[int]:
-        """Placeholders of each of `num_images` images, for a `num_query_tokens` as [`get_image_features`] takes it."""
-        return self._tokens_of_each(self._checked_numbers(num_query_tokens, num_images), num_images)
+    def count_image_tokens(
+        self,
+        num_query_tokens: int | torch.LongTensor | None,
+        num_squares: int,
+        num_crops: torch.LongTensor | None = None,
+    ) -> list[int]:
+        """Placeholders of each image out of `num_squares` rows of pixels, for `num_query_tokens` and `num_crops` as
+        [`get_image_features`] takes them."""
+        crops = self._checked_crops(num_crops, num_squares)
+        return self._tokens_of_each(self._checked_numbers(num_query_tokens, num_squares), num_squares, crops)
 
-    def _tokens_of_each(self, numbers: int | list[int] | None, num_images: int) -> list[int]:
+    def _tokens_of_each(
+        self, numbers: int | list[int] | None, num_squares: int, crops: list[int] | None = None
+    ) -> list[int]:
         """The same for checked numbers."""
         config = self.config.projector_config
         numbers = config.num_query_tokens if numbers is None else numbers
-        numbers = numbers if isinstance(numbers, list) else [numbers] * num_images
-        return [number + config.num_eos_tokens for number in numbers]
+        numbers = numbers if isinstance(numbers, list) else [numbers] * num_squares
+        tokens = [number + config.num_eos_tokens for number in numbers]
+        if crops is None:
+            return tokens
+        squares = iter(tokens)
+        return [sum(itertools.islice(squares, number)) for number in crops]
 
     def get_image_features(
         self,
@@ -408,6 +439,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         vision_feature_select_strategy: str | None = None,
         return_dict: bool | None = None,
         num_query_tokens: int | torch.LongTensor | None = None,
+        num_crops: torch.LongTensor | None = None,
         **kwargs,
     ) -> torch.FloatTensor | list[torch.FloatTensor] | BaseModelOutputWithPooling | tuple:
         """Visual tokens of images, in the form that this line of transformers expects.
@@ -418,20 +450,22 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             return_dict: whether to return an output or a tuple. Default: on transformers 4 neither, on 5 an output.
             num_query_tokens: M of all images, or (I,) int64, an M for each. Default: the config's. What the projector can
                 make is made, trained or not; the processor is where an M that is not trained is refused.
+            num_crops: (pictures,) int64, how many of the images are squares of one picture. Default: one each.
             kwargs: of the vision tower, such as `output_hidden_states`.
 
         Returns:
-            The visual tokens (I, M, D_lm), or a list of (M, D_lm) where `num_query_tokens` is a tensor; or the tower's
-            output with these as `pooler_output`.
+            The visual tokens (I, M, D_lm); a list of (M, D_lm) where `num_query_tokens` is a tensor, and of (tokens, D_lm), a
+            picture each, with `num_crops`; or the tower's output with these as `pooler_output`.
 
         Raises:
-            ValueError: another feature layer or strategy than the config's, or `num_query_tokens` of another length, or of
-                a number that the projector cannot make.
+            ValueError: another feature layer or strategy than the config's, `num_query_tokens` of another length, or of a
+                number that the projector cannot make, or `num_crops` that are not all of the images.
         """
         self._check_feature_settings(vision_feature_layer, vision_feature_select_strategy)
         numbers = self._checked_numbers(num_query_tokens, len(pixel_values))
+        crops = self._checked_crops(num_crops, len(pixel_values))
         features, outputs = self._encode(pixel_values, **kwargs)
-        visual_tokens = self._split_by_image(self._project(features, numbers), numbers)
+        visual_tokens = self._split_by_image(self._project(features, numbers), numbers, crops)
         if return_dict is None:
             if _TRANSFORMERS_4:
                 return visual_tokens
@@ -481,17 +515,18 @@ class HoneybeeModel(HoneybeePreTrainedModel):
                 raise ValueError(
                     f"input_ids hold {sum(rows)} image placeholders in rows of {rows}, but {len(tokens)} images of "
                     f"{' or '.join(map(str, sizes))} visual tokens need {sum(tokens)}, each image whole within a row. Give "
-                    "one <image> an image, the model the num_query_tokens of the processor's output where it has them, "
+                    "one <image> an image, the model num_query_tokens and num_crops of the processor's output where it has them, "
                     f"and a processor with num_image_tokens={config.num_visual_tokens}{extra}"
                 )
         return mask
 
-    def _place_images(self, input_ids, inputs_embeds, pixel_values, num_query_tokens, encoded):
+    def _place_images(self, input_ids, inputs_embeds, pixel_values, num_query_tokens, num_crops, encoded):
         """The visual tokens, encoded here or before, and a mask (B, T) of their places."""
         if encoded is None:
             numbers = self._checked_numbers(num_query_tokens, len(pixel_values))
+            crops = self._checked_crops(num_crops, len(pixel_values))
             visual_tokens = self._project(self.get_patch_features(pixel_values), numbers)
-            tokens = self._tokens_of_each(numbers, len(pixel_values))
+            tokens = self._tokens_of_each(numbers, len(pixel_values), crops)
             return visual_tokens, self.get_placeholder_mask(input_ids, inputs_embeds, tokens)
         if pixel_values is not None:
             raise ValueError("pixel_values and mm_encoder_outputs give images twice; give one of them")
@@ -530,7 +565,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         return inputs_embeds + 0 * touched.sum().to(inputs_embeds.dtype)
 
     def _embed(
-        self, input_ids, inputs_embeds, pixel_values, num_query_tokens, encoded
+        self, input_ids, inputs_embeds, pixel_values, num_query_tokens, num_crops, encoded
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the language model reads (B, T, D_lm), and the visual tokens in it, if there are any."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -547,7 +582,9 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             # A trainer that splits a batch by images (TRL's GRPO) gives rows without one a tensor of none. No tower takes it.
             pixel_values = None
         if pixel_values is not None or encoded is not None:
-            visual_tokens, mask = self._place_images(input_ids, inputs_embeds, pixel_values, num_query_tokens, encoded)
+            visual_tokens, mask = self._place_images(
+                input_ids, inputs_embeds, pixel_values, num_query_tokens, num_crops, encoded
+            )
             mask, placed = mask.to(inputs_embeds.device), visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
             return inputs_embeds.masked_scatter(mask.unsqueeze(-1), placed), visual_tokens
         # A single token is a decoding step, whose images are in the cache.
@@ -570,6 +607,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
         num_query_tokens: int | torch.LongTensor | None = None,
+        num_crops: torch.LongTensor | None = None,
         **kwargs,
     ) -> HoneybeeModelOutputWithPast:
         """
@@ -585,6 +623,8 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             past_key_values, cache: two names of one argument, the older one and that of transformers 5.24.
             num_query_tokens: M of all images, or (I,) int64, an M for each; the rows have the placeholders for it.
                 Default: the config's. Read where `pixel_values` are given.
+            num_crops: (pictures,) int64, how many of the images in `pixel_values` are squares of one picture, whose
+                placeholders stand in one row. Default: one each. Read where `pixel_values` are given.
 
         Raises:
             ValueError: both or none of `input_ids` and `inputs_embeds`, a cache under both of its names, images given
@@ -597,7 +637,9 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             raise ValueError("cache and past_key_values are two names of one argument; give one of them")
         cache = past_key_values if cache is None else cache
         images = (mm_encoder_outputs or {}).get("image")
-        inputs_embeds, visual_tokens = self._embed(input_ids, inputs_embeds, pixel_values, num_query_tokens, images)
+        inputs_embeds, visual_tokens = self._embed(
+            input_ids, inputs_embeds, pixel_values, num_query_tokens, num_crops, images
+        )
 
         if cache is None and attention_mask is None and _is_packed(position_ids):
             # transformers looks for packed rows only where there is no cache, and makes one unless told not to.
@@ -691,6 +733,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         return_dict: bool | None = None,
         cache: Cache | None = None,
         num_query_tokens: int | torch.LongTensor | None = None,
+        num_crops: torch.LongTensor | None = None,
         **kwargs,
     ) -> HoneybeeCausalLMOutputWithPast | tuple:
         """Takes what [`HoneybeeModel`] takes, and
@@ -715,6 +758,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             num_query_tokens=num_query_tokens,
+            num_crops=num_crops,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -745,6 +789,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         mm_encoder_outputs=None,
         inputs_embeds=None,
         num_query_tokens=None,
+        num_crops=None,
         **kwargs,
     ):
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
@@ -755,7 +800,7 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         if not decoding and (step_ids is None or bool((step_ids == self.config.image_token_id).any())):
             # transformers 5 has encoded them by now; where it goes through a prompt in chunks it hands out their parts.
             images = {"pixel_values": pixel_values, "mm_encoder_outputs": mm_encoder_outputs or None}
-            images["num_query_tokens"] = num_query_tokens
+            images |= {"num_query_tokens": num_query_tokens, "num_crops": num_crops}
             model_inputs.update({name: value for name, value in images.items() if value is not None})
         return model_inputs
 
@@ -772,18 +817,29 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # Beams repeat rows, and a row owns as many images as it has placeholders for; repeating image by image, as the
         # generic code does, would hand a row's second image to its neighbour.
-        images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "num_query_tokens")}
-        pixel_values, numbers = images.values()
+        images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "num_query_tokens", "num_crops")}
+        pixel_values, numbers, crops = images.values()
         if expand_size > 1 and pixel_values is not None:
-            tokens = self.model.count_image_tokens(numbers, len(pixel_values))
+            of_images = self.model.count_image_tokens(numbers, len(pixel_values), crops)
             given_ids = input_ids if input_ids is not None and input_ids.shape[1] else None  # else inputs_embeds
-            mask = self.model.get_placeholder_mask(given_ids, model_kwargs.get("inputs_embeds"), tokens)
-            ends = torch.searchsorted(torch.tensor(tokens).cumsum(0), mask.sum(-1).cumsum(0).cpu(), right=True)
-            rows = torch.arange(len(tokens)).tensor_split(ends[:-1])  # the images of each row
-            order = torch.cat([row for row in rows for _ in range(expand_size)])
+            mask = self.model.get_placeholder_mask(given_ids, model_kwargs.get("inputs_embeds"), of_images)
+            row_ends = mask.sum(-1).cumsum(0).cpu()
+
+            def repeated(tokens: list[int]) -> torch.Tensor:
+                """The order of images, or of squares, when each row is repeated; `tokens` are those of each."""
+                ends = torch.searchsorted(torch.tensor(tokens).cumsum(0), row_ends, right=True)
+                rows = torch.arange(len(tokens)).tensor_split(ends[:-1])
+                return torch.cat([row for row in rows for _ in range(expand_size)])
+
+            of_squares = self.model.count_image_tokens(numbers, len(pixel_values))
+            order = repeated(of_squares)
             images["pixel_values"] = pixel_values[order.to(pixel_values.device)]
             if numbers is not None:
-                images["num_query_tokens"] = torch.tensor(tokens)[order] - self.config.projector_config.num_eos_tokens
+                images["num_query_tokens"] = (
+                    torch.tensor(of_squares)[order] - self.config.projector_config.num_eos_tokens
+                )
+            if crops is not None:
+                images["num_crops"] = torch.as_tensor(crops).cpu()[repeated(of_images)]
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )

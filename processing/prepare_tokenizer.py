@@ -197,7 +197,7 @@ def square_image_processor(size: int, **settings) -> ImageProcessingMixin:
 
 
 def processor_from_vision_text_pretrained(
-    vision: str, text: str, num_image_tokens: int, image_size: int | None = None, **numbers
+    vision: str, text: str, num_image_tokens: int, image_size: int | None = None, **settings
 ) -> HoneybeeProcessor:
     """The processor that goes with `HoneybeeForConditionalGeneration.from_vision_text_pretrained(vision, text)`.
 
@@ -207,8 +207,8 @@ def processor_from_vision_text_pretrained(
         text: Hub name or folder of the language model: its tokenizer.
         num_image_tokens: `model.config.num_image_tokens`.
         image_size: where it is not the vision model's own, the one that the model was made with.
-        numbers: `elastic_num_query_tokens` and `num_eos_tokens` of [`HoneybeeProcessor`], those of
-            `model.config.projector_config`.
+        settings: of [`HoneybeeProcessor`]: `elastic_num_query_tokens`, `num_eos_tokens` and `overview_num_query_tokens`, those
+            of `model.config.projector_config`, and the others of crops.
 
     Raises:
         ValueError: what [`prepare_tokenizer`] refuses, or preprocessing without a mean and a standard deviation.
@@ -227,7 +227,7 @@ def processor_from_vision_text_pretrained(
         size, image_mean=preprocessing["image_mean"], image_std=preprocessing["image_std"]
     )
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(text))
-    return HoneybeeProcessor(image_processor, tokenizer, num_image_tokens=num_image_tokens, **numbers)
+    return HoneybeeProcessor(image_processor, tokenizer, num_image_tokens=num_image_tokens, **settings)
 
 
 def check_processor(config, processor: HoneybeeProcessor) -> None:
@@ -247,7 +247,12 @@ def check_processor(config, processor: HoneybeeProcessor) -> None:
         "the id of <image>": (processor.image_token_id, config.image_token_id),
         "the image height": (processor.image_processor.size["height"], size if isinstance(size, int) else size[0]),
     }
-    if trained:  # processors of older models with one number do not know it
+    if processor.max_crops > 1 and processor.overview_num_query_tokens is not None:
+        # Another M than the config's is as good where the model is trained for it.
+        own = processor.overview_num_query_tokens
+        expected = own if projector.is_trained(own) else projector.overview_num_query_tokens
+        pairs["visual tokens of an overview"] = (own, expected)
+    if trained or processor.overview_num_query_tokens:  # processors of older models with one number do not know it
         pairs["extra tokens of an image"] = (processor.num_eos_tokens, projector.num_eos_tokens)
     for what, (of_processor, of_model) in pairs.items():
         if of_processor != of_model:

@@ -6,6 +6,7 @@ processors need.
 """
 
 import base64
+import functools
 import io
 import itertools
 import json
@@ -22,6 +23,8 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import to_numpy_array
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+
+from .crops_honeybee import WHOLE, Cut, cut_image, plan_cut
 
 try:  # transformers asks for packages that are imported without a guard before it runs code from the Hub
     from PIL import Image, ImageOps
@@ -135,6 +138,13 @@ CAPTION_TEMPLATE = (
 )
 
 _TRANSFORMERS_4 = not hasattr(ProcessorMixin, "replace_image_token")
+
+_OF_A_CALL = (
+    "num_query_tokens",
+    "max_visual_tokens",
+    "max_crops",
+    "allow_untrained",
+)  # numbers that text does not hold first
 
 
 def flat_images(images) -> list:
@@ -278,14 +288,25 @@ def resize_image(image, size: tuple[int, int], resample):
     return image.resize((size[0], image.height), resample).resize(size, resample)
 
 
-def resize_images(images: list, image_processor, **asked) -> list:
+def resize_images(images: list, image_processor, cuts: list[Cut] | None = None, **asked) -> list:
     """PIL images resized to the size of an image processor, so that its own resize has nothing left to do.
 
     Where its size is not a width and a height, the images stay as they are.
 
     Args:
+        cuts: how each becomes squares of that size. Default: one square each.
         asked: settings of the call; they win over those of the image processor.
     """
+    square, resample = _square(image_processor, asked)
+    if square is None:
+        return images
+    resize = functools.partial(resize_image, resample=resample)
+    cuts = cuts or [WHOLE] * len(images)
+    return [each for image, cut in zip(images, cuts) for each in cut_image(image, cut, square, resize)]
+
+
+def _square(image_processor, asked: dict) -> tuple[tuple[int, int] | None, int | None]:
+    """Width and height to which pictures are resized, and the filter; None where they are not resized to such."""
     asked = {**asked, **(asked.get("images_kwargs") or {})}
 
     def setting(name: str):
@@ -294,8 +315,8 @@ def resize_images(images: list, image_processor, **asked) -> list:
     size, resample = setting("size"), setting("resample")
     size = dict(get_size_dict(size, default_to_square=False)) if size is not None else {}
     if not setting("do_resize") or not isinstance(resample, int) or not (size.get("width") and size.get("height")):
-        return images
-    return [resize_image(image, (size["width"], size["height"]), resample) for image in images]
+        return None, None
+    return (size["width"], size["height"]), resample
 
 
 def make_tokenizer_portable(folder: str | os.PathLike) -> None:
@@ -319,9 +340,10 @@ def make_tokenizer_portable(folder: str | os.PathLike) -> None:
 
 
 class HoneybeeImagesKwargs(ImagesKwargs, total=False):
-    """`num_query_tokens`: M of each image, as `__call__` has worked it out."""
+    """As `__call__` has worked them out. `num_query_tokens`: M of each square; `cuts`: how each image becomes squares."""
 
     num_query_tokens: list[int]
+    cuts: list
 
 
 class HoneybeeProcessorKwargs(ProcessingKwargs, total=False):
@@ -355,15 +377,25 @@ class HoneybeeProcessor(ProcessorMixin):
         elastic_num_query_tokens: the numbers M that the model is trained for, those of its `projector_config`. None: it has
             one M, that of `num_image_tokens`.
         num_eos_tokens: how many of `num_image_tokens` are extra tokens, which every image has whatever its M.
+        max_crops: the most squares that a picture is cut into (see `plan_cut`); 1: none is cut.
+        min_crops: the fewest. Above 1 small pictures are enlarged, too.
+        overview: whether the whole picture, squeezed into one square, follows the crops of a picture that is cut.
+        overview_num_query_tokens: M of the overview. Default: that of the image's crops.
+        max_images_cut: in a prompt with more images than this none is cut.
 
     Raises:
         ValueError: `num_image_tokens` is not positive, `image_token` is another, or the tokenizer lacks it; or the numbers
-            of visual tokens do not fit together.
+            of visual tokens or of crops do not fit together.
     """
 
-    # The class's: a processor of a model with a fixed M does not save them.
+    # The class's: a processor of a model with a fixed M, or whose pictures are not cut, does not save them.
     elastic_num_query_tokens = None
     num_eos_tokens = 0
+    max_crops = 1
+    min_crops = 1
+    overview = True
+    overview_num_query_tokens = None
+    max_images_cut = 2
     valid_processor_kwargs = HoneybeeProcessorKwargs
 
     if _TRANSFORMERS_4:  # 5 finds the parts by the names of the arguments, and warns of these
@@ -381,9 +413,20 @@ class HoneybeeProcessor(ProcessorMixin):
         named_chat_templates: dict[str, str] | None = None,
         elastic_num_query_tokens: list[int] | None = None,
         num_eos_tokens: int = 0,
+        max_crops: int = 1,
+        min_crops: int = 1,
+        overview: bool = True,
+        overview_num_query_tokens: int | None = None,
+        max_images_cut: int = 2,
         **kwargs,
     ):
         _check_number("num_image_tokens", num_image_tokens)
+        crops = {"max_crops": max_crops, "min_crops": min_crops, "max_images_cut": max_images_cut}
+        crops |= {"overview": overview, "overview_num_query_tokens": overview_num_query_tokens}
+        for name, value in crops.items():
+            if value != getattr(self, name):
+                setattr(self, name, value)
+        self.check_crops()
         if type(num_eos_tokens) is not int or not 0 <= num_eos_tokens < num_image_tokens:
             raise ValueError(
                 f"num_eos_tokens={num_eos_tokens!r} must be a whole number from 0 to num_image_tokens={num_image_tokens} - 1"
@@ -442,6 +485,16 @@ class HoneybeeProcessor(ProcessorMixin):
             )
         self.check_is_trained(self.num_query_tokens)
 
+    def check_crops(self) -> None:
+        """Raises a ValueError where the settings of crops are not what they can be."""
+        for name in ("max_crops", "min_crops", "max_images_cut", "overview_num_query_tokens"):
+            if name != "overview_num_query_tokens" or self.overview_num_query_tokens is not None:
+                _check_number(name, getattr(self, name))
+        if self.min_crops > self.max_crops:
+            raise ValueError(f"min_crops={self.min_crops} is more than max_crops={self.max_crops}; lower it")
+        if not isinstance(self.overview, bool):
+            raise ValueError(f"overview={self.overview!r} must be True or False")
+
     def check_is_trained(self, number: int) -> None:
         """Raises a ValueError, with the numbers that may be asked for, where the model is not trained for this M."""
         trained = self.trained_num_query_tokens
@@ -462,6 +515,14 @@ class HoneybeeProcessor(ProcessorMixin):
             ValueError: another `detail`, where the model has a choice.
         """
         named = {"low": self.trained_num_query_tokens[0], "high": self.trained_num_query_tokens[-1]}
+        has_choice = self.elastic_num_query_tokens is not None or self.max_crops > 1
+        return self._of_images(messages, "num_query_tokens", named, has_choice, num_query_tokens)
+
+    def image_max_crops(self, messages: list[dict], max_crops=None) -> list[int | None]:
+        """The same for the most crops of each image: the item's `max_crops`, and 1 for the `detail` `low`."""
+        return self._of_images(messages, "max_crops", {"low": 1}, False, max_crops)
+
+    def _of_images(self, messages: list[dict], name: str, named: dict[str, int], has_choice: bool, otherwise) -> list:
         numbers = []
         for message in messages:
             for item in message["content"] if isinstance(message.get("content"), (list, tuple)) else ():
@@ -469,57 +530,110 @@ class HoneybeeProcessor(ProcessorMixin):
                     continue
                 url = item.get("image_url")
                 detail = item.get("detail", url.get("detail") if isinstance(url, dict) else None)
-                if detail not in (None, "auto", *named) and self.elastic_num_query_tokens:
+                if has_choice and detail not in (None, "auto", "low", "high"):
                     raise ValueError(f"detail={detail!r} of an image must be low, high or auto")
-                own = item.get("num_query_tokens")
+                own = item.get(name)
                 if own is None and isinstance(detail, str):
                     own = named.get(detail)
                 numbers.append(own)
-        each = _plain(num_query_tokens)
+        each = _plain(otherwise)
         each = each if isinstance(each, (list, tuple)) else [each] * len(numbers)
         if len(each) != len(numbers):
             return each  # the call that takes them says what is wrong
         return [theirs if number is None else number for number, theirs in zip(numbers, each)]
 
-    def _share(self, numbers: list[int | None], max_visual_tokens: int) -> list[int]:
-        """The images of one prompt within a budget: those without a number get the largest trained one that fits."""
-        _check_number("max_visual_tokens", max_visual_tokens)
+    def _squares(self, number: int, cut: Cut) -> list[int]:
+        """M of each square of an image whose crops have `number`."""
+        crops = [number] * (cut.columns * cut.rows)
+        return [*crops, self.overview_num_query_tokens or number] if cut.overview else crops
+
+    def count_image_tokens(self, number: int, cut: Cut = WHOLE) -> int:
+        """Placeholders of an image whose crops have M = `number`."""
+        return sum(self._squares(number, cut)) + cut.num_crops * self.num_eos_tokens
+
+    def plan_cuts(self, sizes: list[tuple[int, int]], max_crops: list[int | None] | None = None, **asked) -> list[Cut]:
+        """How the images of one prompt become squares.
+
+        Args:
+            sizes: width and height of each, in pixels, as [`open_image`] gives them.
+            max_crops: of each image. Default, also None in the list: the processor's.
+            asked: settings of a call for the image processor, such as `size`.
+        """
+        limits = [self.max_crops if limit is None else limit for limit in max_crops or [None] * len(sizes)]
+        square, _ = _square(self.image_processor, asked)
+        if square is None or len(sizes) > self.max_images_cut:
+            return [WHOLE] * len(sizes)
+        return [
+            plan_cut(size, square, limit, min(self.min_crops, limit), self.overview) if limit > 1 else WHOLE
+            for size, limit in zip(sizes, limits)
+        ]
+
+    def _share(
+        self, numbers: list[int | None], sizes: list[tuple[int, int]], limits: list[int | None], most: int, asked: dict
+    ) -> list[tuple[int, Cut]]:
+        """The images of one prompt within a budget of `most` visual tokens. Those without a number get the largest trained
+        one that fits; where the smallest does not, the images are cut into fewer crops."""
+        _check_number("max_visual_tokens", most)
+        cuts = self.plan_cuts(sizes, limits, **asked)
         for shared in reversed(self.trained_num_query_tokens):
             filled = [shared if number is None else number for number in numbers]
-            needed = sum(filled) + len(filled) * self.num_eos_tokens
-            if needed <= max_visual_tokens:
-                return filled
+            needed = sum(map(self.count_image_tokens, filled, cuts))
+            if needed <= most:
+                return list(zip(filled, cuts))
+        for fewer in range(max((cut.columns * cut.rows for cut in cuts), default=1) - 1, 0, -1):
+            lowered = [min(fewer, self.max_crops if limit is None else limit) for limit in limits]
+            cuts = self.plan_cuts(sizes, lowered, **asked)
+            needed = sum(map(self.count_image_tokens, filled, cuts))
+            if needed <= most:
+                return list(zip(filled, cuts))
         raise ValueError(
-            f"max_visual_tokens={max_visual_tokens} is too small: the {len(numbers)} images of the prompt need at least "
+            f"max_visual_tokens={most} is too small: the {len(numbers)} images of the prompt need at least "
             f"{needed} visual tokens; give fewer images, or {needed} or more"
         )
 
-    def _query_tokens(
-        self, images_by_row: list[int], num_query_tokens=None, max_visual_tokens=None, allow_untrained: bool = False
-    ) -> list[int]:
-        """M of each image of all rows; the arguments are those of `__call__`."""
-        total = sum(images_by_row)
-        each = _plain(num_query_tokens)
+    def _for_each_image(self, name: str, given, total: int) -> list[int | None]:
+        """A setting of a call, one for all images or a list by image, as a list."""
+        each = _plain(given)
         numbers = list(map(_plain, each)) if isinstance(each, (list, tuple)) else [each] * total
         if len(numbers) != total:
             raise ValueError(
-                f"num_query_tokens lists {len(numbers)} numbers, but there are {total} images; give one number for all "
-                "images or one for each"
+                f"{name} lists {len(numbers)} numbers, but there are {total} images; give one number for all images or one "
+                "for each"
             )
         for number in numbers:
             if number is not None:
-                _check_number("num_query_tokens", number)
-                if not allow_untrained:
-                    try:
-                        self.check_is_trained(number)
-                    except ValueError as error:
-                        raise ValueError(f"{error}, or allow_untrained=True to try it all the same") from None
-        if max_visual_tokens is None:
-            return [self.num_query_tokens if number is None else number for number in numbers]
-        rows, filled = iter(numbers), []
-        for images in images_by_row:
-            filled += self._share([next(rows) for _ in range(images)], max_visual_tokens)
-        return filled
+                _check_number(name, number)
+        return numbers
+
+    def _plan(
+        self,
+        sizes_by_row: list[list[tuple[int, int]]],
+        num_query_tokens=None,
+        max_visual_tokens=None,
+        max_crops=None,
+        allow_untrained: bool = False,
+        **asked,
+    ) -> list[tuple[int, Cut]]:
+        """M of each image of all rows, and how it is cut; the arguments are those of `__call__`."""
+        self.check_crops()  # they may have been set since
+        total = sum(map(len, sizes_by_row))
+        numbers = self._for_each_image("num_query_tokens", num_query_tokens, total)
+        limits = self._for_each_image("max_crops", max_crops, total)
+        for number in numbers:
+            if number is not None and not allow_untrained:
+                try:
+                    self.check_is_trained(number)
+                except ValueError as error:
+                    raise ValueError(f"{error}, or allow_untrained=True to try it all the same") from None
+        plan = []
+        for sizes in sizes_by_row:
+            here = slice(len(plan), len(plan) + len(sizes))
+            if max_visual_tokens is None:
+                filled = [self.num_query_tokens if number is None else number for number in numbers[here]]
+                plan += zip(filled, self.plan_cuts(sizes, limits[here], **asked))
+            else:
+                plan += self._share(numbers[here], sizes, limits[here], max_visual_tokens, asked)
+        return plan
 
     def _check_image_count(self, text: list[str], images: list | None, rows: list | None):
         placeholders = [row.count(self.image_token) for row in text]
@@ -530,8 +644,8 @@ class HoneybeeProcessor(ProcessorMixin):
                 f"{given} images were passed; give exactly one image for each placeholder"
             )
 
-    def _prepare(self, images, text, asked: dict):
-        """Checked inputs: a flat list of opened and resized images or None, and a list of strings."""
+    def _prepare(self, images, text):
+        """Checked inputs: a flat list of opened images or None, and a list of strings."""
         if images is None and text is None:
             raise ValueError("give `text`, `images` or both")
         if isinstance(text, str):
@@ -549,8 +663,7 @@ class HoneybeeProcessor(ProcessorMixin):
             images = [image for image in flat_images(images) if image is not None]
         if text is not None:
             self._check_image_count(text, images, rows)
-        if images:
-            images = resize_images([open_image(image) for image in images], self.image_processor, **asked)
+        images = [open_image(image) for image in images or ()]
         return images or None, list(text) if text is not None else None
 
     def __call__(
@@ -562,6 +675,7 @@ class HoneybeeProcessor(ProcessorMixin):
         num_query_tokens: int | list[int | None] | None = None,
         max_visual_tokens: int | None = None,
         allow_untrained: bool = False,
+        max_crops: int | list[int | None] | None = None,
         **kwargs: Unpack[HoneybeeProcessorKwargs],
     ) -> BatchFeature:
         """Model inputs of the rows in `text`; the images of all rows in order.
@@ -569,37 +683,49 @@ class HoneybeeProcessor(ProcessorMixin):
         Args:
             images: image, list of images, or list of lists by row; each whatever [`open_image`] takes.
             text: one row or a list, with one `<image>` for each image.
-            num_query_tokens: M, the visual tokens of each image, or a list with the M of each of all images. Default (also
-                None in a list): that of the model.
+            num_query_tokens: M, the visual tokens of each image (of each of its crops), or a list with the M of each of all
+                images. Default (also None in a list): that of the model.
             max_visual_tokens: the most that the images of one row may have together. Those without a number of their own
-                get the largest M that the model is trained for with which all fit.
+                get the largest M that the model is trained for with which all fit; where the smallest is too many, images
+                are cut into fewer crops.
             allow_untrained: takes also an M that the model is not trained for, which otherwise has to be one of
                 `trained_num_query_tokens` or a square between them.
+            max_crops: the most crops of each image, or a list with that of each of all images. Default (also None in a
+                list): the processor's.
 
         Returns:
-            `input_ids` and `attention_mask` (rows, tokens), `pixel_values` (images, 3, S, S); and `num_query_tokens`
-            (images,) where an image has another M than the model's default.
+            `input_ids` and `attention_mask` (rows, tokens), `pixel_values` (squares, 3, S, S), a square for an image that is
+            not cut; `num_crops` (images,), the squares of each, where images may be cut; and `num_query_tokens` (squares,)
+            where one has another M than the model's default.
 
         Raises:
-            ValueError: text and images that do not belong together, images that cannot be read, an M that is not allowed,
-                or a budget that is too small.
+            ValueError: text and images that do not belong together, images that cannot be read, an M or a number of crops
+                that is not allowed, or a budget that is too small.
         """
-        if "num_query_tokens" in (kwargs.get("images_kwargs") or {}):
-            raise ValueError("num_query_tokens stands in images_kwargs; give it to the call itself")
-        images, text = self._prepare(images, text, kwargs)
+        for name in ("num_query_tokens", "max_crops"):
+            if name in (kwargs.get("images_kwargs") or {}):
+                raise ValueError(f"{name} stands in images_kwargs; give it to the call itself")
+        images, text = self._prepare(images, text)
         by_row = [row.count(self.image_token) for row in text] if text is not None else [len(images or ())]
-        numbers = self._query_tokens(by_row, num_query_tokens, max_visual_tokens, allow_untrained)
-        if any(number != self.num_query_tokens for number in numbers):
-            kwargs["num_query_tokens"] = numbers
+        sizes = iter(image.size for image in images or ())
+        sizes = [[next(sizes) for _ in range(number)] for number in by_row]
+        plan = self._plan(sizes, num_query_tokens, max_visual_tokens, max_crops, allow_untrained, **kwargs)
+        squares = [number for image in plan for number in self._squares(*image)]
+        if any(number != self.num_query_tokens for number in squares):
+            kwargs["num_query_tokens"] = squares
+        # Asked by the settings and not by the pictures: samples that are put into one batch later have the same fields.
+        limits = self._for_each_image("max_crops", max_crops, len(plan))
+        if any((self.max_crops if limit is None else limit) > 1 for limit in limits):
+            kwargs["cuts"] = [cut for _, cut in plan]
         if _TRANSFORMERS_4:
             return self._call_4(images, text, **kwargs)
         return super().__call__(images=images, text=text, **kwargs)
 
-    def _call_4(self, images, text, num_query_tokens: list[int] | None = None, **kwargs) -> BatchFeature:
+    def _call_4(self, images, text, num_query_tokens=None, cuts=None, **kwargs) -> BatchFeature:
         # On transformers 4, what `__call__` of the base class does on 5.
         merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         return_tensors = merged["text_kwargs"].pop("return_tensors", None)
-        numbered = {} if num_query_tokens is None else {"num_query_tokens": num_query_tokens}
+        numbered = self._numbered(num_query_tokens, cuts)
         data = {}
         if text is not None:
             number = itertools.count()
@@ -617,32 +743,41 @@ class HoneybeeProcessor(ProcessorMixin):
         if images is not None:
             # Guessed from the shape otherwise, where an image of 1 or 3 rows looks channels-first.
             merged["images_kwargs"]["input_data_format"] = "channels_last"
-            data.update(self.image_processor(images, **merged["images_kwargs"]))
+            squares = resize_images(images, self.image_processor, cuts, **merged["images_kwargs"])
+            data.update(self.image_processor(squares, **merged["images_kwargs"]))
         return BatchFeature(data={**data, **numbered}, tensor_type=return_tensors)
 
-    def _process_images(self, images, num_query_tokens: list[int] | None = None, **kwargs):
-        # transformers 5 calls it. The image processor takes no numbers of tokens.
-        inputs, replacements = super()._process_images(images, **kwargs)
-        if num_query_tokens is not None:
-            inputs["num_query_tokens"] = num_query_tokens
-            replacements = [self.replace_image_token(inputs, index) for index in range(len(num_query_tokens))]
-        return inputs, replacements
+    def _process_images(self, images, num_query_tokens=None, cuts=None, **kwargs):
+        # transformers 5 calls it. The image processor takes no numbers of tokens, and squares for images.
+        inputs, _ = super()._process_images(resize_images(images, self.image_processor, cuts, **kwargs), **kwargs)
+        inputs.update(self._numbered(num_query_tokens, cuts))
+        return inputs, [self.replace_image_token(inputs, index) for index in range(len(images))]
+
+    def _numbered(self, num_query_tokens: list[int] | None, cuts: list[Cut] | None) -> dict[str, list[int]]:
+        """What the model is told of its images."""
+        numbered = {} if cuts is None else {"num_crops": [cut.num_crops for cut in cuts]}
+        return numbered if num_query_tokens is None else {**numbered, "num_query_tokens": num_query_tokens}
 
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
         """What one `<image>` becomes. transformers 5 calls it for every image."""
-        numbers = (image_inputs or {}).get("num_query_tokens")
-        number = self.num_query_tokens if numbers is None else int(numbers[image_idx])
-        return self.image_token * (number + self.num_eos_tokens)
+        numbers, crops = (((image_inputs or {}).get(name)) for name in ("num_query_tokens", "num_crops"))
+        first = image_idx if crops is None else int(sum(crops[:image_idx]))
+        squares = range(first, first + (1 if crops is None else int(crops[image_idx])))
+        each = [self.num_query_tokens if numbers is None else int(numbers[square]) for square in squares]
+        return self.image_token * (sum(each) + len(each) * self.num_eos_tokens)
 
-    def _get_num_multimodal_tokens(
-        self, image_sizes=None, num_query_tokens=None, max_visual_tokens=None, allow_untrained=False, **kwargs
-    ) -> MultiModalData:
-        """Placeholders of each image of a prompt; read by serving runtimes, with the settings of a call."""
+    def _get_num_multimodal_tokens(self, image_sizes=None, **settings) -> MultiModalData:
+        """Placeholders and squares of each image of a prompt; read by serving runtimes, with the settings of a call.
+
+        Args:
+            image_sizes: height and width of each, in pixels.
+        """
         if image_sizes is None:
             return MultiModalData()
-        numbers = self._query_tokens([len(image_sizes)], num_query_tokens, max_visual_tokens, allow_untrained)
+        plan = self._plan([[(width, height) for height, width in image_sizes]], **settings)
         return MultiModalData(
-            num_image_tokens=[number + self.num_eos_tokens for number in numbers], num_image_patches=[1] * len(numbers)
+            num_image_tokens=[self.count_image_tokens(*image) for image in plan],
+            num_image_patches=[cut.num_crops for _, cut in plan],
         )
 
     @classmethod
@@ -657,9 +792,9 @@ class HoneybeeProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """As in transformers; a message's content may be a plain string, and a name out of `chat_templates` may stand for
-        the template. With `tokenize=True`, `num_query_tokens`, `max_visual_tokens` and `allow_untrained` of a call are
-        taken as well, and the numbers of [`image_query_tokens`] go before them. Text alone does not hold these numbers:
-        without `tokenize`, give them to the call that takes the text.
+        the template. With `tokenize=True`, `num_query_tokens`, `max_visual_tokens`, `max_crops` and `allow_untrained` of
+        a call are taken as well, and the numbers of [`image_query_tokens`] and [`image_max_crops`] go before them. Text alone
+        does not hold these numbers: without `tokenize`, give them to the call that takes the text.
 
         Raises:
             ValueError: a conversation without messages, or what [`image_query_tokens`] and a call refuse.
@@ -686,28 +821,28 @@ class HoneybeeProcessor(ProcessorMixin):
         conversation = getattr(conversation, "messages", conversation)
         batch = [conversation] if isinstance(conversation[0], dict) else conversation
         batch = [getattr(messages, "messages", messages) for messages in batch]
-        names = [name for name in ("num_query_tokens", "max_visual_tokens") if kwargs.get(name) is not None]
+        names = [name for name in _OF_A_CALL[:3] if kwargs.get(name) is not None]
         if names and not kwargs.get("tokenize"):
             raise ValueError(
                 f"{' and '.join(names)}: text alone does not hold numbers of visual tokens; add tokenize=True, or give them to "
                 "the call of the processor that takes the text"
             )
         if kwargs.get("tokenize"):
-            kwargs = self._with_query_tokens([message for row in batch for message in row], kwargs)
+            kwargs = self._with_settings([message for row in batch for message in row], kwargs)
         rows = [as_items(messages) for messages in batch]
         conversation = rows[0] if isinstance(conversation[0], dict) else rows
         chat_template = self.chat_templates.get(chat_template, chat_template)
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
-    def _with_query_tokens(self, messages: list[dict], kwargs: dict) -> dict:
+    def _with_settings(self, messages: list[dict], kwargs: dict) -> dict:
         """Arguments of `apply_chat_template` with the settings of `__call__` where this line of transformers takes them."""
         settings = dict(kwargs.get("processor_kwargs") or {})
-        names = ("num_query_tokens", "max_visual_tokens", "allow_untrained")
-        settings |= {name: kwargs[name] for name in names if name in kwargs}
-        numbers = self.image_query_tokens(messages, settings.get("num_query_tokens"))
-        if any(number is not None for number in numbers):
-            settings["num_query_tokens"] = numbers
-        rest = {name: value for name, value in kwargs.items() if name not in (*names, "processor_kwargs")}
+        settings |= {name: kwargs[name] for name in _OF_A_CALL if name in kwargs}
+        for name, of_images in (("num_query_tokens", self.image_query_tokens), ("max_crops", self.image_max_crops)):
+            numbers = of_images(messages, settings.get(name))
+            if any(number is not None for number in numbers):
+                settings[name] = numbers
+        rest = {name: value for name, value in kwargs.items() if name not in (*_OF_A_CALL, "processor_kwargs")}
         if not settings:
             return rest
         return {**rest, **settings} if _TRANSFORMERS_4 else {**rest, "processor_kwargs": settings}
