@@ -139,12 +139,8 @@ CAPTION_TEMPLATE = (
 
 _TRANSFORMERS_4 = not hasattr(ProcessorMixin, "replace_image_token")
 
-_OF_A_CALL = (
-    "num_query_tokens",
-    "max_visual_tokens",
-    "max_crops",
-    "allow_untrained",
-)  # numbers that text does not hold first
+# What a call is told about images beside the images, and a text alone does not hold.
+_NUMBERS = ("num_query_tokens", "max_visual_tokens", "max_crops")
 
 
 def flat_images(images) -> list:
@@ -821,7 +817,7 @@ class HoneybeeProcessor(ProcessorMixin):
         conversation = getattr(conversation, "messages", conversation)
         batch = [conversation] if isinstance(conversation[0], dict) else conversation
         batch = [getattr(messages, "messages", messages) for messages in batch]
-        names = [name for name in _OF_A_CALL[:3] if kwargs.get(name) is not None]
+        names = [name for name in _NUMBERS if kwargs.get(name) is not None]
         if names and not kwargs.get("tokenize"):
             raise ValueError(
                 f"{' and '.join(names)}: text alone does not hold numbers of visual tokens; add tokenize=True, or give them to "
@@ -837,12 +833,13 @@ class HoneybeeProcessor(ProcessorMixin):
     def _with_settings(self, messages: list[dict], kwargs: dict) -> dict:
         """Arguments of `apply_chat_template` with the settings of `__call__` where this line of transformers takes them."""
         settings = dict(kwargs.get("processor_kwargs") or {})
-        settings |= {name: kwargs[name] for name in _OF_A_CALL if name in kwargs}
+        names = (*_NUMBERS, "allow_untrained")
+        settings |= {name: kwargs[name] for name in names if name in kwargs}
         for name, of_images in (("num_query_tokens", self.image_query_tokens), ("max_crops", self.image_max_crops)):
             numbers = of_images(messages, settings.get(name))
             if any(number is not None for number in numbers):
                 settings[name] = numbers
-        rest = {name: value for name, value in kwargs.items() if name not in (*_OF_A_CALL, "processor_kwargs")}
+        rest = {name: value for name, value in kwargs.items() if name not in (*names, "processor_kwargs")}
         if not settings:
             return rest
         return {**rest, **settings} if _TRANSFORMERS_4 else {**rest, "processor_kwargs": settings}
