@@ -39,14 +39,14 @@ def plan_cut(
         size, square: width and height in pixels, of the picture and of a square.
     """
     (width, height), (side, tall) = size, square
+    most = max(1, 2 * width * height // (side * tall))  # more would enlarge it to over twice its pixels
+    most = min(most, max_crops) if most >= min_crops else max_crops
     grids = [
         (columns, rows)
-        for columns in range(1, max_crops + 1)
-        for rows in range(1, max_crops // columns + 1)
+        for columns in range(1, most + 1)
+        for rows in range(1, most // columns + 1)
         if columns * rows >= min_crops
     ]
-    kept = [(a, b) for a, b in grids if a * side * b * tall <= 2 * width * height]
-    grids = kept or (grids if min_crops > 1 else [(1, 1)])
 
     def preference(grid: tuple[int, int]) -> tuple:
         # Scales as fractions over width * height: floats would tell grids apart that are alike.

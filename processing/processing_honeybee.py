@@ -568,20 +568,17 @@ class HoneybeeProcessor(ProcessorMixin):
         self, numbers: list[int | None], sizes: list[tuple[int, int]], limits: list[int | None], most: int, asked: dict
     ) -> list[tuple[int, Cut]]:
         """The images of one prompt within a budget of `most` visual tokens. Those without a number get the largest trained
-        one that fits; where the smallest does not, the images are cut into fewer crops."""
+        one that fits; where the smallest does not, the images are cut into fewer crops, and it is tried again."""
         _check_number("max_visual_tokens", most)
         cuts = self.plan_cuts(sizes, limits, **asked)
-        for shared in reversed(self.trained_num_query_tokens):
-            filled = [shared if number is None else number for number in numbers]
-            needed = sum(map(self.count_image_tokens, filled, cuts))
-            if needed <= most:
-                return list(zip(filled, cuts))
-        for fewer in range(max((cut.columns * cut.rows for cut in cuts), default=1) - 1, 0, -1):
-            lowered = [min(fewer, self.max_crops if limit is None else limit) for limit in limits]
-            cuts = self.plan_cuts(sizes, lowered, **asked)
-            needed = sum(map(self.count_image_tokens, filled, cuts))
-            if needed <= most:
-                return list(zip(filled, cuts))
+        limits = [self.max_crops if limit is None else limit for limit in limits]
+        for fewer in range(max((cut.columns * cut.rows for cut in cuts), default=1), 0, -1):
+            cuts = self.plan_cuts(sizes, [min(fewer, limit) for limit in limits], **asked)
+            for shared in reversed(self.trained_num_query_tokens):
+                filled = [shared if number is None else number for number in numbers]
+                needed = sum(map(self.count_image_tokens, filled, cuts))
+                if needed <= most:
+                    return list(zip(filled, cuts))
         raise ValueError(
             f"max_visual_tokens={most} is too small: the {len(numbers)} images of the prompt need at least "
             f"{needed} visual tokens; give fewer images, or {needed} or more"
