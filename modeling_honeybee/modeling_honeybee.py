@@ -373,13 +373,17 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         return list(flat.split(self._tokens_of_each(numbers, squares, crops)))
 
     def _checked_crops(self, num_crops: torch.LongTensor | list[int] | None, num_squares: int) -> list[int] | None:
+        """`num_crops` as a list, checked."""
+        if num_crops is None:
+            return None
         crops = num_crops.tolist() if isinstance(num_crops, torch.Tensor) else num_crops
-        if crops is not None and (min(crops, default=1) < 1 or sum(crops) != num_squares):
+        listed = isinstance(crops, (list, tuple)) and all(type(number) is int and number > 0 for number in crops)
+        if not listed or sum(crops) != num_squares:
             raise ValueError(
-                f"num_crops={crops} are {sum(crops)} squares, but pixel_values has {num_squares}; give both as the processor "
-                "returned them, at least one for each image"
+                f"num_crops={crops} must be whole numbers of at least 1, one for each image, and {num_squares} together, the "
+                "squares in pixel_values; give both as the processor returned them"
             )
-        return crops
+        return list(crops)
 
     def _checked_numbers(self, num_query_tokens, num_images: int) -> int | list[int] | None:
         """`num_query_tokens` as the projector takes it, checked."""
@@ -524,7 +528,8 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         """The visual tokens, encoded here or before, and a mask (B, T) of their places."""
         if encoded is None:
             numbers = self._checked_numbers(num_query_tokens, len(pixel_values))
-            crops = self._checked_crops(num_crops, len(pixel_values))
+            # Read for a check that is not compiled.
+            crops = None if torch.compiler.is_compiling() else self._checked_crops(num_crops, len(pixel_values))
             visual_tokens = self._project(self.get_patch_features(pixel_values), numbers)
             tokens = self._tokens_of_each(numbers, len(pixel_values), crops)
             return visual_tokens, self.get_placeholder_mask(input_ids, inputs_embeds, tokens)

@@ -689,7 +689,7 @@ class HoneybeeProcessor(ProcessorMixin):
         Returns:
             `input_ids` and `attention_mask` (rows, tokens), `pixel_values` (squares, 3, S, S), a square for an image that is
             not cut; `num_crops` (images,), the squares of each, where images may be cut; and `num_query_tokens` (squares,)
-            where one has another M than the model's default.
+            where one has another M than the model's default, or an overview would have.
 
         Raises:
             ValueError: text and images that do not belong together, images that cannot be read, an M or a number of crops
@@ -704,12 +704,14 @@ class HoneybeeProcessor(ProcessorMixin):
         sizes = [[next(sizes) for _ in range(number)] for number in by_row]
         plan = self._plan(sizes, num_query_tokens, max_visual_tokens, max_crops, allow_untrained, **kwargs)
         squares = [number for image in plan for number in self._squares(*image)]
-        if any(number != self.num_query_tokens for number in squares):
-            kwargs["num_query_tokens"] = squares
         # Asked by the settings and not by the pictures: samples that are put into one batch later have the same fields.
         limits = self._for_each_image("max_crops", max_crops, len(plan))
-        if any((self.max_crops if limit is None else limit) > 1 for limit in limits):
+        cutting = bool(plan) and (self.max_crops > 1 or any(limit is not None and limit > 1 for limit in limits))
+        if cutting:
             kwargs["cuts"] = [cut for _, cut in plan]
+        overview = self.overview_num_query_tokens if cutting and self.overview else None
+        if any(number not in (None, self.num_query_tokens) for number in (*squares, overview)):
+            kwargs["num_query_tokens"] = squares
         if _TRANSFORMERS_4:
             return self._call_4(images, text, **kwargs)
         return super().__call__(images=images, text=text, **kwargs)
@@ -753,7 +755,7 @@ class HoneybeeProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
         """What one `<image>` becomes. transformers 5 calls it for every image."""
-        numbers, crops = (((image_inputs or {}).get(name)) for name in ("num_query_tokens", "num_crops"))
+        numbers, crops = ((image_inputs or {}).get(name) for name in ("num_query_tokens", "num_crops"))
         first = image_idx if crops is None else int(sum(crops[:image_idx]))
         squares = range(first, first + (1 if crops is None else int(crops[image_idx])))
         each = [self.num_query_tokens if numbers is None else int(numbers[square]) for square in squares]
