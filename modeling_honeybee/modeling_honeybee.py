@@ -824,10 +824,17 @@ class HoneybeeForConditionalGeneration(HoneybeePreTrainedModel, GenerationMixin)
         # generic code does, would hand a row's second image to its neighbour.
         images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "num_query_tokens", "num_crops")}
         pixel_values, numbers, crops = images.values()
+        given_ids = input_ids if input_ids is not None and input_ids.shape[1] else None  # else inputs_embeds
+        placeholder_mask = functools.partial(
+            self.model.get_placeholder_mask, given_ids, model_kwargs.get("inputs_embeds")
+        )
+        encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if expand_size > 1 and encoded is not None:
+            # transformers repeats them, and does not check that each is whole within a row.
+            placeholder_mask([len(tokens) for tokens in encoded.pooler_output])
         if expand_size > 1 and pixel_values is not None:
             of_images = self.model.count_image_tokens(numbers, len(pixel_values), crops)
-            given_ids = input_ids if input_ids is not None and input_ids.shape[1] else None  # else inputs_embeds
-            mask = self.model.get_placeholder_mask(given_ids, model_kwargs.get("inputs_embeds"), of_images)
+            mask = placeholder_mask(of_images)
             row_ends = mask.sum(-1).cumsum(0).cpu()
 
             def repeated(tokens: list[int]) -> torch.Tensor:
