@@ -696,7 +696,7 @@ class HoneybeeProcessor(ProcessorMixin):
         Returns:
             `input_ids` and `attention_mask` (rows, tokens), `pixel_values` (squares, 3, S, S), a square for an image that is
             not cut; `num_crops` (images,), the squares of each, where images may be cut; and `num_query_tokens` (squares,)
-            where one has another M than the model's default.
+            where one has another M than the model's default, or could have, were it cut.
 
         Raises:
             ValueError: text and images that do not belong together, images that cannot be read, an M or a number of crops
@@ -711,12 +711,15 @@ class HoneybeeProcessor(ProcessorMixin):
         sizes = [[next(sizes) for _ in range(number)] for number in by_row]
         plan = self._plan(sizes, num_query_tokens, max_visual_tokens, max_crops, allow_untrained, **kwargs)
         squares = [number for image in plan for number in self._squares(*image)]
-        if any(number != self.num_query_tokens for number in squares):
-            kwargs["num_query_tokens"] = squares
-        # Asked by the settings and not by the pictures: samples that are put into one batch later have the same fields.
+        # By the settings and not by what became of the pictures: samples that are put into one batch later have the same fields.
         limits = self._for_each_image("max_crops", max_crops, len(plan))
-        if any((self.max_crops if limit is None else limit) > 1 for limit in limits):
+        may_cut = bool(plan) and max([self.max_crops, *filter(None, limits)]) > 1
+        if may_cut:
             kwargs["cuts"] = [cut for _, cut in plan]
+        overviews_differ = self.overview and self.overview_num_query_tokens not in (None, self.num_query_tokens)
+        may_differ = may_cut and (overviews_differ or max_visual_tokens is not None)
+        if may_differ or any(number != self.num_query_tokens for number in squares):
+            kwargs["num_query_tokens"] = squares
         if _TRANSFORMERS_4:
             return self._call_4(images, text, **kwargs)
         return super().__call__(images=images, text=text, **kwargs)
