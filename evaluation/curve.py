@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from evaluation import report
 from evaluation.generate import prepare
 from evaluation.json_files import write_json
+from evaluation.predictions import check_folder
 from evaluation.prompts import Question
 from evaluation.tasks import TASKS
 
@@ -50,7 +51,13 @@ def prefill_seconds(model, processor, question: Question, template: str, setting
 
 
 def write(
-    output: Path, model_name: str, numbers: list[int], default: int, extra: int, seconds: list[float] | None
+    output: Path,
+    model_name: str,
+    numbers: list[int],
+    default: int,
+    extra: int,
+    seconds: list[float] | None,
+    max_crops: int = 1,
 ) -> dict:
     """curve.json, curve.md and curve.png in the output folder, from the scores in the folders of `numbers`.
 
@@ -58,6 +65,7 @@ def write(
         default: M of the model where nothing is asked for.
         extra: visual tokens of an image beside M.
         seconds: of a prompt, for each of `numbers`; None where no question has an image.
+        max_crops: the most crops of a picture, with all of these numbers.
     """
     rows = []
     for place, num_query_tokens in enumerate(numbers):
@@ -74,6 +82,8 @@ def write(
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator().type
     curve = {"report": report.MARK, "model": model_name, "default": default, "device": device, "rows": rows}
+    if max_crops > 1:
+        curve["max_crops"] = max_crops
     curve["text"] = as_text(curve)
     write_json(output / "curve.json", curve)
     title = f"# {model_name}: scores and time against M"
@@ -95,7 +105,12 @@ def as_text(curve: dict) -> str:
         scores = (report.number(row["scores"].get(task), TASKS[task].digits) for task in tasks)
         rows.append((f"{row['num_query_tokens']}{mark}", row["visual_tokens"], took, *scores))
     names = (TASKS[task].display_name for task in tasks)
-    lines = report.table(("M", "visual tokens an image", "first token after", *names), rows)
+    crops = curve.get("max_crops", 1)
+    lines = report.table(
+        ("M", f"visual tokens {'an image' if crops == 1 else 'a crop'}", "first token after", *names), rows
+    )
+    if crops > 1:
+        lines += [f"Pictures are cut into at most {crops} crops."]
     took = f"The time is that of a prompt with one image, on {curve['device']}; the tower's share of it does not depend on M."
     return "\n".join([*lines, took])
 
@@ -121,12 +136,15 @@ def draw(curve: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def check_output(output: Path, model: str) -> None:
-    """Refuses a folder with another's files of these names, or with scores of another model.
+def check_output(output: Path, model: str, max_crops: int | None) -> None:
+    """Refuses a folder with another's files of these names, or with scores of another model or of other crops.
 
     Raises:
         ValueError: says which.
     """
     report.check_ours(output, NAMES)
     for number in numbers_in(output):
-        report.check_output(folder_of(output, number), model)
+        folder = folder_of(output, number)
+        report.check_output(folder, model)
+        for path in folder.glob("*/run.json"):
+            check_folder(path.parent, {"max_crops": max_crops})

@@ -82,6 +82,8 @@ def write_results(task: Task, records: list[dict], folder: Path, origin: dict, a
     result = score(task, records, arguments.seed, judge)
     if arguments.limit is not None:
         result["notes"].append(f"a subset of the questions: --limit {arguments.limit}")
+    if arguments.max_crops is not None:
+        result["notes"].append(f"asked with --max_crops {arguments.max_crops}")
     write_lines(folder / "parsed.jsonl", result.pop("parsed"))
     submission = None
     if task.submission_needs is not None and importlib.util.find_spec(task.submission_needs) is None:

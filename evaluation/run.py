@@ -56,6 +56,11 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --num_query_tokens: also numbers that the model is not trained for",
     )
+    parser.add_argument(
+        "--max_crops",
+        type=int,
+        help="the most crops of a picture; 1 cuts none (default: what the model's processor says)",
+    )
     official = TASKS["mmbench"].seed
     parser.add_argument(
         "--seed", type=int, help=f"of guesses; default: MMBench {official} (the official one), others 0"
@@ -106,7 +111,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         arguments.num_query_tokens = numbers_in(arguments.num_query_tokens)
     elif arguments.allow_untrained:
         raise ValueError("--allow_untrained is for --num_query_tokens; give numbers, such as 4,16,64, or leave it out")
-    for name in ("batch_size", "judge_workers", "judge_attempts", "limit"):
+    if arguments.max_crops is not None and arguments.predictions is not None:
+        raise ValueError(f"--max_crops {arguments.max_crops} is asked of a model; leave it out with --predictions")
+    for name in ("batch_size", "judge_workers", "judge_attempts", "limit", "max_crops"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
@@ -267,10 +274,11 @@ def read_answers(folder: Path, prompts: dict[str, str], settings: dict, model_na
 
 
 def processor_settings(num_query_tokens: int | None, arguments) -> dict:
-    """How the processor is called for this M; None leaves it to the model."""
+    """How the processor is called for this M; None leaves it to the model, as it does the crops."""
+    crops = {} if arguments.max_crops is None else {"max_crops": arguments.max_crops}
     if num_query_tokens is None:
-        return {}
-    return {"num_query_tokens": num_query_tokens, "allow_untrained": arguments.allow_untrained}
+        return crops
+    return {"num_query_tokens": num_query_tokens, "allow_untrained": arguments.allow_untrained, **crops}
 
 
 def ask(
@@ -301,10 +309,10 @@ def write_curve(model, processor, questions: dict[str, list[Question]], argument
     output, seconds = Path(arguments.output), None
     numbers = curve.numbers_in(output)  # of earlier runs of this model, too
     if example := next((q for asked in questions.values() for q in asked if q.image is not None), None):
-        settings = [{"num_query_tokens": number, "allow_untrained": True} for number in numbers]
+        settings = [{**processor_settings(number, arguments), "allow_untrained": True} for number in numbers]
         seconds = curve.prefill_seconds(model, processor, example, arguments.template, settings)
-    default = processor.num_query_tokens
-    found = curve.write(output, arguments.model, numbers, default, processor.num_eos_tokens, seconds)
+    default, max_crops = processor.num_query_tokens, arguments.max_crops or processor.max_crops
+    found = curve.write(output, arguments.model, numbers, default, processor.num_eos_tokens, seconds, max_crops)
     print(f"{found['text']}\ncurve: {output / 'curve.md'}")
 
 
@@ -324,11 +332,12 @@ def evaluate(arguments) -> None:
     model_id = fingerprint(source)
     # What decides an answer; a run that continues has the same.
     shared = {"model": model_id, "dtype": arguments.dtype, "template": arguments.template, "limit": arguments.limit}
+    shared["max_crops"] = arguments.max_crops
     if arguments.num_query_tokens is None:
         parts = {output: shared}
     else:
         check_numbers(source, arguments)
-        curve.check_output(output, model_id)
+        curve.check_output(output, model_id, arguments.max_crops)
         parts = {curve.folder_of(output, n): {**shared, "num_query_tokens": n} for n in arguments.num_query_tokens}
     for part, settings in parts.items():
         reporting.check_output(part, model_id)

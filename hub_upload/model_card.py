@@ -325,6 +325,7 @@ def _describe_model(export: Export) -> str:
             f"A {adapter.get('peft_type', 'peft')} adapter of `{adapter['base_model_name_or_path']}`, a "
             "[Honeybee](https://arxiv.org/abs/2312.06742) model: a multimodal language model with a locality-enhanced "
             f"projector. Rank {adapter.get('r')}; saved in full: {', '.join(adapter.get('modules_to_save') or ['nothing'])}."
+            f"{_describe_crops(export)}"
         )
     config = export.config
     projector, vision, text = config.projector_config, config.vision_config, config.text_config
@@ -342,7 +343,25 @@ def _describe_model(export: Export) -> str:
     return (
         "A [Honeybee](https://arxiv.org/abs/2312.06742) model (CVPR 2024): a vision tower and a language model joined by "
         "a projector that keeps locality and sets the number of visual tokens.\n\n"
-        f"{_table(('part', 'what it is'), rows)}{chosen}"
+        f"{_table(('part', 'what it is'), rows)}{chosen}{_describe_crops(export)}"
+    )
+
+
+def _describe_crops(export: Export) -> str:
+    processor = export.processor
+    if processor.max_crops == 1:
+        return ""
+    most = processor.max_crops
+    fewest = f"{processor.min_crops} to {most}" if processor.min_crops > 1 else f"at most {most}"
+    overview = ""
+    if processor.overview:
+        number = processor.overview_num_query_tokens
+        own = "" if number is None else f", which has {number + processor.num_eos_tokens} visual tokens"
+        overview = f", and the whole picture follows them as an overview{own}"
+    return (
+        f"\n\nLarge and wide pictures are cut into {fewest} crops{overview}; each crop has the visual tokens of an image. In a "
+        f"prompt with more than {processor.max_images_cut} images none is cut. `max_crops=...` in a call of the processor, the "
+        'pipeline or `apply_chat_template`, or `"max_crops"` in an image\'s item of a chat, lowers the number; 1 cuts none.'
     )
 
 
@@ -460,13 +479,22 @@ def write_card(
 ## Limits
 
 It answers fluently also where it is wrong: it may name things that are not in the picture, miscount, and misplace them.
-Images are resized to a square, so small print and long formats lose detail. It was not tested for safety; do not use it
+{_resized(export)}, so small print and long formats lose detail. It was not tested for safety; do not use it
 where a wrong answer harms someone.
 
 ## Licence
 
 {_describe_license(provenance, chosen, license is not None)}
 """
+
+
+def _resized(export: Export) -> str:
+    most = export.processor.max_crops
+    return (
+        "Images are resized to a square"
+        if most == 1
+        else f"Images are resized to a square, or to the squares of {most} crops"
+    )
 
 
 def own_card(folder: Path) -> str | None:

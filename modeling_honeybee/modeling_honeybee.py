@@ -444,6 +444,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
         return_dict: bool | None = None,
         num_query_tokens: int | torch.LongTensor | None = None,
         num_crops: torch.LongTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
         **kwargs,
     ) -> torch.FloatTensor | list[torch.FloatTensor] | BaseModelOutputWithPooling | tuple:
         """Visual tokens of images, in the form that this line of transformers expects.
@@ -455,6 +456,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             num_query_tokens: M of all images, or (I,) int64, an M for each. Default: the config's. What the projector can
                 make is made, trained or not; the processor is where an M that is not trained is refused.
             num_crops: (pictures,) int64, how many of the images are squares of one picture. Default: one each.
+            image_grid_thw: (pictures, 3) int64, in place of `num_crops` the form that vLLM keeps by picture: its products.
             kwargs: of the vision tower, such as `output_hidden_states`.
 
         Returns:
@@ -466,6 +468,8 @@ class HoneybeeModel(HoneybeePreTrainedModel):
                 number that the projector cannot make, or `num_crops` that are not all of the images.
         """
         self._check_feature_settings(vision_feature_layer, vision_feature_select_strategy)
+        if image_grid_thw is not None:
+            num_crops = image_grid_thw.prod(-1)
         numbers = self._checked_numbers(num_query_tokens, len(pixel_values))
         crops = self._checked_crops(num_crops, len(pixel_values))
         features, outputs = self._encode(pixel_values, **kwargs)

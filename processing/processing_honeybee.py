@@ -715,7 +715,14 @@ class HoneybeeProcessor(ProcessorMixin):
             kwargs["num_query_tokens"] = squares
         if _TRANSFORMERS_4:
             return self._call_4(images, text, **kwargs)
-        return super().__call__(images=images, text=text, **kwargs)
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        by_vllm = kwargs.get("return_text_replacement_offsets") and not kwargs.get("return_offsets_mapping")
+        if by_vllm and plan and (may_cut or max_crops is not None):
+            # vLLM takes as many rows of each field for an image as it has squares, but of this one, which other models have, a
+            # row; and its product for the number of squares, which it else counts without a request's own settings.
+            inputs.pop("num_crops", None)
+            inputs["image_grid_thw"] = torch.tensor([[cut.num_crops, 1, 1] for _, cut in plan])
+        return inputs
 
     def _call_4(self, images, text, num_query_tokens=None, cuts=None, **kwargs) -> BatchFeature:
         # On transformers 4, what `__call__` of the base class does on 5.

@@ -89,17 +89,21 @@ class Answer(StoppingCriteria):
             numbers = self.processor.image_query_tokens(request.messages, request.num_query_tokens)
             for number in filter(None, numbers):
                 self.processor.check_is_trained(number)
+            crops = self.processor.image_max_crops(request.messages, request.max_crops)
+            self.check_crops(crops)
             inputs = self.processor(
                 images=request.images or None,
                 text=prompt,
                 num_query_tokens=numbers,
                 max_visual_tokens=request.max_visual_tokens,
+                max_crops=crops,
                 add_special_tokens=False,
                 return_tensors="pt",
             )
         except (OSError, TemplateError, ValueError) as error:
-            fields = [name for name in ("num_query_tokens", "max_visual_tokens") if getattr(request, name) is not None]
-            param = next((name for name in fields if str(error).startswith(name)), "messages")
+            fields = ("num_query_tokens", "max_visual_tokens", "max_crops")
+            given = [name for name in fields if getattr(request, name) is not None]
+            param = next((name for name in given if str(error).startswith(name)), "messages")
             raise LimitError(str(error), param) from error
         self.prompt_tokens = inputs["input_ids"].shape[1]
         text_config = self.model.config.get_text_config()
@@ -120,6 +124,15 @@ class Answer(StoppingCriteria):
             processors.append(Penalties(self.prompt_tokens, request.frequency_penalty, request.presence_penalty))
         settings["logits_processor"] = processors
         return inputs.to(self.model.device), settings
+
+    def check_crops(self, numbers: list[int | None]) -> None:
+        """Raises a ValueError where an image may have more crops than the processor makes: memory and time grow with them."""
+        most = self.processor.max_crops
+        for number in numbers:
+            if number is not None and number > most:
+                raise ValueError(
+                    f"max_crops={number} is more than this model's processor has, {most}; leave it out, or lower it"
+                )
 
     def sampling(self) -> dict:
         """Greedy unless the request asks for sampling, by a temperature or by a `top_p` below 1."""

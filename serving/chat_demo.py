@@ -70,11 +70,18 @@ class Chat:
     def __init__(self, model: "HoneybeeForConditionalGeneration", processor: "HoneybeeProcessor", limits: Limits):
         self.model, self.processor, self.limits = model, processor, limits
 
-    def answer(self, message: dict, history: list[dict], num_query_tokens: int | None = None) -> Iterator[str]:
+    def answer(
+        self,
+        message: dict,
+        history: list[dict],
+        num_query_tokens: int | None = None,
+        max_crops: int | None = None,
+    ) -> Iterator[str]:
         """The answer so far, again and again until it is complete.
 
         Args:
-            num_query_tokens: M of all images of the chat; None for the model's default.
+            num_query_tokens: M of all images of the chat (of their crops); None for the model's default.
+            max_crops: the most crops of each image; None for the model's default.
 
         Raises:
             LimitError: the chat is empty or over a limit; nothing was computed.
@@ -91,7 +98,8 @@ class Chat:
         for path in paths:
             self.limits.check_image_size(os.path.getsize(path))  # before it is read
             self.limits.check_image(Path(path).read_bytes())
-        request = ChatRequest(messages, paths, self.limits.max_new_tokens, num_query_tokens=num_query_tokens)
+        asked = {"num_query_tokens": num_query_tokens, "max_crops": max_crops}
+        request = ChatRequest(messages, paths, self.limits.max_new_tokens, **asked)
         answer = Answer(self.model, self.processor, request)
         events = Queue()
         Thread(target=answer.run, args=(events.put,)).start()
@@ -110,15 +118,16 @@ def build_page(chat: Chat, title: str):
     """The Gradio page of a [`Chat`]."""
     import gradio
 
-    default, inputs = chat.processor.num_query_tokens, []
+    default, sliders = chat.processor.num_query_tokens, {}
     trained = sorted({*chat.processor.trained_num_query_tokens, default})
+    most_crops = chat.processor.max_crops
 
     def nearest(number: float) -> int:
         return min(trained, key=lambda one: abs(one - number))
 
     if len(trained) > 1:
-        label = f"Visual tokens an image: {', '.join(map(str, trained))}"
-        slider = gradio.Slider(
+        label = f"Visual tokens {'an image' if most_crops == 1 else 'a crop'}: {', '.join(map(str, trained))}"
+        sliders["num_query_tokens"] = gradio.Slider(
             trained[0],
             trained[-1],
             default,
@@ -127,11 +136,15 @@ def build_page(chat: Chat, title: str):
             info="The nearest of these is used.",
             render=False,
         )
-        inputs = [slider]
+    if most_crops > 1:
+        sliders["max_crops"] = gradio.Slider(
+            1, most_crops, most_crops, step=1, label="Crops an image, at most", info="1: none is cut.", render=False
+        )
 
-    def answer(message, history, *number):
+    def answer(message, history, *values):
+        asked = {name: nearest(value) if name == "num_query_tokens" else value for name, value in zip(sliders, values)}
         try:
-            yield from chat.answer(message, history, *map(nearest, number))
+            yield from chat.answer(message, history, **asked)
         except LimitError as error:
             raise gradio.Error(str(error), title="Not taken", print_exception=False) from error
 
@@ -142,13 +155,13 @@ def build_page(chat: Chat, title: str):
         textbox=gradio.MultimodalTextbox(
             file_types=["image"], file_count="multiple", placeholder="Add images and ask about them", label="Message"
         ),
-        additional_inputs=inputs,
+        additional_inputs=list(sliders.values()),
         additional_inputs_accordion=gradio.Accordion("Visual tokens", open=True),
         title=title,
         description=f"Up to {limits.max_images} images of {limits.max_image_bytes / 1e6:g} MB and "
         f"{limits.max_image_pixels / 1e6:g} megapixels, and {limits.max_prompt_chars:,} characters a chat.",
     )
-    if inputs:
+    if slider := sliders.get("num_query_tokens"):
         with page:
             slider.release(nearest, slider, slider, show_progress="hidden", api_visibility="private")
     return page

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 
 from PIL import Image, UnidentifiedImageError
 
-MOST_QUERY_TOKENS = 2**20  # of an image; which numbers a model takes, its processor says
+MOST_QUERY_TOKENS = MOST_CROPS = 2**20  # of an image; which numbers a model takes, its processor says
 
 
 class LimitError(ValueError):
@@ -96,7 +96,7 @@ class ChatRequest:
         images: the `data:` URLs of the image items, in order.
         stop: always a list.
         logit_bias: by token id.
-        num_query_tokens, max_visual_tokens: of the processor's call; not in OpenAI's API.
+        num_query_tokens, max_visual_tokens, max_crops: of the processor's call; not in OpenAI's API.
     """
 
     messages: list[dict]
@@ -113,6 +113,7 @@ class ChatRequest:
     logit_bias: dict[int, float] = field(default_factory=dict)
     num_query_tokens: int | list[int] | None = None
     max_visual_tokens: int | None = None
+    max_crops: int | list[int] | None = None
 
 
 # A check returns the value as it is used, or raises a ValueError with the rule that the value breaks.
@@ -173,9 +174,12 @@ def _logit_bias(value) -> dict[int, float]:
     return {int(token): check(bias) for token, bias in value.items()}
 
 
-def _query_tokens(value) -> int | list[int]:
-    check = _number(1, MOST_QUERY_TOKENS, int)
-    return [check(number) for number in value] if isinstance(value, list) else check(value)
+def _by_image(most: int) -> Callable:
+    def check(value) -> int | list[int]:
+        number = _number(1, most, int)
+        return list(map(number, value)) if isinstance(value, list) else number(value)
+
+    return check
 
 
 _label, _object = _is(str, "a text"), _is(dict, "an object")
@@ -190,9 +194,11 @@ FIELDS = {
     "frequency_penalty": _number(-2, 2),
     "presence_penalty": _number(-2, 2),
     "logit_bias": _logit_bias,
-    # Not OpenAI's: visual tokens of an image, or of all images of the chat, where the model has a choice.
-    "num_query_tokens": _query_tokens,
+    # Not OpenAI's: visual tokens of an image, or of all images of the chat, and the most crops of an image, where the model has
+    # a choice.
+    "num_query_tokens": _by_image(MOST_QUERY_TOKENS),
     "max_visual_tokens": _number(1, 2**31 - 1, int),
+    "max_crops": _by_image(MOST_CROPS),
     # Labels for the provider's books, and hints to its caches: an answer does not depend on them.
     "user": _label,
     "safety_identifier": _label,

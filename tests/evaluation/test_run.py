@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import evaluation.generate
-from evaluation.generate import answer, fingerprint, load
+from evaluation.generate import answer, fingerprint, load, prepare
 from evaluation.json_files import read_lines
 from evaluation.predictions import collect
 from evaluation.prompts import Question, render
 from evaluation.run import main
+from evaluation.task import read_task
 from evaluation.tasks import TASKS
 from hub_upload.export_check import check_folder
 from hub_upload.model_card import read_curve, read_provenance, read_results, write_card
@@ -489,3 +490,48 @@ def test_the_curve_of_a_model_with_a_fixed_m(elastic):
     run_here(elastic, "fixed", "pope", "--limit", "6", "--num_query_tokens", "1,4,9", "--allow_untrained")
     curve = json.loads((elastic / "fixed" / "curve.json").read_text())
     assert [row["visual_tokens"] for row in curve["rows"]] == [1, 4, 9] and curve["default"] == 4
+
+
+def test_crops(place, tmp_path):
+    """As many as are asked for, and else as the processor says; answers with other crops are other answers."""
+    shutil.copytree(place / "model", place / "cuts")
+    processor = tiny_processor(max_crops=4)
+    processor.save_pretrained(place / "cuts")
+    model = HoneybeeForConditionalGeneration.from_pretrained(place / "cuts").eval()
+    run_here(place, "own_crops", "mme", "--limit", "12", model="cuts")
+    run_here(place, "asked_crops", "mme", "--limit", "12", "--max_crops", "4")
+    run_here(place, "no_crops", "mme", "--limit", "12", "--max_crops", "1", model="cuts")
+    found = answers(place, "asked_crops", "mme")
+    assert answers(place, "own_crops", "mme") == found != answers(place, "no_crops", "mme")
+    assert answers(place, "no_crops", "mme").items() <= answers(place, "whole", "mme").items()
+    questions = {q.id: q for q in TASKS["mme"].read(TASKS["mme"].data(place / "data"))}
+    for question in [questions[key] for key in found][:3]:
+        own = {"images": question.image, "text": render(question, processor), "add_special_tokens": False}
+        inputs = processor(**own, return_tensors="pt")
+        assert inputs["num_crops"].tolist() == [5]  # of 64 x 64 pixels, and the tower's square is 32 x 32
+        longest = {"max_new_tokens": TASKS["mme"].max_new_tokens, "do_sample": False}
+        output = model.generate(**inputs, **longest)[0, inputs["input_ids"].shape[1] :]
+        assert processor.tokenizer.decode(output, skip_special_tokens=True) == found[question.id]
+    assert "asked with --max_crops 4" in (place / "asked_crops" / "report.md").read_text()
+    with pytest.raises(SystemExit, match="max_crops 4, and this run has max_crops None; give another --output"):
+        run_here(place, "asked_crops", "mme", "--limit", "12")
+    with pytest.raises(SystemExit, match="--max_crops 0 must be at least 1"):
+        run_here(place, "no", "mme", "--max_crops", "0")
+    saved = ["--tasks", "mme", "--predictions", str(place / "whole" / "mme" / "predictions.jsonl")]
+    with pytest.raises(SystemExit, match="--max_crops 4 is asked of a model"):
+        main([*saved, "--output", str(tmp_path / "out"), "--max_crops", "4"])
+
+
+def test_the_curve_of_a_model_that_cuts(elastic):
+    processor = elastic_processor()
+    prompt = ["pope", "--limit", "6", "--max_crops"]
+    run_here(elastic, "cut_curve", *prompt, "4", "--num_query_tokens", "4,16", model="elastic")
+    curve = json.loads((elastic / "cut_curve" / "curve.json").read_text())
+    assert curve["max_crops"] == 4 and "| visual tokens a crop |" in curve["text"]
+    assert "cut into at most 4 crops" in curve["text"]
+    with pytest.raises(SystemExit, match="max_crops 4, and this run has max_crops 2"):
+        run_here(elastic, "cut_curve", *prompt, "2", "--num_query_tokens", "9", model="elastic")
+    assert answers(elastic, "cut_curve/M16", "pope").items() - answers(elastic, "curve/M16", "pope").items()
+    question = next(iter(read_task(TASKS["pope"], elastic / "data")))
+    inputs = prepare(processor, [question], "task", {"num_query_tokens": 16, "max_crops": 4})
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 5 * 17

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from serving.chat_demo import Chat, as_messages
+from serving.chat_demo import Chat, as_messages, build_page
 from serving.limits import LimitError, Limits
 from tests.tiny import ELASTIC, REPOSITORY, elastic_processor, picture, tiny_model, tiny_processor
 
@@ -26,6 +26,7 @@ def make_world(root, processor, **settings) -> dict:
     model = tiny_model(config={"image_token_id": processor.image_token_id}, **settings)
     for seed in range(4):
         picture(seed).save(root / f"{seed}.png")
+    picture(size=(64, 64)).save(root / "square.png")
     picture(size=(100, 60)).save(root / "large.png")
     (root / "text.png").write_text("no image")
     return {"root": root, "model": model, "processor": processor, "chat": Chat(model, processor, LIMITS)}
@@ -34,6 +35,14 @@ def make_world(root, processor, **settings) -> dict:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("chat"), tiny_processor())
+
+
+@pytest.fixture(scope="module")
+def cutting(tmp_path_factory):
+    """A picture of 64 x 64 pixels becomes 4 crops and an overview."""
+    processor = elastic_processor()
+    processor.max_crops = 4
+    return make_world(tmp_path_factory.mktemp("cutting"), processor, **ELASTIC)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +129,35 @@ def test_visual_tokens_of_an_answer(elastic):
     assert answers[0] == answers[2] and len(set(answers)) == 3
     with pytest.raises(LimitError, match="trained for 4, 9, 16"):
         list(chat.answer({"text": "What is it ?", "files": [path]}, [], 25))
+
+
+def test_crops_of_an_answer(cutting):
+    """As many as the processor makes, fewer where the page asks for fewer, and never more."""
+    chat, path = cutting["chat"], str(cutting["root"] / "square.png")
+    answers = []
+    for most in (None, 4, 1):
+        (text,) = list(chat.answer({"text": "What is it ?", "files": [path]}, [], max_crops=most))[-1:]
+        answers.append(text)
+    assert answers[0] == answers[1] != answers[2]
+    with pytest.raises(LimitError, match="max_crops=9 is more than this model's processor has, 4"):
+        list(chat.answer({"text": "What is it ?", "files": [path]}, [], max_crops=9))
+
+
+@pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio: pip install gradio")
+@pytest.mark.parametrize("name", ["world", "elastic", "cutting"])
+def test_what_the_page_lets_choose(request, name):
+    """A slider for each choice that the model has; the page's own call takes their values in this order."""
+    world = request.getfixturevalue(name)
+    page = build_page(world["chat"], "tiny")
+    sliders = [(box.minimum, box.maximum, box.value) for box in page.additional_inputs]
+    assert sliders == {"world": [], "elastic": [(4, 16, 9)], "cutting": [(4, 16, 9), (1, 4, 4)]}[name]
+    if name == "cutting":
+        message = {"text": "What is it ?", "files": [str(world["root"] / "square.png")]}
+        for values in ((14, 4), (9, 2)):  # 16 is the nearest to 14
+            (shown,) = list(page.fn(message, [], *values))[-1:]
+            number = 16 if values[0] == 14 else 9
+            (text,) = list(world["chat"].answer(message, [], number, values[1]))[-1:]
+            assert shown == text
 
 
 @contextmanager

@@ -89,9 +89,9 @@ def generated(world, **settings) -> tuple[str, list[int]]:
     return world.processor.tokenizer.decode(ids, skip_special_tokens=True), ids
 
 
-def image_item(**more) -> dict:
+def image_item(size=(40, 24), **more) -> dict:
     file = io.BytesIO()
-    picture().save(file, "PNG")
+    picture(size=size).save(file, "PNG")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": url, **more}}
 
@@ -137,6 +137,7 @@ VALUES = {
     "safety_identifier": ([None, "somebody"], [3]),
     "num_query_tokens": ([None, 4, []], [0, -1, 2.5, "4", True, [0], ["4"], [4], {}]),
     "max_visual_tokens": ([None, 1, 10_000], [0, -1, 2.5, "4", True, [4]]),
+    "max_crops": ([None, 1, 4, []], [0, -1, 2.5, "4", True, [0], ["4"], [4], {}, 10**9]),
     "metadata": ([None, {}, {"run": "1"}], ["run", ["run"]]),
     "prompt_cache_key": ([None, "key"], [3]),
     "prompt_cache_retention": ([None, "in_memory", "24h"], [24]),
@@ -524,3 +525,60 @@ def test_visual_tokens_that_are_refused(elastic, fields, words, param):
     body = {"messages": user(image_item(), image_item(), TEXT), "max_tokens": 2, **fields}
     status, reply = post(elastic, body)
     assert status == 400 and words in reply["error"]["message"] and reply["error"]["param"] == param
+
+
+@pytest.fixture(scope="module")
+def cutting():
+    """The elastic model with a processor that cuts: 64 x 64 pixels into 4 crops and an overview."""
+    processor = elastic_processor()
+    processor.max_crops = 4
+    with served(tiny_model(config={"image_token_id": processor.image_token_id}, **ELASTIC), processor) as world:
+        yield world
+
+
+LARGE, WIDE, SMALL = (64, 64), (64, 32), (40, 24)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "details", "fields", "crops", "tokens"),
+    [
+        ([LARGE], [None], {}, [5], 5 * 10),
+        ([LARGE, SMALL], [None, None], {}, [5, 1], 6 * 10),
+        ([LARGE, LARGE], ["low", "high"], {}, [1, 5], 5 + 5 * 17),
+        ([LARGE, LARGE], [None, None], {"max_crops": 1}, [1, 1], 2 * 10),
+        ([WIDE, LARGE], [None, None], {"max_crops": [2, 1], "num_query_tokens": 4}, [3, 1], 4 * 5),
+        ([LARGE], [None], {"max_visual_tokens": 49}, [5], 5 * 5),
+        ([LARGE] * 3, [None] * 3, {}, [1, 1, 1], 3 * 10),
+    ],
+)
+def test_crops_of_an_image(cutting, sizes, details, fields, crops, tokens):
+    items = [image_item(size, **({"detail": d} if d else {})) for size, d in zip(sizes, details)]
+    reply = ask(cutting, user(*items, TEXT), extra_body=fields)
+    processor, images = cutting.processor, [picture(size=size) for size in sizes]
+    own = [{"role": "user", "content": [*[{"type": "image"}] * len(images), TEXT]}]
+    prompt = processor.apply_chat_template(own, add_generation_prompt=True)
+    asked = {**fields, "images": images, "text": prompt, "add_special_tokens": False, "return_tensors": "pt"}
+    if details == ["low", "high"]:
+        asked |= {"max_crops": [1, None], "num_query_tokens": [4, 16]}
+    inputs = processor(**asked)
+    assert inputs["num_crops"].tolist() == crops
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == tokens
+    assert reply.usage.prompt_tokens == inputs["input_ids"].shape[1]
+    with torch.inference_mode():
+        ids = cutting.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert reply.choices[0].message.content == processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("world_name", "fields", "words"),
+    [
+        ("cutting", {"max_crops": 5}, "max_crops=5 is more than this model's processor has, 4"),
+        ("cutting", {"max_crops": [1, 5]}, "max_crops=5 is more"),
+        ("cutting", {"max_crops": [4]}, "lists 1 numbers, but there are 2 images"),
+        ("elastic", {"max_crops": 2}, "max_crops=2 is more than this model's processor has, 1"),
+    ],
+)
+def test_crops_that_are_refused(request, world_name, fields, words):
+    body = {"messages": user(image_item(), image_item(), TEXT), "max_tokens": 2, **fields}
+    status, reply = post(request.getfixturevalue(world_name), body)
+    assert status == 400 and words in reply["error"]["message"] and reply["error"]["param"] == "max_crops"

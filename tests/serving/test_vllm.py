@@ -68,12 +68,14 @@ def some_chats() -> list[list[dict]]:
     return chats
 
 
-def save_model(projector_type: str, folder, elastic: bool = False) -> None:
+def save_model(projector_type: str, folder, elastic: bool = False, **crops) -> None:
     """With heads of 32, which vLLM's attention on CPUs takes, and a placeholder that wins wherever it is not suppressed."""
     torch.manual_seed(0)
     projector = projector_settings(projector_type, **(ELASTIC if elastic else {}))
     config = HoneybeeConfig(clip_config(), llama_config(hidden_size=64, num_attention_heads=2), projector)
     processor = elastic_processor() if elastic else tiny_processor(config.num_image_tokens)
+    for name, value in crops.items():
+        setattr(processor, name, value)
     config.image_token_id = processor.image_token_id
     model = HoneybeeForConditionalGeneration(config)
     with torch.no_grad():
@@ -168,6 +170,43 @@ def test_three_numbers_of_visual_tokens_of_one_folder(tmp_path):
     counts = [answer["prompt"].count(image_token_id) for answer in expected[:: len(chats)]]
     assert counts == [5, 10, 17]  # of the first chat, with one picture
     check_same(answered(folder, chats, tmp_path, image_token_id, settings, **PIECES), expected)
+
+
+# Four crops of 10 visual tokens and an overview of 5.
+CUT = {"max_crops": 4, "overview_num_query_tokens": 4}
+
+
+def cut_chats() -> list[list[dict]]:
+    """Pictures that are cut, into four squares, three or two, and not; alone and beside each other; prompts that begin alike."""
+    square, wide, small = (
+        [image_part(picture(seed, size)) for seed in range(3)] for size in ((64, 64), (96, 32), (40, 24))
+    )
+    chats = [[asked(image, "What is in the picture ?")] for image in [*square, *wide, small[0]]]
+    chats += [[asked(image, "What is in the dog ?")] for image in (square[0], wide[0])]
+    chats += [[asked("is", *pair, "which one ?")] for pair in ((square[0], small[0]), (small[1], wide[1]), square[1:])]
+    chats += [[asked(square[0], "a ?"), {"role": "assistant", "content": "a dog"}, asked(small[2], "and brown ?")]]
+    return chats
+
+
+@pytest.mark.parametrize("where", ["folder", "engine"])
+def test_cut_pictures_are_answered_as_by_generate(where, tmp_path):
+    """Crops as the saved processor says, or the engine, or a request; each square of a picture with an M of its own."""
+    folder, chats = tmp_path / "model", cut_chats()
+    save_model("c-abs", folder, elastic=True, **(CUT if where == "folder" else {}))
+    image_token_id = HoneybeeConfig.from_pretrained(folder).image_token_id
+    requests = [{}, {"max_crops": 1}, {"num_query_tokens": 4}] if where == "folder" else [{}]
+    more = {} if where == "folder" else {"mm_processor_kwargs": {"max_crops": 4}}
+    expected = [
+        answer
+        for asked in requests
+        for answer in generated(folder, chats, **more.get("mm_processor_kwargs", {}), **asked)
+    ]
+    counts = [answer["prompt"].count(image_token_id) for answer in expected[: len(chats)]]
+    if where == "folder":
+        assert counts[0] == 45 and counts[3] == 35 and counts[6] == 10
+    else:
+        assert counts[0] == 50 and counts[6] == 10
+    check_same(answered(folder, chats, tmp_path, image_token_id, requests, **more, **PIECES), expected)
 
 
 @pytest.mark.parametrize("projector_type", ["c-abs", "d-abs"])
