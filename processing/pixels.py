@@ -4,18 +4,21 @@
 An 8-bit value has 256 possible results in each channel. They are taken once from the image processor itself and looked up
 from then on, where it converts every image anew through float64.
 
-Shapes: B images, S side of the model's square.
+Shapes: B squares, one an image unless it is cut; S side of the model's square.
 """
+
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
 
+from processing.crops_honeybee import WHOLE, Cut, cut_image
 from processing.processing_honeybee import resize_image, resize_images
 
 
 class Pixels:
-    """Resizes and normalises RGB images.
+    """Cuts, resizes and normalises RGB images.
 
     Args:
         image_processor: decides. One that does more than resize to a square, rescale and normalise, which a probe picture
@@ -43,18 +46,27 @@ class Pixels:
         if not torch.equal(self(probes), self._slow(probes)):
             self.table = None
 
-    def _slow(self, images: list[Image.Image]) -> torch.Tensor:
-        images = resize_images(images, self.image_processor)
-        return self.image_processor(images, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    def _slow(self, images: list[Image.Image], cuts: list[Cut] | None = None) -> torch.Tensor:
+        squares = resize_images(images, self.image_processor, cuts)
+        return self.image_processor(squares, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
 
-    def __call__(self, images: list[Image.Image]) -> torch.Tensor:
-        """RGB images as (B, 3, S, S), float32."""
+    def __call__(self, images: list[Image.Image], cuts: list[Cut] | None = None) -> torch.Tensor:
+        """RGB images as (B, 3, S, S), float32.
+
+        Args:
+            cuts: how each becomes squares. Default: one square each.
+        """
         if self.table is None:
-            return self._slow(images)
+            return self._slow(images, cuts)
         width, height = self.size
-        pixels = np.empty((len(images), 3, height, width), dtype=self.table.dtype)
-        for place, image in enumerate(images):
-            values = np.asarray(resize_image(image, self.size, self.image_processor.resample))
-            for channel in range(3):
-                np.take(self.table[channel], values[..., channel], out=pixels[place, channel], mode="clip")
+        cuts = cuts or [WHOLE] * len(images)
+        resize = partial(resize_image, resample=self.image_processor.resample)
+        pixels = np.empty((sum(cut.num_crops for cut in cuts), 3, height, width), dtype=self.table.dtype)
+        place = 0
+        for image, cut in zip(images, cuts):  # one at a time: the squares of all would be as much memory again
+            for square in cut_image(image, cut, self.size, resize):
+                values = np.asarray(square)
+                for channel in range(3):
+                    np.take(self.table[channel], values[..., channel], out=pixels[place, channel], mode="clip")
+                place += 1
         return torch.from_numpy(pixels)

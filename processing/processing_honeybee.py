@@ -538,14 +538,14 @@ class HoneybeeProcessor(ProcessorMixin):
             return each  # the call that takes them says what is wrong
         return [theirs if number is None else number for number, theirs in zip(numbers, each)]
 
-    def _squares(self, number: int, cut: Cut) -> list[int]:
+    def square_query_tokens(self, number: int, cut: Cut) -> list[int]:
         """M of each square of an image whose crops have `number`."""
         crops = [number] * (cut.columns * cut.rows)
         return [*crops, self.overview_num_query_tokens or number] if cut.overview else crops
 
     def count_image_tokens(self, number: int, cut: Cut = WHOLE) -> int:
         """Placeholders of an image whose crops have M = `number`."""
-        return sum(self._squares(number, cut)) + cut.num_crops * self.num_eos_tokens
+        return sum(self.square_query_tokens(number, cut)) + cut.num_crops * self.num_eos_tokens
 
     def plan_cuts(self, sizes: list[tuple[int, int]], max_crops: list[int | None] | None = None, **asked) -> list[Cut]:
         """How the images of one prompt become squares.
@@ -703,7 +703,7 @@ class HoneybeeProcessor(ProcessorMixin):
         sizes = iter(image.size for image in images or ())
         sizes = [[next(sizes) for _ in range(number)] for number in by_row]
         plan = self._plan(sizes, num_query_tokens, max_visual_tokens, max_crops, allow_untrained, **kwargs)
-        squares = [number for image in plan for number in self._squares(*image)]
+        squares = [number for image in plan for number in self.square_query_tokens(*image)]
         # By the settings and not by what became of the pictures: samples that are put into one batch later have the same fields.
         limits = self._for_each_image("max_crops", max_crops, len(plan))
         may_cut = bool(plan) and max([self.max_crops, *filter(None, limits)]) > 1

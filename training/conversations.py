@@ -340,12 +340,13 @@ def check_dataset(
     dataset: Dataset,
     image_root: str = "",
     needs_images: bool = False,
-    check_length: Callable[[list[dict], str], None] | None = None,
+    check_length: Callable[..., None] | None = None,
 ) -> None:
     """Reads every sample of a map-style dataset once before training, with a progress bar.
 
     Args:
-        check_length: raises a ValueError where messages in a template leave nothing to learn in the longest row.
+        check_length: raises a ValueError where messages in a template leave nothing to learn in the longest row; given their
+            `images` and `image_root` as well.
 
     Raises:
         ValueError, FileNotFoundError: the first sample that cannot be trained on, with its number and the reason; or no
@@ -359,7 +360,8 @@ def check_dataset(
         try:
             messages, images = normalize_conversation(example)
             if check_length is not None:
-                check_length(messages, example.get("chat_template") or "default")
+                template = example.get("chat_template") or "default"
+                check_length(messages, template, images=images, image_root=image_root)
             for image in images:
                 num_images += 1
                 if num_images <= MAX_DECODED_CHECKS or not _exists(image, image_root):

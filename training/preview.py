@@ -14,13 +14,14 @@ import argparse
 import os
 import sys
 from collections import Counter
+from contextlib import suppress
 from itertools import islice
 
 import numpy as np
 import yaml
 
 from processing import HoneybeeProcessor
-from training.collator import HoneybeeDataCollator
+from training.collator import CROPS, HoneybeeDataCollator
 from training.elastic import ElasticDraw, elastic_draw
 from training.recipe.balancing import sampling_weights
 from training.recipe.config import RecipeError, load_recipe
@@ -29,6 +30,7 @@ from training.recipe.page import html_page
 from training.recipe.sources import open_sources
 from training.recipe.table import format_table, mixture_table
 from training.recipe.texts import conversation_text, rendered, samples_of, write_jsonl
+from training.samples import BadSampleError
 
 MEASURED = 64  # samples of a dataset whose tokens are counted
 DEMO = "outputs/recipe"
@@ -43,11 +45,27 @@ def mean_length(
         return float("nan")
     if processor is None:
         return float(np.mean([sum(len(part) for part, _ in rendered(sample)) for sample in samples]))
-    rows = HoneybeeDataCollator(processor).tokenize(
-        [(sample["messages"], sample["chat_template"]) for sample in samples],
-        [sample.get("num_query_tokens") for sample in samples],
-    )
-    return float(np.mean([len(row["input_ids"]) for row in rows]))
+    collator, measured = HoneybeeDataCollator(processor, image_root=source.image_root), []
+    for sample in samples:
+        with suppress(BadSampleError, FileNotFoundError):  # the run takes another record, too
+            measured.append({**sample, "image_sizes": collator.image_sizes(sample["images"])})
+    return float(np.mean(collator.lengths(measured))) if measured else float("nan")
+
+
+def load_processor(args: argparse.Namespace) -> HoneybeeProcessor | None:
+    """The processor that the arguments name, with the crops of the run; None where they name none.
+
+    Raises:
+        ValueError: crops that cannot be.
+    """
+    if not args.processor:
+        return None
+    processor = HoneybeeProcessor.from_pretrained(args.processor)
+    for name in CROPS:
+        if getattr(args, name, None) is not None:
+            setattr(processor, name, getattr(args, name))
+    processor.check_crops()
+    return processor
 
 
 def run_settings(path: str) -> dict:
@@ -64,9 +82,14 @@ def run_length(settings: dict, processes: int) -> int:
     return settings["max_steps"] * settings.get("global_batch_size", batch)
 
 
-def preview(sources: list[Source], weights: np.ndarray, seed: int, args: argparse.Namespace) -> None:
+def preview(
+    sources: list[Source],
+    weights: np.ndarray,
+    seed: int,
+    args: argparse.Namespace,
+    processor: HoneybeeProcessor | None,
+) -> None:
     """Prints and writes what the arguments ask for."""
-    processor = HoneybeeProcessor.from_pretrained(args.processor) if args.processor else None
     elastic = elastic_draw(args.elastic, processor.elastic_num_query_tokens) if processor else None
     lengths = {source.name: mean_length(source, seed, processor, elastic) for source in sources}
     table = mixture_table(sources, weights, args.samples, lengths, "tokens" if processor else "characters")
@@ -105,6 +128,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--elastic", metavar="M,M,...", help="with --processor: as in training; else from the config or the processor"
     )
+    parser.add_argument(
+        "--max_crops", type=int, help="with --processor: as in training; else from the config or the processor"
+    )
     parser.add_argument("--show", type=int, default=2, help="conversations of each dataset (%(default)s)")
     parser.add_argument("--html", metavar="FILE", help="write the table and the shown conversations with their images")
     parser.add_argument("--jsonl", metavar="FILE", help="write each sample as a line")
@@ -131,12 +157,17 @@ def main(arguments: list[str] | None = None):
         settings = run_settings(args.config)
         args.elastic = args.elastic or (settings.get("elastic") if args.processor else None)
         elastic_draw(args.elastic, None)
-        if args.elastic and not args.processor:
-            raise ValueError(f"--elastic {args.elastic} counts tokens, which takes a --processor; give one")
+        for name in ("elastic", "max_crops"):
+            if getattr(args, name) and not args.processor:
+                raise ValueError(f"--{name} {getattr(args, name)} counts tokens, which takes a --processor; give one")
+        for name in CROPS:
+            if getattr(args, name, None) is None:
+                setattr(args, name, settings.get(name))
+        processor = load_processor(args)
     except (RecipeError, ValueError) as error:
         sys.exit(f"error: {error}")
     args.samples = args.samples or run_length(settings, args.processes)
-    preview(sources, sampling_weights(sources, recipe.balancing, recipe.weights), recipe.seed, args)
+    preview(sources, sampling_weights(sources, recipe.balancing, recipe.weights), recipe.seed, args, processor)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ from training.samples import REASONS, BadSampleError, TooManyBadSamplesError
 logger = logging.getLogger(__name__)
 
 # Raises a ValueError where messages in a chat template, with M visual tokens an image (None: the model's default), are of no
-# use for training, for instance because they are too long.
-Fits = Callable[[list[dict], str, int | None], None]
+# use for training, for instance because they are too long. The images are given as the record has them, with the folder of
+# relative paths: how large they are decides into how many crops they are cut.
+Fits = Callable[[list[dict], str, int | None, list, str], None]
 
 # Columns of the counts: records used, answers in them, records not used; then the reasons, also of turns.
 _USED, _ANSWERS, _UNUSABLE, _REASONS = 0, 1, 2, 3
@@ -96,7 +97,7 @@ def read_sample(
     sample = make_sample(source, index, read_record(source, index), rng, num_query_tokens)
     if fits is not None:
         try:
-            fits(sample["messages"], sample["chat_template"], num_query_tokens)
+            fits(sample["messages"], sample["chat_template"], num_query_tokens, sample["images"], source.image_root)
         except _DATA_ERRORS as error:
             raise bad_sample(error, "malformed conversation") from error
     try:
@@ -246,7 +247,8 @@ class Mixture(torch.utils.data.Dataset):
             return sample
 
     def glance(self, draw: int) -> dict:
-        """Sample number `draw` as [`make_sample`] gives it, images unread, nothing counted.
+        """Sample number `draw` as [`make_sample`] gives it, images unread, nothing counted, with `image_root`, the folder of
+        relative paths.
 
         Raises:
             BadSampleError: its record is of no use; reading the sample finds another.
@@ -255,7 +257,9 @@ class Mixture(torch.utils.data.Dataset):
         source = self.sources[number]
         index, epoch = self._record_at(number, visit)
         rng = sample_random(self.seed, source.name, index, epoch)
-        return make_sample(source, index, read_record(source, index), rng, self._query_tokens(source, index, epoch))
+        number = self._query_tokens(source, index, epoch)
+        sample = make_sample(source, index, read_record(source, index), rng, number)
+        return {**sample, "image_root": source.image_root}
 
     def read_ahead(self, window: int) -> "Mixture":
         """The same draws, to [`glance`] at a window of them before this mixture reads it in another order.

@@ -113,6 +113,24 @@ class HoneybeeArguments:
                   'each sample, with weights where they are not 1, such as "16,64:2,144". Default: what the model was '
                   "trained with."},
     )  # fmt: skip
+    max_crops: int | None = field(
+        default=None,
+        metadata={"help": "Cut large and wide pictures into at most this many squares, each with all its visual tokens; 1: none is "
+                  "cut. Default, as of the next four: what the model was trained with."},
+    )  # fmt: skip
+    min_crops: int | None = field(
+        default=None, metadata={"help": "Cut every picture into at least this many squares, small ones enlarged."}
+    )
+    overview: bool | None = field(
+        default=None,
+        metadata={"help": "Whether the whole picture, in one more square, follows the crops of a picture that is cut."},
+    )
+    overview_num_query_tokens: int | None = field(
+        default=None, metadata={"help": "Visual tokens of that square, where they are not as many as a crop's."}
+    )
+    max_images_cut: int | None = field(
+        default=None, metadata={"help": "Cut no picture of a sample that has more than this many."}
+    )
     global_batch_size: int | None = field(
         default=None,
         metadata={"help": "Samples in one step of all processes; gradient_accumulation_steps follows from it."},

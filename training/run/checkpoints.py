@@ -43,7 +43,8 @@ NOT_THE_RUN = (
 # Settings that are younger than some marks: what a run did whose mark does not have them.
 YOUNGER = {
     "max_tokens_per_batch": None, "eval_split_size": None, "streaming": False, "train_vision_tower": None, "lora_vision": False,
-    "vision_learning_rate": None, "projector_learning_rate": None, "elastic": None,
+    "vision_learning_rate": None, "projector_learning_rate": None, "elastic": None, "max_crops": None, "min_crops": None,
+    "overview": None, "overview_num_query_tokens": None, "max_images_cut": None,
 }  # fmt: skip
 
 

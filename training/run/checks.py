@@ -22,6 +22,7 @@ from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration, 
 from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS
 from modeling_honeybee.model_folder import NetworkError, read_model_config
 from processing import HoneybeeProcessor, check_processor
+from training.collator import CROPS, most_crops
 from training.recipe.mixture import Mixture
 from training.run.arguments import BATCHINGS, HoneybeeArguments
 from training.run.loading import DTYPES, projector_settings
@@ -83,12 +84,18 @@ RANGES: dict[str, tuple[str, Callable]] = {
     "learning_rate": ("more than 0 and finite; stage 1 uses 3e-4, stage 2 2e-5", lambda s: 0 < s.learning_rate < math.inf),
     "logging_steps": (MORE_THAN_0, lambda s: s.logging_steps > 0),
     "lora_alpha": (f"{MORE_THAN_0}; use twice lora_r, for instance", lambda s: not s.use_peft or s.lora_alpha > 0),
+    "max_crops": ("at least 1, which cuts no picture", lambda s: s.max_crops is None or s.max_crops >= 1),
     "max_grad_norm": ("at least 0 (0: no clipping)", lambda s: s.max_grad_norm >= 0),
+    "max_images_cut": ("at least 1; --max_crops 1 cuts no picture", lambda s: s.max_images_cut is None or s.max_images_cut >= 1),
     "max_length": ("at least 1, or none", lambda s: s.max_length is None or s.max_length >= 1),
     "max_steps": (f"{MORE_THAN_0}, or -1 for --num_train_epochs", lambda s: s.max_steps > 0 or s.max_steps == -1),
     "max_tokens_per_batch": ("at least 1", lambda s: s.max_tokens_per_batch is None or s.max_tokens_per_batch >= 1),
+    "min_crops": ("at least 1, and at most max_crops",
+                  lambda s: s.min_crops is None or 1 <= s.min_crops <= (s.max_crops or s.min_crops)),
     "num_train_epochs": ("more than 0 and finite, or give --max_steps",
                          lambda s: s.max_steps > 0 or 0 < s.num_train_epochs < math.inf),
+    "overview_num_query_tokens": ("at least 1; leave it out for as many as a crop has",
+                                  lambda s: s.overview_num_query_tokens is None or s.overview_num_query_tokens >= 1),
     "per_device_eval_batch_size": (MORE_THAN_0, lambda s: s.per_device_eval_batch_size > 0),
     "per_device_train_batch_size": (MORE_THAN_0, lambda s: s.per_device_train_batch_size > 0),
     "projector_learning_rate": ("more than 0 and finite; leave it out for learning_rate",
@@ -389,16 +396,38 @@ def check_model_files(settings: Settings, config: HoneybeeConfig, processor: Hon
     check_savable(config, processor)
     if settings.model.model_name_or_path:
         check_generation_config(settings.model)
+    _check_crops(settings.honeybee, processor)
     max_length, model_type = settings.training.max_length, config.text_config.model_type
-    most = max(processor.trained_num_query_tokens) + processor.num_eos_tokens
+    most = processor.count_image_tokens(max(processor.trained_num_query_tokens), most_crops(processor))
     if max_length is not None and most >= max_length:
-        raise ValueError(f"max_length={max_length} leaves no room for text: an image is {most} visual tokens; raise it")
+        cut, remedy = "", ""
+        if processor.max_crops > 1:
+            squares = most_crops(processor).num_crops
+            cut, remedy = f" in {squares} squares (max_crops={processor.max_crops})", ", or lower --max_crops"
+        raise ValueError(
+            f"max_length={max_length} leaves no room for text: an image{cut} is {most} visual tokens; raise it{remedy}"
+        )
     if settings.liger:
         check_liger(model_type, None if settings.honeybee.dry_run else settings.training.device)
     if settings.honeybee.batching == "packed" and model_type not in PACKABLE:
         raise ValueError(
             f"batching=packed is known to keep conversations apart in {', '.join(PACKABLE)}, and this LLM is of type "
             f"{model_type!r}; use --batching grouped"
+        )
+
+
+def _check_crops(own: HoneybeeArguments, processor: HoneybeeProcessor) -> None:
+    """Refuses settings of crops that would change nothing."""
+    given = [name for name in CROPS if getattr(own, name) is not None and name != "max_crops"]
+    if given and processor.max_crops == 1:
+        raise ValueError(
+            f"{', '.join(f'--{name} {getattr(own, name)}' for name in given)}: no picture is cut with max_crops=1; give "
+            "--max_crops, for instance 9, or leave it out"
+        )
+    if own.overview_num_query_tokens is not None and not processor.overview:
+        raise ValueError(
+            f"--overview_num_query_tokens {own.overview_num_query_tokens}: no overview follows the crops; give --overview True, "
+            "or leave it out"
         )
 
 

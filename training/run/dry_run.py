@@ -2,10 +2,11 @@
 """What a run would do, without doing it: `python training/sft.py --dry_run ...`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers.trainer_utils import IntervalStrategy
 
+from training.collator import most_crops
 from training.conversations import normalize_conversation
 from training.run.checkpoints import gigabytes
 from training.run.plan import Plan, make_plan, state_bytes
@@ -23,7 +24,7 @@ class Tokens:
     Args:
         mean, longest: of a sample.
         visual, learned: in a sample, on average.
-        images: in a sample, on average.
+        images, squares: in a sample, on average; a picture that is cut is several squares.
         samples: how many were measured.
     """
 
@@ -32,6 +33,7 @@ class Tokens:
     visual: float
     learned: float
     images: float
+    squares: float
     samples: int
 
 
@@ -55,6 +57,7 @@ def dry_run(settings: Settings) -> str:
         f"{sum(n for _, n in plan.parameters.values()):,} trained",
         f"Image {vision.image_size} px, {plan.config.num_patches} patches -> {projector.projector_type} -> "
         f"{visual_tokens_words(plan)} visual tokens",
+        *crops_lines(plan, tokens),
         f"Data: {data_line(settings, plan)}",
         f"A step: {batch} samples = {batch_words(settings)} x "
         f"{training.gradient_accumulation_steps} accumulated x {devices} "
@@ -89,6 +92,26 @@ def visual_tokens_words(plan: Plan) -> str:
         return str(plan.config.num_image_tokens)
     extra = plan.config.projector_config.num_eos_tokens
     return plan.elastic.in_words() + (f" and {extra} more" if extra else "")
+
+
+def crops_lines(plan: Plan, tokens: Tokens) -> list[str]:
+    """How pictures are cut, and what that makes of the largest and of those that were read; none where none is."""
+    processor = plan.collator.processor
+    if not plan.collator.cuts_images:
+        return []
+    most = most_crops(processor)
+    overview = ""
+    if processor.overview:
+        number = processor.overview_num_query_tokens
+        overview = " and an overview" + (f" of {number} visual tokens" if number else "")
+    line = f"Crops: from {processor.min_crops} to {processor.max_crops} of a picture"
+    line += f"{overview}, none in samples of more than {processor.max_images_cut} pictures; at most {most.num_crops} squares and "
+    line += f"{plan.collator.most_tokens(largest_m(plan)):,} visual tokens a picture"
+    return [line, f"  ({tokens.squares / (tokens.images or 1):.2f} squares a picture in the samples that were read)"]
+
+
+def largest_m(plan: Plan) -> int | None:
+    return None if plan.elastic is None else plan.elastic.numbers[-1]
 
 
 def batch_words(settings: Settings) -> str:
@@ -149,15 +172,19 @@ def learning_rate_line(settings: Settings, steps: int) -> str:
 
 def measure_tokens(plan: Plan) -> Tokens:
     """Counts the run's first samples. Those of a mixture are read with their images, so that missing files are noticed."""
-    samples, numbers, images = [], [], 0
+    samples, numbers, sizes, images, squares = [], [], [], 0, 0
+    collator = plan.collator
     for index in range(min(MEASURED, len(plan.dataset))):
         sample = plan.mixture[index] if plan.mixture is not None else plan.dataset[index]
         messages, pictures = normalize_conversation(sample)
         samples.append((messages, sample.get("chat_template") or "default"))
         numbers.append(sample.get("num_query_tokens"))
+        sizes.append(collator.image_sizes(pictures))
         images += len(pictures)
-    rows = plan.collator.tokenize(samples, numbers)
-    image_token, number = plan.collator.processor.image_token_id, len(rows)
+        cuts = None if sizes[-1] is None else collator.processor.plan_cuts(sizes[-1])
+        squares += len(pictures) if cuts is None else sum(cut.num_crops for cut in cuts)
+    rows = collator.tokenize(samples, numbers, sizes)
+    image_token, number = collator.processor.image_token_id, len(rows)
     learned = [sum(label != -100 for label in row["labels"]) for row in rows]
     lengths = [len(row["input_ids"]) for row in rows]
     return Tokens(
@@ -166,6 +193,7 @@ def measure_tokens(plan: Plan) -> Tokens:
         visual=sum(row["input_ids"].count(image_token) for row in rows) / number,
         learned=sum(learned) / number,
         images=images / number,
+        squares=squares / number,
         samples=number,
     )
 
@@ -187,18 +215,47 @@ def memory_lines(settings: Settings, plan: Plan, tokens: Tokens) -> list[str]:
     of what is trained of the tower; logits T * V * (a + 4), as if all of the tokens were learned.
     """
     training = settings.training
-    half = 2 if training.bf16 or training.fp16 else 4
     sizes = state_bytes(plan.parameters, plan.config, settings)
-    text = plan.config.text_config
+    activations = activation_bytes(settings, plan, tokens)
+    devices = training.world_size if training.world_size > 1 else DEVICES
+    states = {"weights": sizes["weights"], "gradients": sizes["trained"], "optimizer": sizes["optimizer"]}
+    lines = [f"  {name:<12} {gigabytes(size):>12}" for name, size in {**states, "activations": activations}.items()]
+    total = sum(states.values())
+    if plan.collator.cuts_images:
+        most = activation_bytes(settings, plan, of_most_crops(plan, tokens))
+        squares = most_crops(plan.collator.processor).num_crops
+        lines.append(
+            f"  {'':<12} {gigabytes(most):>12} of activations where every picture of a batch is {squares} squares"
+        )
+    return [
+        *lines,
+        f"  {'in all':<12} {gigabytes(total + activations):>12}; {gigabytes(total / devices + activations)} with "
+        f"everything sharded over {devices} devices (FSDP2, ZeRO-3)",
+    ]
+
+
+def of_most_crops(plan: Plan, tokens: Tokens) -> Tokens:
+    """The same samples as if each of their pictures were cut as far as it can be; a sample is cut off at `max_length`."""
+    visual = tokens.images * plan.collator.most_tokens(largest_m(plan))
+    most, longest = plan.collator.max_length or math.inf, tokens.longest - tokens.visual + visual
+    squares = tokens.images * most_crops(plan.collator.processor).num_crops
+    mean = min(tokens.mean - tokens.visual + visual, most)
+    return replace(tokens, mean=mean, longest=min(longest, most), visual=visual, squares=squares)
+
+
+def activation_bytes(settings: Settings, plan: Plan, tokens: Tokens) -> float:
+    """See [`memory_lines`]."""
+    training, text = settings.training, plan.config.text_config
+    half = 2 if training.bf16 or training.fp16 else 4
     count, samples = settings.honeybee.max_tokens_per_batch, training.per_device_train_batch_size
     if count is None:
         count = samples * (tokens.mean if plan.collator.pack else tokens.longest)
     else:
         samples = count / tokens.mean
-    images = samples * tokens.images
+    squares = samples * tokens.squares
     stacks = [
         (text, count, text.num_hidden_layers),
-        (plan.config.vision_config, images * (plan.config.num_patches + 1), trained_vision_blocks(settings, plan)),
+        (plan.config.vision_config, squares * (plan.config.num_patches + 1), trained_vision_blocks(settings, plan)),
     ]
     activations = count * text.vocab_size * (half + 4)
     for config, number, layers in stacks:
@@ -206,12 +263,4 @@ def memory_lines(settings: Settings, plan: Plan, tokens: Tokens) -> list[str]:
         layer = number * (12 * width + 4 * getattr(config, "intermediate_size", 4 * width)) * half
         held = number * width * layers * half + layer if training.gradient_checkpointing else layer * layers
         activations += held if layers else 0
-    devices = training.world_size if training.world_size > 1 else DEVICES
-    states = {"weights": sizes["weights"], "gradients": sizes["trained"], "optimizer": sizes["optimizer"]}
-    lines = [f"  {name:<12} {gigabytes(size):>12}" for name, size in {**states, "activations": activations}.items()]
-    total = sum(states.values())
-    return [
-        *lines,
-        f"  {'in all':<12} {gigabytes(total + activations):>12}; {gigabytes(total / devices + activations)} with "
-        f"everything sharded over {devices} devices (FSDP2, ZeRO-3)",
-    ]
+    return activations

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerState
 
 from evaluation.report import number
 from evaluation.tasks import TASKS
+from training.collator import CROPS
 from training.recipe.table import mixture_table
 from training.run.checkpoints import RECORDED
 from training.run.plan import Plan
@@ -133,7 +134,7 @@ def run_summary(settings: Settings, plan: Plan, state: TrainerState, interrupted
         "Loss": _losses(rows),
         **({"Evaluation": _evaluation(settings, plan, state)} if plan.evaluation is not None or plan.tasks else {}),
         "Throughput": _throughput(rows),
-        "Settings": _table([["setting", "value"], *_settings(settings)]),
+        "Settings": _table([["setting", "value"], *_settings(settings, plan)]),
         "Versions": ", ".join([f"Python {platform.python_version()}", *_versions()]) + f"; {_device()}",
     }
     page = [f"# Stage {own.stage}: {state_words}"]
@@ -141,8 +142,11 @@ def run_summary(settings: Settings, plan: Plan, state: TrainerState, interrupted
     return "\n\n".join(page) + "\n"
 
 
-def _settings(settings: Settings) -> list[list[str]]:
+def _settings(settings: Settings, plan: Plan) -> list[list[str]]:
     rows = [[name, getattr(settings.honeybee, name)] for name in OWN if is_set(settings.honeybee, name)]
+    processor = plan.collator.processor
+    if processor.max_crops > 1:  # whether the run was told or its model knew
+        rows += [[name, getattr(processor, name)] for name in CROPS if getattr(processor, name) is not None]
     rows += [[name, getattr(settings.training, name)] for name in RECORDED]
     return [[name, str(getattr(value, "value", value))] for name, value in rows]
 

@@ -90,13 +90,13 @@ def lengths_by_window(
 
 
 def dataset_lengths(dataset: Dataset, collator: HoneybeeDataCollator) -> Lengths:
-    """Lengths of the samples of a dataset with `messages`; images are not read."""
+    """Lengths of the samples of a dataset with `messages`; images are not decoded."""
     dataset = undecoded(dataset)
     return lambda samples: collator.lengths([dataset[sample] for sample in samples])
 
 
 def mixture_lengths(mixture: Mixture, collator: HoneybeeDataCollator, window: int) -> Lengths:
-    """Lengths of a mixture's draws; images are not read. A draw whose record cannot be used counts as one token: which
+    """Lengths of a mixture's draws; images are not decoded. A draw whose record cannot be used counts as one token: which
     record takes its place is known only when it is read.
 
     Args:
@@ -108,8 +108,10 @@ def mixture_lengths(mixture: Mixture, collator: HoneybeeDataCollator, window: in
         found = dict.fromkeys(draws, 1)
         samples = {}
         for draw in draws:
-            with suppress(BadSampleError):
-                samples[draw] = ahead.glance(draw)
+            with suppress(BadSampleError, FileNotFoundError):
+                sample = ahead.glance(draw)
+                sizes = collator.image_sizes(sample["images"], sample["image_root"])
+                samples[draw] = {**sample, "image_sizes": sizes}
         found.update(zip(samples, collator.lengths(list(samples.values()))))
         return list(found.values())
 

@@ -108,7 +108,8 @@ class HoneybeeTrainer(SFTTrainer):
         if benchmarks is not None and shards_weights(self.accelerator.state):
             self._whole_copy = WholeCopy(self.model)
         gather_head_before_use(self.model)
-        if self.model.config.projector_config.elastic_num_query_tokens:
+        projector = self.model.config.projector_config
+        if projector.elastic_num_query_tokens or projector.overview_num_query_tokens:
             gather_projector_at_once(self.model, self.accelerator.state)
         if self.is_fsdp_enabled:
             untie_originals(self.model)

@@ -23,6 +23,7 @@ from tests.tiny import (
     NEW_PROJECTOR,
     REPOSITORY,
     new_model,
+    picture,
     run_script,
     sample,
     save_clip,
@@ -45,13 +46,13 @@ ENGINES = {
 }
 RUNS = ["align", "instruct", "lora", "mixture", "killed"]
 MORE_RUNS = ["tied", "tied-lora", "grouped", "evaluated", "tokens", "tower", "tower-all", "tower-lora", "asked-lora"]
-MORE_RUNS += ["elastic", "elastic-d-abs"]
+MORE_RUNS += ["elastic", "elastic-d-abs", "crops"]
 CELLS = [(engine, run) for engine in ("ddp", "fsdp2", "zero2", "zero3") for run in RUNS]
 CELLS += [("zero2-json", "align"), ("zero3-json", "instruct"), ("zero3-json", "lora"), ("fsdp2", "tied-lora")]
 CELLS += [("fsdp2", "evaluated"), ("zero3", "evaluated")]
 CELLS += [("fsdp2", "tokens"), ("zero2", "tokens"), ("ddp", "tower-all")]
 CELLS += [(engine, run) for engine in ("ddp", "fsdp2", "zero3") for run in ("tower", "tower-lora")]
-CELLS += [(engine, run) for engine in ("ddp", "fsdp2", "zero3") for run in ("asked-lora", "elastic")]
+CELLS += [(engine, run) for engine in ("ddp", "fsdp2", "zero3") for run in ("asked-lora", "elastic", "crops")]
 CELLS += [("zero3", "elastic-d-abs")]
 if os.environ.get("HONEYBEE_ALL_ENGINES"):
     CELLS = [(engine, run) for engine in ENGINES for run in RUNS + MORE_RUNS]
@@ -63,6 +64,7 @@ SHORT = [
     "--learning_rate", 1e-3, "--adam_epsilon", 1e-6, "--logging_steps", 1, "--bf16", "False", "--report_to", "none",
     "--dataloader_pin_memory", "False", "--save_strategy", "no", "--max_steps", 3,
 ]  # fmt: skip
+CROPS = ["--max_crops", 4, "--overview_num_query_tokens", 1]
 ELASTIC_D_ABS = {"projector_type": "d-abs", "num_query_tokens": 4, "hidden_size": 32, "dropout": 0.0}
 # In the last, some questions have no image.
 ASKED = ("mme", "pope", "scienceqa")
@@ -93,6 +95,7 @@ def arguments_of(run: str, root) -> list:
         "tower": [*data, root / "text-model", "--train_vision_tower", 1, *rates],
         "tower-all": [*data, root / "text-model", "--train_vision_tower", "all", "--stage", "align", *rates[:2]],
         "elastic": [*pictures, "--model_name_or_path", root / "text-model"],
+        "crops": ["--dataset", root / "crops" / "data.jsonl", *data[2:], root / "text-model", *CROPS],
         # A new model, since queries of a d-abs that exists are for its own M.
         "elastic-d-abs": [*pictures, *new[:-1], json.dumps(ELASTIC_D_ABS)],
         "tower-lora": [*data, root / "text-model", *LORA, "--lora_vision", *rates],
@@ -110,7 +113,9 @@ def job(engine: str | None, run: str, root, shards: bool = False) -> list[dict]:
     out = root / (engine or "one") / ("shards" if shards else run)
     # Steps of four samples, two of them accumulated.
     batch = ["--global_batch_size", 4, "--per_device_train_batch_size", 1 if engine else 2]
-    if run.startswith("elastic"):  # processes whose images have different numbers of M among them
+    if run.startswith(
+        ("elastic", "crops")
+    ):  # processes whose images have different numbers of M among them, or of squares
         batch = ["--global_batch_size", 8, "--per_device_train_batch_size", 4 if engine else 8]
     arguments = [*SHORT, *arguments_of(run, root), *batch, "--output_dir", out]
     if engine and engine.endswith("json"):
@@ -135,6 +140,10 @@ def write_world(root) -> None:
         processor_from_vision_text_pretrained(vision, text, 4).save_pretrained(root / f"{name}-model")
     write_dataset(root / "data", [sample(i, image=i % 2 == 0) for i in range(16)])
     write_dataset(root / "pictures", [sample(i) for i in range(24)])
+    # Some without a picture, some with a small one, and others of two to five squares.
+    write_dataset(root / "crops", [sample(i, image=i % 3 > 0) for i in range(24)])
+    for i, path in enumerate(sorted((root / "crops" / "images").iterdir())):
+        picture(i, [(40, 24), (64, 64), (30, 200), (96, 33)][i % 4]).save(path)
     write_mixture(root / "mixture")
     make_data_root(root / "benchmarks")
     auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping"), "auto")
