@@ -31,9 +31,10 @@ def plan_cut(
     """The grid that keeps the most detail of a picture.
 
     The picture is resized to `a * S` x `b * S`, which enlarges it to at most twice its pixels, so small pictures stay one
-    square. Of the grids with `min_crops <= a * b <= max_crops` the one counts whose coarser direction is finest (beyond the
-    picture's own pixels nothing is gained), then the one with the least change of aspect ratio, then that with the fewest
-    crops. Where a minimum leaves only grids that enlarge more, these are taken as well.
+    square. Of the grids with `min_crops <= a * b <= max_crops` those count that keep the most detail, or at least nine tenths
+    of it (of the scale of the coarser direction; beyond the picture's own pixels nothing is gained). Of these it is the one
+    with the least change of aspect ratio, then that with the fewest crops. Where a minimum leaves only grids that enlarge
+    more, these are taken as well.
 
     Args:
         size, square: width and height in pixels, of the picture and of a square.
@@ -48,12 +49,12 @@ def plan_cut(
         if columns * rows >= min_crops
     ]
 
-    def preference(grid: tuple[int, int]) -> tuple:
-        # Scales as fractions over width * height: floats would tell grids apart that are alike.
-        across, down = grid[0] * side * height, grid[1] * tall * width
-        return -min(across, down, width * height), max(across, down) / min(across, down), grid[0] * grid[1]
-
-    columns, rows = min(grids, key=preference)
+    # Scales as whole numbers over width * height: fractions would tell grids apart that are alike.
+    scales = {(a, b): (a * side * height, b * tall * width) for a, b in grids}
+    detail = {grid: min(*scale, width * height) for grid, scale in scales.items()}
+    most_detail = max(detail.values())
+    fine = [grid for grid in grids if 10 * detail[grid] >= 9 * most_detail]
+    columns, rows = min(fine, key=lambda grid: (max(scales[grid]) / min(scales[grid]), grid[0] * grid[1]))
     return Cut(columns, rows, overview and columns * rows > 1)
 
 

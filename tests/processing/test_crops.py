@@ -84,8 +84,9 @@ def best_grids(size, square, max_crops: int, min_crops: int) -> set[tuple[int, i
     left = [(a, b) for a in numbers for b in numbers if min_crops <= a * b <= max_crops]
     kept = [grid for grid in left if scales(grid)[0] * scales(grid)[1] <= 2 + 1e-9]
     left = kept or (left if min_crops > 1 else [(1, 1)])
+    details = {grid: min(*scales(grid), 1.0) for grid in left}  # of the coarser direction
+    left = [grid for grid in left if details[grid] >= 0.9 * max(details.values()) - 1e-9]
     for value in (
-        lambda grid: -min(*scales(grid), 1.0),  # detail of the coarser direction
         lambda grid: max(scales(grid)) / min(scales(grid)),  # change of aspect ratio
         lambda grid: grid[0] * grid[1],
     ):
@@ -114,9 +115,11 @@ def test_the_grid_is_that_of_the_rule(size, square, max_crops, min_crops):
     ("size", "max_crops", "min_crops", "grid"),
     [
         ((S, S), 9, 1, (1, 1)),
-        ((S + 1, S), 9, 1, (2, 1)),  # twice its pixels are allowed, and one column would lose a pixel's worth
-        ((S, S + 1), 9, 1, (1, 2)),
-        ((S + 1, S + 1), 9, 1, (1, 1)),  # 2 x 1 takes nothing from the rows, which stay the coarser direction
+        ((S + 1, S), 9, 1, (1, 1)),  # 2 x 1 would keep a pixel's worth more
+        ((S, S + 1), 9, 1, (1, 1)),
+        ((S + 1, S + 1), 9, 1, (1, 1)),
+        ((S + 4, S), 9, 1, (2, 1)),  # 32 / 36 is less than nine tenths
+        ((7 * S, 10 * S), 9, 1, (2, 3)),  # 3 x 3 is a little finer
         ((1, 1), 9, 1, (1, 1)),
         ((1, 63 * S), 9, 1, (1, 3)),
         ((63 * S, 1), 9, 1, (3, 1)),
@@ -128,7 +131,7 @@ def test_the_grid_is_that_of_the_rule(size, square, max_crops, min_crops):
         ((20, 20), 9, 5, (3, 3)),
         ((S, S), 9, 2, (1, 2)),
         ((6 * S, 4 * S), 24, 1, (6, 4)),
-        ((6 * S, 4 * S), 23, 1, (5, 4)),
+        ((6 * S, 4 * S), 23, 1, (5, 3)),
         ((6 * S, 4 * S), 10**9, 1, (6, 4)),  # and not after a search through all grids of so many
     ],
 )
