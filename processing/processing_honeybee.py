@@ -702,6 +702,9 @@ class HoneybeeProcessor(ProcessorMixin):
         by_row = [row.count(self.image_token) for row in text] if text is not None else [len(images or ())]
         sizes = iter(image.size for image in images or ())
         sizes = [[next(sizes) for _ in range(number)] for number in by_row]
+        by_vllm = kwargs.get("return_text_replacement_offsets") and not kwargs.get("return_offsets_mapping")
+        if by_vllm:
+            sizes = self._one_by_one(sizes, max_visual_tokens)
         plan = self._plan(sizes, num_query_tokens, max_visual_tokens, max_crops, allow_untrained, **kwargs)
         squares = [number for image in plan for number in self.square_query_tokens(*image)]
         # By the settings and not by what became of the pictures: samples that are put into one batch later have the same fields.
@@ -716,7 +719,6 @@ class HoneybeeProcessor(ProcessorMixin):
         if _TRANSFORMERS_4:
             return self._call_4(images, text, **kwargs)
         inputs = super().__call__(images=images, text=text, **kwargs)
-        by_vllm = kwargs.get("return_text_replacement_offsets") and not kwargs.get("return_offsets_mapping")
         if by_vllm and plan and (may_cut or max_crops is not None):
             # vLLM takes as many rows of each field for an image as it has squares, but of this one, which other models have, a
             # row; and its product for the number of squares, which it else counts without a request's own settings.
@@ -769,6 +771,14 @@ class HoneybeeProcessor(ProcessorMixin):
         each = [self.num_query_tokens if numbers is None else int(numbers[square]) for square in squares]
         return self.image_token * (sum(each) + len(each) * self.num_eos_tokens)
 
+    @staticmethod
+    def _one_by_one(sizes_by_row: list, max_visual_tokens: int | None) -> list:
+        """Each image as a prompt of its own: vLLM keeps what it became for every prompt that holds it, with whatever others.
+        Only a budget is shared by those that are given together."""
+        if max_visual_tokens is not None:
+            return sizes_by_row
+        return [[size] for sizes in sizes_by_row for size in sizes]
+
     def _get_num_multimodal_tokens(self, image_sizes=None, **settings) -> MultiModalData:
         """Placeholders and squares of each image of a prompt; read by serving runtimes, with the settings of a call.
 
@@ -777,7 +787,8 @@ class HoneybeeProcessor(ProcessorMixin):
         """
         if image_sizes is None:
             return MultiModalData()
-        plan = self._plan([[(width, height) for height, width in image_sizes]], **settings)
+        sizes = [[(width, height) for height, width in image_sizes]]
+        plan = self._plan(self._one_by_one(sizes, settings.get("max_visual_tokens")), **settings)
         return MultiModalData(
             num_image_tokens=[self.count_image_tokens(*image) for image in plan],
             num_image_patches=[cut.num_crops for _, cut in plan],

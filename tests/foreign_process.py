@@ -47,11 +47,11 @@ def inspect(folder: str) -> dict:
     prompt = processor.apply_chat_template(saved["messages"], add_generation_prompt=True)
     prepared = processor(images=saved["image"], text=prompt, add_special_tokens=False, return_tensors="pt")
     ask = pipeline("image-text-to-text", model=folder, **remote)
-    content = [
-        {**item, "image": saved["image"]} if item["type"] == "image" else item
-        for item in saved["messages"][0]["content"]
+    items = saved["messages"][0]["content"]
+    chats = [
+        [{"role": "user", "content": [{**item, "image": image} if item["type"] == "image" else item for item in items]}]
+        for image in (saved["image"], saved["other_image"])
     ]
-    chat = [{"role": "user", "content": content}]
     options = {"return_full_text": False, "max_new_tokens": 6}
     config = AutoConfig.from_pretrained(folder, **remote).text_config
     rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}
@@ -64,8 +64,8 @@ def inspect(folder: str) -> dict:
         "tied": model.lm_head.weight is model.get_input_embeddings().weight,
         "rope_theta": rope["rope_theta"],
         "prepared": dict(prepared),
-        "single": ask(text=chat, **options)[0]["generated_text"],
-        "batched": [row[0]["generated_text"] for row in ask(text=[chat] * 4, batch_size=4, **options)],
+        "single": [ask(text=chat, **options)[0]["generated_text"] for chat in chats],
+        "batched": [row[0]["generated_text"] for row in ask(text=chats * 2, batch_size=4, **options)],
         "module": type(model).__module__,
     }
 

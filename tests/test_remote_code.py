@@ -41,13 +41,15 @@ SHIPPED = [
     REPOSITORY / "modeling_honeybee" / "generation_config_honeybee.py",
     REPOSITORY / "modeling_honeybee" / "joining_honeybee.py",
     REPOSITORY / "modeling_honeybee" / "modeling_honeybee.py",
+    REPOSITORY / "processing" / "crops_honeybee.py",
     REPOSITORY / "processing" / "processing_honeybee.py",
 ]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """One saved folder for each projector, one for each kind of tower and language model, and an elastic one."""
+    """One saved folder for each projector, one for each kind of tower and language model, an elastic one, and one whose
+    processor cuts."""
     root, saved = tmp_path_factory.mktemp("saved"), {}
     for projector_type in PROJECTORS:
         model = tiny_model(projector_type)
@@ -61,6 +63,9 @@ def folders(tmp_path_factory):
         model = HoneybeeForConditionalGeneration.from_vision_text_pretrained(*parts, **NEW_PROJECTOR)
         saved[name] = (model, processor_from_vision_text_pretrained(*parts, model.config.num_image_tokens))
     saved["elastic"] = (tiny_model("d-abs", **ELASTIC), elastic_processor())
+    cutting = elastic_processor()
+    cutting.max_crops, cutting.overview_num_query_tokens = 4, 4
+    saved["cutting"] = (tiny_model(config={"image_token_id": cutting.image_token_id}, **ELASTIC), cutting)
     references = {}
     for name, (model, processor) in saved.items():
         folder = str(root / name.replace("-", "_"))
@@ -69,24 +74,33 @@ def folders(tmp_path_factory):
         elastic = name == "elastic"
         inputs = tiny_inputs(model, [(5, "image", 7, "image")], numbers=[16, 4]) if elastic else tiny_inputs(model)
         messages = FINER if elastic else MESSAGES
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        asked = {"images": first_picture(folder), "text": prompt, "add_special_tokens": False, "return_tensors": "pt"}
+        prepared = processor(**asked)
+        if name == "cutting":
+            assert prepared["num_crops"].tolist() == [5] and prepared["num_query_tokens"].tolist() == [9] * 4 + [4]
+            inputs = dict(prepared)
         with torch.no_grad():
             output = model(**inputs)
             hidden = model.model(**inputs).last_hidden_state
             tokens = model.generate(**inputs, **GREEDY)
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-        prepared = processor(images=picture(), text=prompt, add_special_tokens=False, return_tensors="pt")
         torch.save({"inputs": inputs, "greedy": GREEDY, "messages": messages, "image": None}, f"{folder}/inputs.pt")
         references[folder] = (model, output.logits, hidden, tokens, prepared)
     return references
 
 
+def first_picture(folder):
+    """Of 64 x 64 pixels where it is to be cut, into four squares of 32 x 32 and an overview."""
+    return picture(size=(64, 64)) if folder.endswith("cutting") else picture()
+
+
 def load_in(python, folders, tmp_path):
-    # The picture travels as a file: torch.load reads nothing but tensors and plain values.
-    path = tmp_path / "picture.png"
-    picture().save(path)
-    for folder in folders:
-        saved = torch.load(f"{folder}/inputs.pt")
-        torch.save({**saved, "image": str(path)}, f"{folder}/inputs.pt")
+    # Pictures travel as files: torch.load reads nothing but tensors and plain values.
+    for number, folder in enumerate(folders):
+        paths = {"image": str(tmp_path / f"{number}.png"), "other_image": str(tmp_path / f"{number}-other.png")}
+        first_picture(folder).save(paths["image"])
+        picture(1).save(paths["other_image"])
+        torch.save({**torch.load(f"{folder}/inputs.pt"), **paths}, f"{folder}/inputs.pt")
     result = tmp_path / "result.pt"
     run_script(
         REPOSITORY / "tests" / "foreign_process.py",
@@ -123,7 +137,7 @@ def compare(folders, results):
         assert set(result["prepared"]) == set(prepared)
         for name, tensor in prepared.items():
             torch.testing.assert_close(result["prepared"][name], tensor, atol=1e-5, rtol=0)
-        assert result["batched"] == [result["single"]] * 4
+        assert result["batched"] == result["single"] * 2
 
 
 def test_saved_again_by_a_stranger_it_is_still_whole(folders, tmp_path):

@@ -11,6 +11,7 @@ from trl.trainer.utils import generate_model_card
 from hub_upload.convert_official import convert
 from hub_upload.export_check import ExportError, check_folder
 from hub_upload.model_card import MARK, Part, choose_license, own_card, read_provenance, read_results, write_card
+from processing import HoneybeeProcessor
 from tests.golden import checkpoints
 from tests.tiny import save_tiny, tiny_model
 
@@ -91,6 +92,23 @@ def test_a_mixture_is_told_without_where_it_lies(tmp_path):
     run_file(tmp_path / "model", stage="instruct", dataset=None, mixture=mixture, model_name_or_path=r"C:\secret\align")
     card = write_card(check_folder(tmp_path / "model"), read_provenance(tmp_path / "model"), "bee/tiny")
     assert '{"vqav2": {"weight": 0.1, "files": ["v.json"]}}' in card and "/home/me" not in card and "C:" not in card
+
+
+def test_crops_are_described(tmp_path):
+    folder = save_tiny(tmp_path / "model", elastic=True)
+    card = write_card(check_folder(folder), read_provenance(folder), "bee/whole")
+    assert "crops" not in card and "Images are resized to a square, so small print" in card
+    processor = HoneybeeProcessor.from_pretrained(folder)
+    processor.max_crops, processor.overview_num_query_tokens = 9, 4
+    processor.save_pretrained(folder)
+    card = write_card(check_folder(folder), read_provenance(folder), "bee/cut")
+    assert (
+        "cut into at most 9 crops, and the whole picture follows them as an overview, which has 5 visual tokens" in card
+    )
+    assert "more than 2 images none is cut" in card and "1 cuts none" in card and "the squares of 9 crops" in card
+    processor.overview = False
+    processor.save_pretrained(folder)
+    assert "overview" not in write_card(check_folder(folder), read_provenance(folder), "bee/cut")
 
 
 def test_card_without_any_record(tmp_path):

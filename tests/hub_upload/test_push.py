@@ -126,7 +126,7 @@ def test_an_interrupted_upload_shows_nothing_and_continues(pushed):
 def test_what_is_published(hub, world, pushed):
     files = hub.files("bee/tiny")
     code = {name for name in files if name.endswith(".py")}
-    assert code == set(CODE) and len(code) == 8
+    assert code == set(CODE) and len(code) == 9
     for name, path in CODE.items():
         assert files[name].content == path.read_bytes()
     for path in world["folder"].glob("*.safetensors"):

@@ -15,6 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from modeling_honeybee import HoneybeeModel
 from tests.tiny import ELASTIC, PROJECTORS, picture, save_tiny, tiny_inputs, tiny_model
 
+ONLY_MARKED = "this transformers has no replacement offsets; vLLM reads mm_token_type_ids there"
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -113,7 +115,7 @@ def test_processor_counts_and_places_images(processor):
 
 def test_processor_tells_where_it_put_them(processor):
     if not hasattr(ProcessorMixin, "get_text_with_replacements"):
-        pytest.skip("this transformers has no replacement offsets; vLLM reads mm_token_type_ids there")
+        pytest.skip(ONLY_MARKED)
     text = "What is <image> and <image>?"
     found = processor(images=[picture(0), picture(1)], text=text, return_text_replacement_offsets=True)
     (offsets,) = found["text_replacement_offsets"]
@@ -154,10 +156,57 @@ def test_numbers_of_visual_tokens_by_mm_processor_kwargs(asked, tmp_path):
 def test_numbers_of_visual_tokens_in_the_replacements(tmp_path):
     processor = AutoProcessor.from_pretrained(save_tiny(tmp_path, elastic=True), trust_remote_code=True)
     if not hasattr(ProcessorMixin, "get_text_with_replacements"):
-        pytest.skip("this transformers has no replacement offsets; vLLM reads mm_token_type_ids there")
+        pytest.skip(ONLY_MARKED)
     found = processor(
         images=[picture(0), picture(1)], text="<image> or <image>?", return_text_replacement_offsets=True,
         num_query_tokens=[4, 16],
     )  # fmt: skip
     (offsets,) = found["text_replacement_offsets"]
     assert [entry["replacement"].count("<image>") for entry in offsets] == [5, 17]
+
+
+@pytest.mark.parametrize("asked", [{}, {"max_crops": 1}])
+def test_cut_pictures_one_by_one(asked, tmp_path):
+    """It counts squares by `image_grid_thw`, or asks for them with the engine's settings alone; takes as many rows of the other
+    fields for a picture; and keeps a picture for other prompts, so that the number of pictures beside it must not matter."""
+    folder = save_tiny(tmp_path, elastic=True)
+    crops = {"max_crops": 4, "overview_num_query_tokens": 4}
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, **crops)
+    images = [picture(0, (64, 64)), picture(1), picture(2, (64, 32)), picture(3, (64, 64))]
+    counts = processor._get_num_multimodal_tokens(image_sizes=[(p.height, p.width) for p in images], **asked)
+    squares, tokens = ([5, 1, 3, 5], [45, 10, 25, 45]) if not asked else ([1] * 4, [10] * 4)
+    assert (counts["num_image_patches"], counts["num_image_tokens"]) == (squares, tokens)
+    if not hasattr(ProcessorMixin, "get_text_with_replacements"):
+        pytest.skip(ONLY_MARKED)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, **{**crops, **asked})
+    given = {"images": images, "text": processor.image_token * 4, "truncation": False, "return_tensors": "pt", **asked}
+    inputs = processor(**given, return_text_replacement_offsets=True)
+    (offsets,) = inputs["text_replacement_offsets"]
+    assert [entry["replacement"].count("<image>") for entry in offsets] == tokens
+    grid = inputs["image_grid_thw"]
+    assert grid.prod(-1).tolist() == squares and "num_crops" not in inputs
+    fields = [name for name in ("pixel_values", "num_query_tokens") if name in inputs]
+    items = list(zip(*(inputs[name].split(squares) for name in fields), grid))
+    model = AutoModel.from_pretrained(folder).eval()
+    others = [items[number] for number in (2, 0, 1)]  # as they come together for the tower
+    with torch.no_grad():
+        joined = {name: torch.cat(parts) for name, parts in zip(fields, zip(*others))}
+        grids = torch.stack([item[-1] for item in others])
+        found = model.get_image_features(**joined, image_grid_thw=grids, return_dict=True).pooler_output
+        assert [len(features) for features in found] == [tokens[number] for number in (2, 0, 1)]
+        for features, number in zip(found, (2, 0, 1)):
+            alone = processor(images=images[number], text=processor.image_token, return_tensors="pt", **asked)
+            pixels = {name: alone[name] for name in fields}
+            expected = model.get_image_features(**pixels, return_dict=True).pooler_output
+            expected = torch.cat(list(expected)) if not isinstance(expected, torch.Tensor) else expected.flatten(0, 1)
+            torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
+
+
+def test_who_asks_for_offsets_with_them_gets_crops(tmp_path):
+    """transformers 5 itself, for the mask of what an assistant says."""
+    processor = AutoProcessor.from_pretrained(save_tiny(tmp_path), trust_remote_code=True, max_crops=4)
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture(0, (64, 64))}]}]
+    chat += [{"role": "assistant", "content": "a dog"}]
+    settings = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    inputs = processor.apply_chat_template(chat, **settings)
+    assert list(inputs["num_crops"]) == [5] and "image_grid_thw" not in inputs
