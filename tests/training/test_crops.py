@@ -478,6 +478,26 @@ def test_wrong_settings(world, tmp_path):
     assert "makes one visual token of each" in refused(*new, "--projector", linear, "--overview_num_query_tokens", 4)
 
 
+def test_a_yaml_file_and_a_flag_say_the_same(world, tmp_path):
+    (tmp_path / "run.yaml").write_text("{max_crops: 6, min_crops: 2, overview: false, max_images_cut: 1}")
+    have = ["--dataset", "x.jsonl", "--output_dir", tmp_path, "--use_cpu", "--bf16", "False", "--model_name_or_path"]
+    config = ["--config", tmp_path / "run.yaml", "--max_crops", 5]
+    flags = ["--max_crops", 5, "--min_crops", 2, "--overview", "False", "--max_images_cut", 1]
+    for words in (config, flags):
+        settings = parse_arguments(list(map(str, [*have, world / "model", *words])))
+        _, processor = load_config_and_processor(settings)
+        assert (processor.max_crops, processor.min_crops, processor.overview, processor.max_images_cut) == (
+            5,
+            2,
+            False,
+            1,
+        )
+    _, processor = load_config_and_processor(parse_arguments(list(map(str, [*have, world / "model"]))))
+    processor.save_pretrained(tmp_path / "again")
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (world / "model" / name).read_bytes()
+
+
 def test_a_processor_gets_the_numbers_of_its_model(world, tmp_path):
     """Also one that did not know of extra tokens, which its model makes of every square."""
     processor = tiny_processor(5)
