@@ -113,9 +113,8 @@ def job(engine: str | None, run: str, root, shards: bool = False) -> list[dict]:
     out = root / (engine or "one") / ("shards" if shards else run)
     # Steps of four samples, two of them accumulated.
     batch = ["--global_batch_size", 4, "--per_device_train_batch_size", 1 if engine else 2]
-    if run.startswith(
-        ("elastic", "crops")
-    ):  # processes whose images have different numbers of M among them, or of squares
+    # Processes whose images have different numbers of M among them, or of squares.
+    if run.startswith(("elastic", "crops")):
         batch = ["--global_batch_size", 8, "--per_device_train_batch_size", 4 if engine else 8]
     arguments = [*SHORT, *arguments_of(run, root), *batch, "--output_dir", out]
     if engine and engine.endswith("json"):
