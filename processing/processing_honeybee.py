@@ -572,13 +572,13 @@ class HoneybeeProcessor(ProcessorMixin):
         _check_number("max_visual_tokens", most)
         cuts = self.plan_cuts(sizes, limits, **asked)
         limits = [self.max_crops if limit is None else limit for limit in limits]
-        for fewer in range(max((cut.columns * cut.rows for cut in cuts), default=1), 0, -1):
-            cuts = self.plan_cuts(sizes, [min(fewer, limit) for limit in limits], **asked)
+        for fewer in range(max((cut.columns * cut.rows for cut in cuts), default=1) - 1, -1, -1):
             for shared in reversed(self.trained_num_query_tokens):
                 filled = [shared if number is None else number for number in numbers]
                 needed = sum(map(self.count_image_tokens, filled, cuts))
                 if needed <= most:
                     return list(zip(filled, cuts))
+            cuts = self.plan_cuts(sizes, [min(fewer, limit) for limit in limits], **asked)
         raise ValueError(
             f"max_visual_tokens={most} is too small: the {len(numbers)} images of the prompt need at least "
             f"{needed} visual tokens; give fewer images, or {needed} or more"

@@ -331,6 +331,14 @@ def test_a_budget_that_takes_the_crops_is_spent_on_tokens():
     assert inputs["num_crops"].tolist() == [1] and (inputs["input_ids"] == cropping().image_token_id).sum() == 10
 
 
+def test_a_budget_that_is_large_enough_changes_no_cut():
+    """Asked again with the five crops that it has, this picture would get four: none of the finer grids is there then."""
+    processor = cropping(max_crops=10)
+    free, ample = (processor._plan([[(34, 151)]], max_visual_tokens=most) for most in (None, 6 * 17))
+    assert free == [(9, Cut(1, 5, True))] and ample == [(16, Cut(1, 5, True))]
+    assert processor._plan([[(34, 151)]], max_visual_tokens=6 * 5 - 1) == [(4, Cut(1, 4, True))]
+
+
 def test_settings_may_be_set_later_and_are_saved(tmp_path):
     asked = {"max_crops": 4, "min_crops": 2, "overview": False, "overview_num_query_tokens": 4, "max_images_cut": 3}
     for processor in (cropping(**asked), tiny_processor(10)):
@@ -412,6 +420,9 @@ def test_what_is_counted_is_what_is_made(sizes, of_processor, of_call):
     assert sum(counted["num_image_tokens"]) <= of_call.get("max_visual_tokens", 1000)
     plan = processor._plan([sizes], **of_call)
     assert [processor.count_image_tokens(*each) for each in plan] == counted["num_image_tokens"]
+    # A budget that is large enough changes nothing but M.
+    ample, free = (processor._plan([sizes], **{**of_call, "max_visual_tokens": most}) for most in (10**6, None))
+    assert [cut for _, cut in ample] == [cut for _, cut in free] and {number for number, _ in ample} == {16}
 
 
 ASKED = [
