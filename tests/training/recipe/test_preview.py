@@ -51,7 +51,7 @@ def sources(tmp_path):
 
 def show(sources, *arguments):
     args = preview.parse_arguments(["--config", "unused", "--samples", "1000", *map(str, arguments)])
-    preview.preview(sources, np.array([0.9, 0.1]), 0, args)
+    preview.preview(sources, np.array([0.9, 0.1]), 0, args, preview.load_processor(args))
 
 
 def test_table_and_conversations(sources, capsys):
