@@ -139,10 +139,10 @@ def write_world(root) -> None:
         processor_from_vision_text_pretrained(vision, text, 4).save_pretrained(root / f"{name}-model")
     write_dataset(root / "data", [sample(i, image=i % 2 == 0) for i in range(16)])
     write_dataset(root / "pictures", [sample(i) for i in range(24)])
-    # Some without a picture, some with a small one, and others of two to five squares.
+    # Some without a picture, most with a small one, so that one process has an overview, with its own M, and the other none.
     write_dataset(root / "crops", [sample(i, image=i % 3 > 0) for i in range(24)])
     for i, path in enumerate(sorted((root / "crops" / "images").iterdir())):
-        picture(i, [(40, 24), (64, 64), (30, 200), (96, 33)][i % 4]).save(path)
+        picture(i, {0: (64, 64), 5: (30, 200), 10: (96, 33)}.get(i, (40, 24))).save(path)
     write_mixture(root / "mixture")
     make_data_root(root / "benchmarks")
     auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping"), "auto")
