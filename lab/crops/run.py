@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(preset: Preset, seeds: list[int], split: str, processes: int, folder: str) -> str:
+def run(preset: Preset, seeds: list[int], names: str | None, split: str, processes: int, folder: str) -> str:
     """Does what is left to do, and writes the report. Returns its path."""
     from lab.crops.report import write_report
     from lab.crops.stand_ins import check_parts, make_reader, make_tower
@@ -57,6 +57,7 @@ def run(preset: Preset, seeds: list[int], split: str, processes: int, folder: st
     from lab.workers import Workers
     from training.quickstart.run import is_model
 
+    chosen = {name: WAYS[name] for name in (names.split(",") if names else WAYS)}
     folders = {seed: os.path.join(folder, f"seed{seed}") for seed in seeds}
     parts, ways = [], []
     for seed, own in folders.items():
@@ -66,13 +67,13 @@ def run(preset: Preset, seeds: list[int], split: str, processes: int, folder: st
             for part, make, sizes in makers
             if not is_model(os.path.join(own, part))
         ]
-        for pixels in sorted({way.digit_pixels for way in WAYS.values()}):
+        for pixels in sorted({way.digit_pixels for way in chosen.values()}):
             for stage, number in zip(STAGES, preset.samples):
                 data = samples_folder(own, stage, pixels)
                 if not os.path.isfile(os.path.join(data, "dataset_info.json")):  # written last
                     parts.append((write_samples, (data, stage, seed * len(STAGES), number, pixels)))
     # The longest first.
-    for name in sorted(WAYS, key=lambda name: "max_crops" not in WAYS[name].settings):
+    for name in sorted(chosen, key=lambda name: "max_crops" not in WAYS[name].settings):
         for seed, own in folders.items():
             if not os.path.isfile(record_path(own, name)):
                 ways.append((train_and_ask, (name, own, seed, split, preset.questions)))
@@ -85,14 +86,14 @@ def run(preset: Preset, seeds: list[int], split: str, processes: int, folder: st
         ]
         workers.do(ways, "Ways")
     first, costs = folders[seeds[0]], []
-    for name, way in WAYS.items():
+    for name, way in chosen.items():
         for place, (row, settings) in enumerate(way.rows()):
             path = os.path.join(folder, f"cost-{name}-{place}.json")
             if not os.path.isfile(path):
                 with Workers(1) as alone:
                     alone.do([(measure, (name, row, settings, first, path, preset.timed))], f"Cost of {row}")
             costs.append(read(path))
-    records = [each for own in folders.values() for name in WAYS for each in read(record_path(own, name))]
+    records = [each for own in folders.values() for name in chosen for each in read(record_path(own, name))]
     return write_report(
         folder, records, costs, {seed: read(os.path.join(own, "parts.json")) for seed, own in folders.items()}
     )
@@ -109,7 +110,11 @@ def main() -> None:
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     preset = PRESETS[arguments.preset]
     try:
-        print(f"\nReport: {run(preset, seeds, arguments.split, arguments.processes, arguments.output_dir)}")
+        print(
+            f"\nReport: {run(preset, seeds, arguments.ways, arguments.split, arguments.processes, arguments.output_dir)}"
+        )
+    except KeyError as error:
+        sys.exit(f"error: --ways {error} is not one of lab/crops/ways.py")
     except KeyboardInterrupt:
         sys.exit("Interrupted; the same command goes on behind what is finished")
 

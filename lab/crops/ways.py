@@ -71,7 +71,7 @@ def write_samples(folder: str, stage: str, seed: int, number: int, digit_pixels:
 
     def sample() -> dict:
         scene, file = maker.scene(), io.BytesIO()
-        scene.image.save(file, "png")
+        scene.image.save(file, "png", compress_level=1)  # noise does not become much smaller
         messages, chat_template = maker.conversation(scene.contents, caption_share)
         image = {"bytes": file.getvalue(), "path": None}
         return {"messages": messages, "images": [image], "chat_template": chat_template}
@@ -95,9 +95,7 @@ def train_and_ask(name: str, folder: str, seed: int, split: str, questions: int)
         target = model_folder(folder, name, stage)
         data = samples_folder(folder, stage, way.digit_pixels)
         # Packed batches, the default, are not known to keep samples apart in an OPT.
-        train_stage(
-            target, stage, data, seed, batching="padded", **parts, **(way.settings if stage == "align" else {})
-        )
+        train_stage(target, stage, data, seed, batching="padded", **parts, **(way.settings if stage == "align" else {}))
         if not is_model(target):
             raise RuntimeError(f"{target} holds no model; the training was stopped")
         parts = {"model_name_or_path": target}

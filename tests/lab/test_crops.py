@@ -25,10 +25,13 @@ from training.quickstart.stand_ins import make_tokenizer
 CONTENTS = [None, 3, *[None] * 9, 7]  # b1 and f2 of a wide scene
 
 
-def bright(picture) -> np.ndarray:
-    """Whether anything is much brighter than the noise, by cell."""
-    pixels = np.asarray(picture).reshape(picture.height // SIDE, SIDE, picture.width // SIDE, SIDE)
-    return (pixels.max(axis=(1, 3)) > 130).ravel()
+def filled(picture) -> np.ndarray:
+    """Whether a square as large as a digit is much brighter than noise, by cell."""
+    pixels = np.asarray(picture).reshape(picture.height // SIDE, SIDE, picture.width // SIDE, SIDE).swapaxes(1, 2)
+    means = np.lib.stride_tricks.sliding_window_view(pixels, (DIGIT_PIXELS, DIGIT_PIXELS), axis=(2, 3)).mean(
+        axis=(4, 5)
+    )
+    return (means.max(axis=(2, 3)) > 23).ravel()
 
 
 def test_scenes_are_large_and_their_digits_stand_in_their_cells():
@@ -37,7 +40,7 @@ def test_scenes_are_large_and_their_digits_stand_in_their_cells():
     for _ in range(20):
         scene = maker.scene()
         shapes.add(scene.image.size)
-        assert bright(scene.image).tolist() == [digit is not None for digit in scene.contents]
+        assert filled(scene.image).tolist() == [digit is not None for digit in scene.contents]
     assert shapes == {(256, 256), (384, 128)}
     asked = [maker.ask(CONTENTS, kind) for kind in ("where", "leftmost", "topmost", "count") for _ in range(5)]
     assert {answer for _, answer in asked[:5]} == {"b1", "f2"}
