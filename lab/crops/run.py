@@ -38,6 +38,7 @@ PRESETS = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="full", choices=tuple(PRESETS), help="smoke: whether everything runs")
+    parser.add_argument("--ways", help="names of lab/crops/ways.py, with commas between them; default: all")
     parser.add_argument("--seeds", default="0,1,2", help="with commas between them; each has parts of its own")
     parser.add_argument(
         "--split", default="test", choices=("validation", "test"), help="of the digits that are asked about"
@@ -50,13 +51,20 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(preset: Preset, seeds: list[int], names: str | None, split: str, processes: int, folder: str) -> str:
-    """Does what is left to do, and writes the report. Returns its path."""
+    """Does what is left to do, and writes the report. Returns its path.
+
+    Raises:
+        ValueError: a way that is not one.
+    """
     from lab.crops.report import write_report
     from lab.crops.stand_ins import check_parts, make_reader, make_tower
     from lab.crops.ways import STAGES, WAYS, measure, record_path, samples_folder, train_and_ask, write_samples
     from lab.workers import Workers
     from training.quickstart.run import is_model
 
+    unknown = sorted(set(names.split(",") if names else ()) - set(WAYS))
+    if unknown:
+        raise ValueError(f"--ways {', '.join(unknown)}: unknown; known are {', '.join(WAYS)}")
     chosen = {name: WAYS[name] for name in (names.split(",") if names else WAYS)}
     folders = {seed: os.path.join(folder, f"seed{seed}") for seed in seeds}
     parts, ways = [], []
@@ -113,8 +121,8 @@ def main() -> None:
         print(
             f"\nReport: {run(preset, seeds, arguments.ways, arguments.split, arguments.processes, arguments.output_dir)}"
         )
-    except KeyError as error:
-        sys.exit(f"error: --ways {error} is not one of lab/crops/ways.py")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted; the same command goes on behind what is finished")
 
