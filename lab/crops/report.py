@@ -23,6 +23,8 @@ interval, a bootstrap over seeds and, within a seed, over scenes.
 `where`, `what` and `exist` are about one digit, `count`, `leftmost` and `topmost` about the whole. The control has the same
 scenes with digits of 24 pixels, which squeezed are as large as the small ones in a crop.
 
+{differences}
+
 ## What they cost
 
 Measured alone, one after the other{device}. A step of training has 32 pictures, half of them wide, with reading and cutting
@@ -44,18 +46,15 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def accuracies(records: list[dict], kinds: list[str] | None = None) -> str:
-    """Mean and interval of the answers of a row, of all kinds of questions or of some."""
-    right, images = {}, {}
-    for record in records:
-        chosen = [place for place, kind in enumerate(record["kinds"]) if kinds is None or kind in kinds]
-        unit = ("", record["seed"])
-        images[unit] = {"all": np.array(chosen)}
-        right[unit] = {"all": np.array(record["right"], dtype=float)[chosen]}
-    shown = [
-        {"projector": "", "num_tokens": 1, "width": "default", "tower": tower, "seed": seed} for tower, seed in images
-    ]
-    return str(estimate(Results(shown, images).draws(right)))
+def accuracy(records: list[dict], minus: list[dict] = ()) -> str:
+    """Mean and interval of the answers of a row, or of their difference to another row's of the same seeds."""
+    images = {("", each["seed"]): {"all": np.arange(len(each["right"]))} for each in records}
+    units = [{"projector": "", "num_tokens": 1, "width": "", "tower": tower, "seed": seed} for tower, seed in images]
+    results = Results(units, images)
+    right, other = (
+        {("", each["seed"]): {"all": np.array(each["right"], dtype=float)} for each in of} for of in (records, minus)
+    )
+    return str(estimate(results.difference(right, other) if other else results.draws(right)))
 
 
 def write_report(folder: str, records: list[dict], costs: list[dict], parts: dict) -> str:
@@ -73,10 +72,10 @@ def write_report(folder: str, records: list[dict], costs: list[dict], parts: dic
         return f"{np.mean([np.mean(each) for each in by_seed if each]):.2f}" if any(by_seed) else ""
 
     kinds = list(QUESTION_WEIGHTS)
-    accuracy = [
+    accuracy_rows = [
         [
             row,
-            accuracies(of),
+            accuracy(of),
             *(share(of, lambda kind, wide, asked=asked: kind == asked) for asked in kinds),
             share(of, lambda kind, wide: not wide),
             share(of, lambda kind, wide: wide),
@@ -100,11 +99,22 @@ def write_report(folder: str, records: list[dict], costs: list[dict], parts: dic
         for part in ("tower", "reader")
         for what in next(iter(parts.values()))[part]
     ]
+    # At the same number of visual tokens of a square picture.
+    pairs = [
+        (first, second)
+        for first, of in rows.items()
+        for second, others in rows.items()
+        if first.startswith("crops")
+        and second.startswith("squeezed")
+        and of[0]["tokens"]["square"] == others[0]["tokens"]["square"]
+    ]
+    differences = [[f"{first} - {second}", accuracy(rows[first], rows[second])] for first, second in pairs]
     cuda = costs[0]["cuda"]
     text = TEXT.format(
         questions=len(records[0]["right"]),
         seeds=", ".join(sorted({str(record["seed"]) for record in records})),
-        accuracy=table(["", "all", *kinds, "256 x 256", "384 x 128", "by seed"], accuracy),
+        accuracy=table(["", "all", *kinds, "256 x 256", "384 x 128", "by seed"], accuracy_rows),
+        differences=table(["with as many visual tokens for 256 x 256", "difference of all"], differences),
         device=" on a GPU" if cuda else " on one core",
         costs=table(
             ["", "visual tokens", "step, ms", "answer, ms", "memory of a step, MiB"], cost_rows
