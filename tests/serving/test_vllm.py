@@ -26,6 +26,7 @@ from tests.tiny import (
     projector_settings,
     tiny_processor,
 )
+from training.quickstart.digit_scenes import SceneMaker
 from training.quickstart.run import Questions
 
 PYTHON = os.environ.get("HONEYBEE_VLLM_PYTHON")
@@ -288,7 +289,7 @@ def test_quickstart_answers_over_http_as_it_does_here(tmp_path):
         pytest.skip(
             "HONEYBEE_QUICKSTART names no folder of a finished quickstart (outputs/quickstart; .ci/run sets it)"
         )
-    folder, questions = Path(folder, "model"), Questions("test", 0, 160)
+    folder, questions = Path(folder, "model"), Questions(SceneMaker("test", 0), 160)
     expected = questions.ask(str(folder))
     with vllm_server(folder, tmp_path) as client:
         given = [

@@ -6,6 +6,7 @@ scenes, the next 150 the scenes that choices are made on, and the rest those of 
 """
 
 import random
+import string
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,6 @@ GRID = 4
 CELL_PIXELS = 16
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 EMPTY = "nothing"
-CELL_NAMES = tuple(f"{column}{row}" for row in range(1, GRID + 1) for column in "abcd")  # reading order
 SPLITS = {"train": slice(0, 1200), "validation": slice(1200, 1350), "test": slice(1350, None)}
 MAX_DIGITS = 6
 QUESTIONS_A_SCENE = 4  # in a training conversation; tests ask one
@@ -24,9 +24,17 @@ QUESTIONS_A_SCENE = 4  # in a training conversation; tests ask one
 QUESTION_WEIGHTS = {"what": 0.30, "where": 0.25, "count": 0.15, "exist": 0.10, "leftmost": 0.10, "topmost": 0.10}
 
 
+def cell_names(columns: int, rows: int) -> tuple[str, ...]:
+    """`a1`, `b1` and so on, in reading order."""
+    return tuple(f"{column}{row}" for row in range(1, rows + 1) for column in string.ascii_lowercase[:columns])
+
+
+CELL_NAMES = cell_names(GRID, GRID)
+
+
 @dataclass
 class Scene:
-    """`contents[i]` is the digit in cell `CELL_NAMES[i]`, or None."""
+    """`contents[i]` is the digit in the cell with the i-th of the scene's names, or None."""
 
     contents: list[int | None]
     image: Image.Image
@@ -41,9 +49,18 @@ class SceneMaker:
         self.by_digit = [images[labels == digit] for digit in range(10)]
         self.random = random.Random(f"{split} {seed}")
 
-    def contents(self) -> list[int | None]:
-        cells: list[int | None] = [None] * GRID**2
-        for cell in self.random.sample(range(GRID**2), self.random.randint(2, MAX_DIGITS)):
+    def grid(self, contents: list[int | None]) -> tuple[int, int]:
+        """Columns and rows of a scene."""
+        return GRID, GRID
+
+    def names(self, contents: list[int | None]) -> tuple[str, ...]:
+        """Of its cells."""
+        return cell_names(*self.grid(contents))
+
+    def contents(self, number: int = GRID**2) -> list[int | None]:
+        """Of so many cells."""
+        cells: list[int | None] = [None] * number
+        for cell in self.random.sample(range(number), self.random.randint(2, MAX_DIGITS)):
             cells[cell] = self.random.randrange(10)
         return cells
 
@@ -78,7 +95,10 @@ class SceneMaker:
             return {"role": role, "content": [*before, {"type": "text", "text": text}]}
 
         if self.random.random() < caption_share:
-            return [{"role": "user", "content": [image]}, says("assistant", caption(contents))], "caption"
+            return [
+                {"role": "user", "content": [image]},
+                says("assistant", caption(contents, self.names(contents))),
+            ], "caption"
         messages = []
         for turn in range(QUESTIONS_A_SCENE):
             _, question, answer = self.question(contents)
@@ -87,7 +107,7 @@ class SceneMaker:
 
     def ask(self, contents: list[int | None], kind: str) -> tuple[str, str] | None:
         """(question, answer) of a kind; None where the scene does not allow one."""
-        draw = self.random
+        draw, names, (columns, _) = self.random, self.names(contents), self.grid(contents)
         filled = [cell for cell, digit in enumerate(contents) if digit is not None]
         unique = [cell for cell in filled if contents.count(contents[cell]) == 1]
 
@@ -95,12 +115,12 @@ class SceneMaker:
             return DIGIT_WORDS[contents[cell]]
 
         if kind == "what":
-            empty = [cell for cell in range(GRID**2) if contents[cell] is None]
+            empty = [cell for cell, digit in enumerate(contents) if digit is None]
             cell = draw.choice(empty if draw.random() < 0.15 else filled)
-            return f"what is at {CELL_NAMES[cell]} ?", EMPTY if contents[cell] is None else word(cell)
+            return f"what is at {names[cell]} ?", EMPTY if contents[cell] is None else word(cell)
         if kind == "where" and unique:
             cell = draw.choice(unique)
-            return f"where is the {word(cell)} ?", CELL_NAMES[cell]
+            return f"where is the {word(cell)} ?", names[cell]
         if kind == "count":
             return "how many digits are there ?", DIGIT_WORDS[len(filled)]
         if kind == "exist":
@@ -110,20 +130,20 @@ class SceneMaker:
             return f"is there a {DIGIT_WORDS[digit]} ?", "yes" if present else "no"
         if kind in ("leftmost", "topmost") and len(unique) >= 2:
             first, second = draw.sample(unique, 2)
-            place = [cell % GRID if kind == "leftmost" else cell // GRID for cell in (first, second)]
+            place = [cell % columns if kind == "leftmost" else cell // columns for cell in (first, second)]
             if place[0] != place[1]:
                 answer = word(first if place[0] < place[1] else second)
                 return f"which is {kind} , the {word(first)} or the {word(second)} ?", answer
         return None
 
 
-def caption(contents: list[int | None]) -> str:
+def caption(contents: list[int | None], names: tuple[str, ...] = CELL_NAMES) -> str:
     """All digits in reading order: `five at b1 , two at a3`."""
-    named = [f"{DIGIT_WORDS[digit]} at {CELL_NAMES[i]}" for i, digit in enumerate(contents) if digit is not None]
+    named = [f"{DIGIT_WORDS[digit]} at {names[i]}" for i, digit in enumerate(contents) if digit is not None]
     return " , ".join(named)
 
 
-def vocabulary() -> list[str]:
-    """Every word of captions, questions and answers."""
+def vocabulary(names: tuple[str, ...] = CELL_NAMES) -> list[str]:
+    """Every word of captions, questions and answers about cells with these names."""
     words = "what is at ? where the how many digits are there a which leftmost topmost , or yes no"
-    return [*dict.fromkeys([*words.split(), EMPTY, *DIGIT_WORDS, *CELL_NAMES])]
+    return [*dict.fromkeys([*words.split(), EMPTY, *DIGIT_WORDS, *names])]

@@ -166,15 +166,14 @@ def build_both(stand_ins: tuple[str, str], output_dir: str, seed: int) -> tuple[
 class Questions:
     """The held-out scenes with their questions, the same for every model that is compared."""
 
-    def __init__(self, split: str, seed: int, number: int):
-        maker = SceneMaker(split, seed)
+    def __init__(self, maker: SceneMaker, number: int):
         self.scenes = [maker.scene() for _ in range(number)]
         asked = [maker.question(scene.contents) for scene in self.scenes]
         self.kinds, self.questions, self.answers = (list(column) for column in zip(*asked))
 
     @torch.inference_mode()
-    def ask(self, folder: str, blind: bool = False, batch_size: int = 80) -> list[str]:
-        """The model's answers, generated greedily."""
+    def ask(self, folder: str, blind: bool = False, batch_size: int = 80, **asked) -> list[str]:
+        """The model's answers, generated greedily; `asked` are settings of the processor's call."""
         model = HoneybeeForConditionalGeneration.from_pretrained(folder).eval()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device)
@@ -191,7 +190,7 @@ class Questions:
             ]
             images = [PILImage.new("RGB", s.image.size) if blind else s.image for s in self.scenes[rows]]
             inputs = processor(
-                images=images, text=texts, add_special_tokens=False, padding=True, return_tensors="pt"
+                images=images, text=texts, add_special_tokens=False, padding=True, return_tensors="pt", **asked
             ).to(device)
             output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
             given += processor.tokenizer.batch_decode(
@@ -237,7 +236,7 @@ def run_quickstart(output_dir: str = os.path.join("outputs", "quickstart"), seed
     stand_ins = make_stand_ins(os.path.join(output_dir, "stand_ins"), seed)
     aligned, model, blind = build_both(stand_ins, output_dir, seed)
 
-    questions = Questions("test", seed, TEST_QUESTIONS)
+    questions = Questions(SceneMaker("test", seed), TEST_QUESTIONS)
     given = questions.ask(model)
     table = {
         "model": questions.accuracy(given),

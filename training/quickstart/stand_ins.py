@@ -70,10 +70,10 @@ def make_vision_tower(folder: str, seed: int, steps: int = 400, batch_size: int 
     image_processor.save_pretrained(folder)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
+def make_tokenizer(names: tuple[str, ...] = CELL_NAMES) -> PreTrainedTokenizerFast:
+    """One token a word; `names` are those of cells."""
     words = ["<unk>", "<s>", "</s>", *dict.fromkeys([*SYSTEM_BASE.replace(".", " .").split(), "Human", "AI", ":"])]
-    words += [word for word in vocabulary() if word not in words]
+    words += [word for word in vocabulary(names) if word not in words]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     markers = [decoders.Replace(Regex(f" ?{role} : ?"), f"\n{role}: ") for role in ("Human", "AI")]

@@ -59,7 +59,7 @@ def test_scenes_show_what_they_say():
     assert scene.image.size == (64, 64)
     pixels = torch.tensor(list(scene.image.convert("L").tobytes())).view(4, 16, 4, 16).amax((1, 3)).flatten()
     assert [digit is not None for digit in scene.contents] == (pixels > 0).tolist()
-    assert Questions("test", 0, 5).answers == Questions("test", 0, 5).answers
+    assert Questions(SceneMaker("test", 0), 5).answers == Questions(SceneMaker("test", 0), 5).answers
 
 
 @pytest.mark.parametrize("blind", [False, True])
