@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 
+from lab.crops.scenes import DIGIT_PIXELS, LARGE_DIGIT_PIXELS
 from lab.loop import write_text
 from lab.results import Results, estimate
 from training.quickstart.digit_scenes import QUESTION_WEIGHTS
@@ -13,7 +14,7 @@ from training.quickstart.digit_scenes import QUESTION_WEIGHTS
 TEXT = """\
 # Crops of large scenes
 
-Scenes of 256 x 256 and 384 x 128 with digits of 6 pixels; the tower's square has 64 x 64. {questions} questions a seed about
+Scenes of 256 x 256 and 384 x 128 with digits of {small} pixels; the tower's square has 64 x 64. {questions} questions a seed about
 scenes of digits that nothing was trained or chosen on; seeds {seeds}, each with a tower, a language model and training data of
 its own. Every way has the same steps of the same samples. Accuracy is the share of exact answers; [in brackets] its 95 %
 interval, a bootstrap over seeds and, within a seed, over scenes.
@@ -21,7 +22,7 @@ interval, a bootstrap over seeds and, within a seed, over scenes.
 {accuracy}
 
 `where`, `what` and `exist` are about one digit, `count`, `leftmost` and `topmost` about the whole. The control has the same
-scenes with digits of 24 pixels, which squeezed are as large as the small ones in a crop.
+scenes with digits of {large} pixels, which squeezed are as large as the small ones in a crop.
 
 {differences}
 
@@ -111,6 +112,8 @@ def write_report(folder: str, records: list[dict], costs: list[dict], parts: dic
     differences = [[f"{first} - {second}", accuracy(rows[first], rows[second])] for first, second in pairs]
     cuda = costs[0]["cuda"]
     text = TEXT.format(
+        small=DIGIT_PIXELS,
+        large=LARGE_DIGIT_PIXELS,
         questions=len(records[0]["right"]),
         seeds=", ".join(sorted({str(record["seed"]) for record in records})),
         accuracy=table(["", "all", *kinds, "256 x 256", "384 x 128", "by seed"], accuracy_rows),

@@ -30,7 +30,7 @@ class Preset:
 
 
 PRESETS = {
-    "full": Preset(tower=(4000, 60_000), reader=(2500, 40_000), samples=(250 * 32, 350 * 32), questions=800, timed=10),
+    "full": Preset(tower=(1200, 40_000), reader=(2500, 40_000), samples=(250 * 32, 350 * 32), questions=800, timed=10),
     "smoke": Preset(tower=(2, 40), reader=(2, 40), samples=(64, 64), questions=50, timed=1),
 }
 

@@ -84,7 +84,7 @@ def tower_squares(seed: int, number: int, split: str = "train") -> dict[str, tup
     return found
 
 
-def make_tower(folder: str, seed: int, steps: int, squares: int, batch_size: int = 256) -> None:
+def make_tower(folder: str, seed: int, steps: int, squares: int, batch_size: int = 128) -> None:
     """Trains and saves a CLIP vision model."""
     torch.manual_seed(seed)
     config = CLIPVisionConfig(

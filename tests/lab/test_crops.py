@@ -73,8 +73,8 @@ def test_patches_know_the_digit_whose_middle_they_hold():
         assert digits.any() and (labels == NOTHING).any(), kind
         patches = squares.reshape(-1, 8, 8, 8, 8).swapaxes(2, 3).reshape(-1, 64, 64).max(-1)
         assert patches[digits].mean() > 1.5 * patches[labels == NOTHING].mean(), kind
-    # What the experiment is about: squeezed, small digits are of less than two pixels, and large ones as crops show small ones.
-    assert DIGIT_PIXELS / 4 < 2 and LARGE_DIGIT_PIXELS / 4 == DIGIT_PIXELS
+    # What the experiment is about: squeezed, small digits are of two pixels, and large ones as crops show small ones.
+    assert DIGIT_PIXELS / 4 == 2 and LARGE_DIGIT_PIXELS / 4 == DIGIT_PIXELS
     assert squeezed(LargeScenes("test", 0).draw(CONTENTS)).size == (SIDE, SIDE)
 
 
