@@ -33,8 +33,8 @@ def plan_cut(
     The picture is resized to `a * S` x `b * S`, which enlarges it to at most twice its pixels, so small pictures stay one
     square. Of the grids with `min_crops <= a * b <= max_crops` those count that keep the most detail, or at least nine tenths
     of it (of the scale of the coarser direction; beyond the picture's own pixels nothing is gained). Of these it is the one
-    with the least change of aspect ratio, then that with the fewest crops. Where a minimum leaves only grids that enlarge
-    more, these are taken as well.
+    with the least change of aspect ratio, then that with the fewest crops, then that with the fewest columns. Where a
+    minimum leaves only grids that enlarge more, these are taken as well.
 
     Args:
         size, square: width and height in pixels, of the picture and of a square.
@@ -54,7 +54,7 @@ def plan_cut(
     detail = {grid: min(*scale, width * height) for grid, scale in scales.items()}
     most_detail = max(detail.values())
     fine = [grid for grid in grids if 10 * detail[grid] >= 9 * most_detail]
-    columns, rows = min(fine, key=lambda grid: (max(scales[grid]) / min(scales[grid]), grid[0] * grid[1]))
+    columns, rows = min(fine, key=lambda grid: (max(scales[grid]) / min(scales[grid]), grid[0] * grid[1], grid[0]))
     return Cut(columns, rows, overview and columns * rows > 1)
 
 
