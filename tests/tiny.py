@@ -121,6 +121,39 @@ def tiny_inputs(model, rows=((5, "image", 7, 8),), seed: int = 0, numbers=None) 
     return inputs
 
 
+def logits_and_gradients(model, batches: list[dict]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Logits of each row without its padding, and the gradient of a sum over rows."""
+    model.zero_grad()
+    logits = []
+    for inputs in batches:
+        output = model(**inputs).logits
+        mask = inputs.get("attention_mask", torch.ones(output.shape[:2])).bool()
+        logits += [row[kept] for row, kept in zip(output, mask)]
+    sum(row.sin().mean() for row in logits).backward()
+    return logits, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got, expected):
+    """That two results of [`logits_and_gradients`] agree."""
+    for ours, theirs in zip(got[0], expected[0], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert got[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(got[1][name], gradient, atol=1e-5, rtol=0, msg=name)
+
+
+def losses_and_gradients(model, batches: list[dict]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Of batches that are one step: the loss, a mean over all that is learned in them, and the gradient."""
+    model.zero_grad()
+    learned = sum((batch["labels"] != -100).sum() for batch in batches)
+    total = 0.0
+    for batch in batches:
+        loss = model(**batch, num_items_in_batch=learned).loss
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def word_tokenizer(vocab_size: int = 290) -> PreTrainedTokenizerFast:
     """A sentencepiece-like BPE, the kind that Llama has."""
     from tokenizers import normalizers

@@ -13,6 +13,8 @@ from tests.tiny import (
     ELASTIC,
     IMAGE_SIZE,
     PROJECTORS,
+    assert_same,
+    logits_and_gradients,
     picture,
     tiny_config,
     tiny_inputs,
@@ -50,24 +52,6 @@ def rows_alone(model, kind: str) -> list[dict[str, torch.Tensor]]:
             inputs |= {"pixel_values": pixels[slice(*squares)], "num_crops": torch.tensor(CROPS[slice(*pictures)])}
         alone.append(inputs)
     return alone
-
-
-def logits_and_gradients(model, batches: list[dict]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Logits of each row without its padding, and the gradient of a sum over rows."""
-    model.zero_grad()
-    logits = []
-    for inputs in batches:
-        logits += [row[kept] for row, kept in zip(model(**inputs).logits, inputs["attention_mask"].bool())]
-    sum(row.sin().mean() for row in logits).backward()
-    return logits, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(got, expected):
-    for ours, theirs in zip(got[0], expected[0], strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    assert got[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        torch.testing.assert_close(got[1][name], gradient, atol=1e-5, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from modeling_honeybee import HoneybeeForConditionalGeneration
-from tests.tiny import ELASTIC, IMAGE_SIZE, tiny_inputs, tiny_model
+from tests.tiny import ELASTIC, IMAGE_SIZE, assert_same, logits_and_gradients, tiny_inputs, tiny_model
 
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 # Two images, none, and one between words; the second image stands between two M of its row and the next.
@@ -43,26 +43,6 @@ def rows_alone(model) -> list[dict[str, torch.Tensor]]:
         if "pixel_values" in inputs:
             inputs["pixel_values"] = pixels[slice(*images)]
     return alone
-
-
-def logits_and_gradients(model, batches: list[dict]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Logits of each row without its padding, and the gradient of a sum over rows."""
-    model.zero_grad()
-    logits = []
-    for inputs in batches:
-        output = model(**inputs).logits
-        mask = inputs.get("attention_mask", torch.ones(output.shape[:2])).bool()
-        logits += [row[kept] for row, kept in zip(output, mask)]
-    sum(row.sin().mean() for row in logits).backward()
-    return logits, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(got, expected):
-    for ours, theirs in zip(got[0], expected[0], strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    assert got[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        torch.testing.assert_close(got[1][name], gradient, atol=1e-5, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("num_eos_tokens", [0, 2])

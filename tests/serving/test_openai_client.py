@@ -89,6 +89,15 @@ def generated(world, **settings) -> tuple[str, list[int]]:
     return world.processor.tokenizer.decode(ids, skip_special_tokens=True), ids
 
 
+def check_reply(reply, model, processor, inputs) -> None:
+    """That a reply of at most six tokens is what the model generates from these inputs."""
+    prompt_tokens = inputs["input_ids"].shape[1]
+    assert reply.usage.prompt_tokens == prompt_tokens
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, prompt_tokens:]
+    assert reply.choices[0].message.content == processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+
 def image_item(size=(40, 24), **more) -> dict:
     file = io.BytesIO()
     picture(size=size).save(file, "PNG")
@@ -506,10 +515,7 @@ def test_visual_tokens_of_an_image(elastic, details, fields, numbers):
     asked = {"images": images, "text": prompt, "num_query_tokens": numbers, "add_special_tokens": False}
     inputs = processor(**asked, return_tensors="pt")
     assert (inputs["input_ids"] == processor.image_token_id).sum() == sum(numbers) + 2
-    assert reply.usage.prompt_tokens == inputs["input_ids"].shape[1]
-    with torch.inference_mode():
-        ids = elastic.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert reply.choices[0].message.content == processor.tokenizer.decode(ids, skip_special_tokens=True)
+    check_reply(reply, elastic.model, processor, inputs)
 
 
 @pytest.mark.parametrize(
@@ -563,10 +569,7 @@ def test_crops_of_an_image(cutting, sizes, details, fields, crops, tokens):
     inputs = processor(**asked)
     assert inputs["num_crops"].tolist() == crops
     assert (inputs["input_ids"] == processor.image_token_id).sum() == tokens
-    assert reply.usage.prompt_tokens == inputs["input_ids"].shape[1]
-    with torch.inference_mode():
-        ids = cutting.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert reply.choices[0].message.content == processor.tokenizer.decode(ids, skip_special_tokens=True)
+    check_reply(reply, cutting.model, processor, inputs)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from tests.tiny import (
     SFT,
     SHORT_RUN,
     elastic_processor,
+    losses_and_gradients,
     new_model,
     picture,
     run_script,
@@ -223,17 +224,6 @@ def test_batches_of_equal_tokens_count_crops(tmp_path):
     sizes = [packing([read[number] for number in batch])["input_ids"].shape[1] for batch in found]
     lengths = dataset_lengths(read, collator)
     assert sizes == [sum(lengths(batch)) for batch in found] and max(sizes) <= 400
-
-
-def losses_and_gradients(model, batches):
-    model.zero_grad()
-    learned = sum((batch["labels"] != -100).sum() for batch in batches)
-    total = 0.0
-    for batch in batches:
-        loss = model(**batch, num_items_in_batch=learned).loss
-        loss.backward()
-        total += loss.item()
-    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("projector", ["c-abs", "d-abs", "resampler", "linear"])

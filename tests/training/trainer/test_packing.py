@@ -8,7 +8,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl import SFTConfig, SFTTrainer
 
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
-from tests.tiny import clip_config, picture, projector_settings, save_clip, save_qwen2, tiny_model, tiny_processor
+from tests.tiny import (
+    clip_config,
+    losses_and_gradients,
+    picture,
+    projector_settings,
+    save_clip,
+    save_qwen2,
+    tiny_model,
+    tiny_processor,
+)
 from training.collator import HoneybeeDataCollator
 from training.stages import freeze_for_stage
 from training.trainer import packed_attention
@@ -42,17 +51,6 @@ def probe_attention(module, query, key, value, attention_mask, cu_seq_lens_q=Non
 
 
 AttentionInterface.register("cu_seq_lens", probe_attention)
-
-
-def losses_and_gradients(model, batches):
-    model.zero_grad()
-    learned = sum((batch["labels"] != -100).sum() for batch in batches)
-    total = 0.0
-    for batch in batches:
-        loss = model(**batch, num_items_in_batch=learned).loss
-        loss.backward()
-        total += loss.item()
-    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def grouped_query_model(tmp_path, processor):
