@@ -110,12 +110,25 @@ def one_cycle(steps: int, warmup: float = 0.1):
     return share
 
 
+def train_part(
+    modules: nn.ModuleDict,
+    rate: float,
+    loss_at: Callable[[int], torch.Tensor],
+    steps: int,
+    path: str,
+    save: Callable[[], None],
+) -> None:
+    """Trains a stand-in, or what is left of it, and saves it: `path` is where, and beside it is what goes on after a stop."""
+    state = path + ".state"
+    train(modules, rate, one_cycle(steps), loss_at, steps, range(100, steps, 100), lambda *_: None, state)
+    save()
+    os.remove(state)
+
+
 def _train_and_save(modules: nn.ModuleDict, loss_at: Callable[[int], torch.Tensor], steps: int, path: str) -> None:
     """Writes the weights of the module `part` to `path`."""
-    state = path + ".state"
-    train(modules, 3e-3, one_cycle(steps), loss_at, steps, range(100, steps, 100), lambda *_: None, state)
-    write_whole(path, partial(torch.save, modules["part"].state_dict()))
-    os.remove(state)
+    save = partial(write_whole, path, lambda part: torch.save(modules["part"].state_dict(), part))
+    train_part(modules, 3e-3, loss_at, steps, path, save)
 
 
 def make_tower(kind: str, scenes: Scenes, seed: int, steps: int, path: str, batch_size: int = 40) -> None:

@@ -58,34 +58,52 @@ def accuracy(records: list[dict], minus: list[dict] = ()) -> str:
     return str(estimate(results.difference(right, other) if other else results.draws(right)))
 
 
-def write_report(folder: str, records: list[dict], costs: list[dict], parts: dict) -> str:
-    """Writes `report.md` and `results.jsonl`; returns the path of the report."""
-    rows = {}
-    for record in records:
-        rows.setdefault(record["row"], []).append(record)
-
-    def share(of: list[dict], chosen) -> str:
-        """Mean over seeds of the answers that `chosen` picks by kind and shape."""
-        by_seed = [
-            [right for right, kind, wide in zip(each["right"], each["kinds"], each["wide"]) if chosen(kind, wide)]
-            for each in of
+def share(records: list[dict], kind: str | None = None, wide: bool | None = None) -> str:
+    """Mean over seeds of the answers to a kind of question, or about pictures of a shape."""
+    by_seed = [
+        [
+            right
+            for right, asked, is_wide in zip(each["right"], each["kinds"], each["wide"])
+            if kind in (None, asked) and wide in (None, is_wide)
         ]
-        return f"{np.mean([np.mean(each) for each in by_seed if each]):.2f}" if any(by_seed) else ""
+        for each in records
+    ]
+    return f"{np.mean([np.mean(each) for each in by_seed if each]):.2f}" if any(by_seed) else ""
 
+
+def accuracy_table(rows: dict[str, list[dict]]) -> str:
+    """Args: records by row of the table."""
     kinds = list(QUESTION_WEIGHTS)
-    accuracy_rows = [
+    cells = [
         [
             row,
             accuracy(of),
-            *(share(of, lambda kind, wide, asked=asked: kind == asked) for asked in kinds),
-            share(of, lambda kind, wide: not wide),
-            share(of, lambda kind, wide: wide),
+            *(share(of, kind=kind) for kind in kinds),
+            share(of, wide=False),
+            share(of, wide=True),
             ", ".join(f"{np.mean(each['right']):.3f}" for each in of),
         ]
         for row, of in rows.items()
     ]
+    return table(["", "all", *kinds, "256 x 256", "384 x 128", "by seed"], cells)
+
+
+def difference_table(rows: dict[str, list[dict]]) -> str:
+    """Crops minus squeezed at the same number of visual tokens of a square picture."""
+    cells = [
+        [f"{first} - {second}", accuracy(of, others)]
+        for first, of in rows.items()
+        for second, others in rows.items()
+        if first.startswith("crops")
+        and second.startswith("squeezed")
+        and of[0]["tokens"]["square"] == others[0]["tokens"]["square"]
+    ]
+    return table(["with as many visual tokens for 256 x 256", "difference of all"], cells)
+
+
+def cost_table(rows: dict[str, list[dict]], costs: list[dict]) -> str:
     costs_of = {cost["row"]: cost for cost in costs}
-    cost_rows = [
+    cells = [
         [
             row,
             f"{of[0]['tokens']['square']} / {of[0]['tokens']['wide']}",
@@ -95,35 +113,34 @@ def write_report(folder: str, records: list[dict], costs: list[dict], parts: dic
         ]
         for row, of in rows.items()
     ]
-    part_rows = [
+    return table(["", "visual tokens", "step, ms", "answer, ms", "memory of a step, MiB"], cells)
+
+
+def part_table(parts: dict) -> str:
+    cells = [
         [what, ", ".join(f"{found[part][what]:.3f}" for found in parts.values())]
         for part in ("tower", "reader")
         for what in next(iter(parts.values()))[part]
     ]
-    # At the same number of visual tokens of a square picture.
-    pairs = [
-        (first, second)
-        for first, of in rows.items()
-        for second, others in rows.items()
-        if first.startswith("crops")
-        and second.startswith("squeezed")
-        and of[0]["tokens"]["square"] == others[0]["tokens"]["square"]
-    ]
-    differences = [[f"{first} - {second}", accuracy(rows[first], rows[second])] for first, second in pairs]
-    cuda = costs[0]["cuda"]
+    return table(["", "by seed"], cells)
+
+
+def write_report(folder: str, records: list[dict], costs: list[dict], parts: dict) -> str:
+    """Writes `report.md` and `results.jsonl`; returns the path of the report."""
+    rows = {}
+    for record in records:
+        rows.setdefault(record["row"], []).append(record)
     text = TEXT.format(
         small=DIGIT_PIXELS,
         large=LARGE_DIGIT_PIXELS,
         questions=len(records[0]["right"]),
         seeds=", ".join(sorted({str(record["seed"]) for record in records})),
-        accuracy=table(["", "all", *kinds, "256 x 256", "384 x 128", "by seed"], accuracy_rows),
-        differences=table(["with as many visual tokens for 256 x 256", "difference of all"], differences),
-        device=" on a GPU" if cuda else " on one core",
-        costs=table(
-            ["", "visual tokens", "step, ms", "answer, ms", "memory of a step, MiB"], cost_rows
-        ),
-        parts=table(["", "by seed"], part_rows),
-    )  # fmt: skip
+        accuracy=accuracy_table(rows),
+        differences=difference_table(rows),
+        device=" on a GPU" if costs[0]["cuda"] else " on one core",
+        costs=cost_table(rows, costs),
+        parts=part_table(parts),
+    )
     write_text(os.path.join(folder, "results.jsonl"), "".join(json.dumps(each) + "\n" for each in [*records, *costs]))
     path = os.path.join(folder, "report.md")
     write_text(path, text)

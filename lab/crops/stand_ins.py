@@ -18,20 +18,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, OPTConfig, OPTForCausalLM
+from transformers import CLIPVisionModel, OPTConfig, OPTForCausalLM
 
 from lab.crops.scenes import GRID_OF, GRIDS, LARGE_DIGIT_PIXELS, NAMES, SIDE, LargeScenes, squeezed
-from lab.loop import train, write_text
-from lab.stand_ins import one_cycle
+from lab.loop import write_text
+from lab.stand_ins import train_part
 from processing import HoneybeeProcessor, prepare_tokenizer
 from processing.prepare_tokenizer import square_image_processor
 from processing.processing_honeybee import make_tokenizer_portable
 from training.collator import HoneybeeDataCollator, padded
 from training.quickstart.digit_scenes import DIGIT_WORDS, EMPTY, cell_names
-from training.quickstart.stand_ins import make_tokenizer
+from training.quickstart.stand_ins import PATCH_PIXELS, WIDTH, make_tokenizer, start_by_looking_up, vision_config
 
-PATCH_PIXELS = 8
-TOWER_WIDTH, READER_WIDTH = 64, 96
+READER_WIDTH = 96
+RATE = 2e-3  # of learning, of both
 NOTHING, UNREADABLE = 10, 11  # beside the ten digits
 FILLED = 0.5  # of the cells, in the squares that the tower learns from
 # Visual tokens of a symbolic scene: named (how many), or ordered (how many a cell, how many named ones behind them).
@@ -87,16 +87,8 @@ def tower_squares(seed: int, number: int, split: str = "train") -> dict[str, tup
 def make_tower(folder: str, seed: int, steps: int, squares: int, batch_size: int = 128) -> None:
     """Trains and saves a CLIP vision model."""
     torch.manual_seed(seed)
-    config = CLIPVisionConfig(
-        hidden_size=TOWER_WIDTH,
-        intermediate_size=2 * TOWER_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=SIDE,
-        patch_size=PATCH_PIXELS,
-    )
-    head = nn.Linear(TOWER_WIDTH, NOTHING + 1)
-    modules = nn.ModuleDict({"tower": CLIPVisionModel(config), "head": head}).to(device())
+    head = nn.Linear(WIDTH, NOTHING + 1)
+    modules = nn.ModuleDict({"tower": CLIPVisionModel(vision_config()), "head": head}).to(device())
     pixels, labels = (np.concatenate(each) for each in zip(*tower_squares(seed, squares).values()))
     pixels, labels = torch.from_numpy(pixels).to(device()), torch.from_numpy(labels).to(device())
     image_processor = square_image_processor(SIDE)
@@ -106,13 +98,13 @@ def make_tower(folder: str, seed: int, steps: int, squares: int, batch_size: int
         said = head(tower_features(modules["tower"], pixels[rows], image_processor))
         return F.cross_entropy(said.flatten(0, 1), labels[rows].flatten())
 
+    def save() -> None:
+        image_processor.save_pretrained(folder)
+        torch.save(head.cpu().state_dict(), os.path.join(folder, "head.pt"))
+        modules["tower"].cpu().save_pretrained(folder)
+
     os.makedirs(folder, exist_ok=True)
-    state = os.path.join(folder, "training.state")
-    train(modules, 2e-3, one_cycle(steps), loss_at, steps, range(500, steps, 500), lambda *_: None, state)
-    image_processor.save_pretrained(folder)
-    torch.save(head.cpu().state_dict(), os.path.join(folder, "head.pt"))
-    modules["tower"].cpu().save_pretrained(folder)
-    os.remove(state)
+    train_part(modules, RATE, loss_at, steps, folder, save)
 
 
 def tower_features(tower: CLIPVisionModel, squares: torch.Tensor, image_processor) -> torch.Tensor:
@@ -128,7 +120,7 @@ def tower_features(tower: CLIPVisionModel, squares: torch.Tensor, image_processo
 @torch.inference_mode()
 def tower_reads(folder: str, seed: int, number: int, split: str) -> dict[str, float]:
     """By kind of square, the share of digits that the tower reads right."""
-    tower, head = CLIPVisionModel.from_pretrained(folder).eval(), nn.Linear(TOWER_WIDTH, NOTHING + 1)
+    tower, head = CLIPVisionModel.from_pretrained(folder).eval(), nn.Linear(WIDTH, NOTHING + 1)
     head.load_state_dict(torch.load(os.path.join(folder, "head.pt"), weights_only=True))
     read = {}
     for kind, (squares, labels) in tower_squares(seed, number, split).items():
@@ -207,16 +199,6 @@ class SymbolicScenes:
         return embeds.masked_scatter(is_symbol.unsqueeze(-1), said), mask, labels
 
 
-@torch.no_grad()
-def _start_by_looking_up(model: OPTForCausalLM) -> None:
-    """As `training.quickstart.stand_ins.start_by_looking_up`."""
-    for layer in model.model.decoder.layers:
-        attention = layer.self_attn
-        attention.k_proj.weight.copy_(attention.q_proj.weight)
-        nn.init.orthogonal_(attention.v_proj.weight)
-        attention.out_proj.weight.copy_(attention.v_proj.weight.T)
-
-
 def make_reader(folder: str, seed: int, steps: int, scenes: int, batch_size: int = 128) -> None:
     """Trains and saves an OPT that answers questions about symbolic scenes. It never sees a picture."""
     torch.manual_seed(seed)
@@ -236,7 +218,7 @@ def make_reader(folder: str, seed: int, steps: int, scenes: int, batch_size: int
         pad_token_id=0,
     )
     model = OPTForCausalLM(config)
-    _start_by_looking_up(model)
+    start_by_looking_up(model)
     model.to(device())
     symbolic = SymbolicScenes(make_tokenizer(NAMES), "train", seed, scenes)
 
@@ -249,13 +231,13 @@ def make_reader(folder: str, seed: int, steps: int, scenes: int, batch_size: int
         learned = labels[:, 1:] != -100
         return F.cross_entropy(model.lm_head(hidden[learned]), labels[:, 1:][learned])
 
+    def save() -> None:
+        tokenizer.save_pretrained(folder)
+        make_tokenizer_portable(folder)
+        model.cpu().save_pretrained(folder)
+
     os.makedirs(folder, exist_ok=True)
-    state, modules = os.path.join(folder, "training.state"), nn.ModuleDict({"reader": model})
-    train(modules, 2e-3, one_cycle(steps), loss_at, steps, range(500, steps, 500), lambda *_: None, state)
-    tokenizer.save_pretrained(folder)
-    make_tokenizer_portable(folder)
-    model.cpu().save_pretrained(folder)
-    os.remove(state)
+    train_part(nn.ModuleDict({"reader": model}), RATE, loss_at, steps, folder, save)
 
 
 @torch.inference_mode()

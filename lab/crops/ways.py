@@ -13,8 +13,9 @@ from statistics import median
 
 import torch
 from datasets import Dataset, load_from_disk
+from PIL import Image
 
-from lab.crops.scenes import DIGIT_PIXELS, LARGE_DIGIT_PIXELS, LargeScenes
+from lab.crops.scenes import DIGIT_PIXELS, GRIDS, LARGE_DIGIT_PIXELS, SIDE, LargeScenes
 from lab.loop import write_text
 from modeling_honeybee import HoneybeeForConditionalGeneration
 from processing import HoneybeeProcessor
@@ -102,21 +103,21 @@ def train_and_ask(name: str, folder: str, seed: int, split: str, questions: int)
         if "elastic" in way.settings:
             parts["elastic"] = way.settings["elastic"]
     asked, found = Questions(LargeScenes(split, seed, way.digit_pixels), questions), []
+    processor, sizes = HoneybeeProcessor.from_pretrained(target), [scene.image.size for scene in asked.scenes]
     for row, settings in way.rows():
-        started = time.perf_counter()
         given = asked.ask(target, batch_size=50, **settings)
-        right = [answer == truth for answer, truth in zip(given, asked.answers)]
-        wide = [scene.image.width != scene.image.height for scene in asked.scenes]
         found.append(
             {
                 "row": row,
                 "way": name,
                 "seed": seed,
                 "kinds": asked.kinds,
-                "wide": wide,
-                "right": right,
-                "tokens": {shape: count_tokens(target, asked, wide, shape == "wide", settings) for shape in ("square", "wide")},
-                "seconds": time.perf_counter() - started,
+                "wide": [width != height for width, height in sizes],
+                "right": [answer == truth for answer, truth in zip(given, asked.answers)],
+                "tokens": {
+                    "square" if columns == rows else "wide": count_tokens(processor, (columns * SIDE, rows * SIDE), settings)
+                    for columns, rows in GRIDS
+                },
             }
         )  # fmt: skip
     write_text(record_path(folder, name), json.dumps(found))
@@ -130,15 +131,10 @@ def record_path(folder: str, name: str) -> str:
     return os.path.join(folder, f"{name}.json")
 
 
-def count_tokens(model: str, asked: Questions, wide: list[bool], of_wide: bool, settings: dict) -> int | None:
-    """Visual tokens of the first picture of a shape; None where there is none."""
-    if of_wide not in wide:
-        return None
-    processor = HoneybeeProcessor.from_pretrained(model)
-    inputs = processor(
-        images=[asked.scenes[wide.index(of_wide)].image], text=["<image>"], return_tensors="pt", **settings
-    )
-    return int((inputs["input_ids"] == processor.image_token_id).sum())
+def count_tokens(processor: HoneybeeProcessor, size: tuple[int, int], settings: dict) -> int:
+    """Visual tokens of a picture of a size (width, height) in a call with `settings`."""
+    inputs = processor(images=Image.new("RGB", size), text="<image>", **settings)
+    return inputs["input_ids"][0].count(processor.image_token_id)
 
 
 def measure(name: str, row: str, settings: dict, folder: str, path: str, steps: int) -> None:

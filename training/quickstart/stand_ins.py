@@ -22,6 +22,7 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -35,19 +36,22 @@ WIDTH = 64
 PATCH_PIXELS = 8
 
 
-def make_vision_tower(folder: str, seed: int, steps: int = 400, batch_size: int = 48) -> None:
-    """Trains and saves a CLIP vision model that tells the digit (or nothing) behind each patch."""
-    torch.manual_seed(seed)
-    size = GRID * CELL_PIXELS
-    config = CLIPVisionConfig(
+def vision_config() -> CLIPVisionConfig:
+    """Of a tower for scenes in a square of 64 x 64 pixels."""
+    return CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
         num_hidden_layers=3,
         num_attention_heads=4,
-        image_size=size,
+        image_size=GRID * CELL_PIXELS,
         patch_size=PATCH_PIXELS,
     )
-    tower, head = CLIPVisionModel(config), nn.Linear(WIDTH, len(DIGIT_WORDS) + 1)
+
+
+def make_vision_tower(folder: str, seed: int, steps: int = 400, batch_size: int = 48) -> None:
+    """Trains and saves a CLIP vision model that tells the digit (or nothing) behind each patch."""
+    torch.manual_seed(seed)
+    tower, head = CLIPVisionModel(vision_config()), nn.Linear(WIDTH, len(DIGIT_WORDS) + 1)
     image_processor = square_image_processor(GRID * CELL_PIXELS)
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -112,14 +116,15 @@ class SymbolicScenes:
 
 
 @torch.no_grad()
-def start_by_looking_up(model: LlamaForCausalLM) -> None:
+def start_by_looking_up(model: LlamaForCausalLM | OPTForCausalLM) -> None:
     """Heads that start by attending to what is like the query (keys equal queries, slow rotation) and by copying what they
     find (output undoes value) learn to look things up in a minute; usual weights do not."""
-    for layer in model.model.layers:
+    for layer in model.get_decoder().layers:
         attention = layer.self_attn
+        output = attention.out_proj if isinstance(model, OPTForCausalLM) else attention.o_proj
         attention.k_proj.weight.copy_(attention.q_proj.weight)
         nn.init.orthogonal_(attention.v_proj.weight)
-        attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+        output.weight.copy_(attention.v_proj.weight.T)
 
 
 def make_language_model(folder: str, seed: int, steps: int = 1200, batch_size: int = 32) -> None:
