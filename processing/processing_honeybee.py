@@ -483,9 +483,10 @@ class HoneybeeProcessor(ProcessorMixin):
 
     def check_crops(self) -> None:
         """Raises a ValueError where the settings of crops are not what they can be."""
-        for name in ("max_crops", "min_crops", "max_images_cut", "overview_num_query_tokens"):
-            if name != "overview_num_query_tokens" or self.overview_num_query_tokens is not None:
-                _check_number(name, getattr(self, name))
+        for name in ("max_crops", "min_crops", "max_images_cut"):
+            _check_number(name, getattr(self, name))
+        if self.overview_num_query_tokens is not None:
+            _check_number("overview_num_query_tokens", self.overview_num_query_tokens)
         if self.min_crops > self.max_crops:
             raise ValueError(f"min_crops={self.min_crops} is more than max_crops={self.max_crops}; lower it")
         if not isinstance(self.overview, bool):
@@ -547,15 +548,15 @@ class HoneybeeProcessor(ProcessorMixin):
         """Placeholders of an image whose crops have M = `number`."""
         return sum(self.square_query_tokens(number, cut)) + cut.num_crops * self.num_eos_tokens
 
-    def plan_cuts(self, sizes: list[tuple[int, int]], max_crops: list[int | None] | None = None, **asked) -> list[Cut]:
+    def plan_cuts(self, sizes: list[tuple[int, int]], max_crops: list[int] | None = None, **asked) -> list[Cut]:
         """How the images of one prompt become squares.
 
         Args:
             sizes: width and height of each, in pixels, as [`open_image`] gives them.
-            max_crops: of each image. Default, also None in the list: the processor's.
+            max_crops: of each image. Default: the processor's.
             asked: settings of a call for the image processor, such as `size`.
         """
-        limits = [self.max_crops if limit is None else limit for limit in max_crops or [None] * len(sizes)]
+        limits = max_crops or [self.max_crops] * len(sizes)
         square, _ = _square(self.image_processor, asked)
         if square is None or len(sizes) > self.max_images_cut:
             return [WHOLE] * len(sizes)
@@ -565,13 +566,12 @@ class HoneybeeProcessor(ProcessorMixin):
         ]
 
     def _share(
-        self, numbers: list[int | None], sizes: list[tuple[int, int]], limits: list[int | None], most: int, asked: dict
+        self, numbers: list[int | None], sizes: list[tuple[int, int]], limits: list[int], most: int, asked: dict
     ) -> list[tuple[int, Cut]]:
         """The images of one prompt within a budget of `most` visual tokens. Those without a number get the largest trained
         one that fits; where the smallest does not, the images are cut into fewer crops, and it is tried again."""
         _check_number("max_visual_tokens", most)
         cuts = self.plan_cuts(sizes, limits, **asked)
-        limits = [self.max_crops if limit is None else limit for limit in limits]
         for fewer in range(max((cut.columns * cut.rows for cut in cuts), default=1) - 1, -1, -1):
             for shared in reversed(self.trained_num_query_tokens):
                 filled = [shared if number is None else number for number in numbers]
@@ -598,6 +598,11 @@ class HoneybeeProcessor(ProcessorMixin):
                 _check_number(name, number)
         return numbers
 
+    def _limits(self, max_crops, total: int) -> list[int]:
+        """The most crops of each image, for a `max_crops` of a call."""
+        limits = self._for_each_image("max_crops", max_crops, total)
+        return [self.max_crops if limit is None else limit for limit in limits]
+
     def _plan(
         self,
         sizes_by_row: list[list[tuple[int, int]]],
@@ -611,7 +616,7 @@ class HoneybeeProcessor(ProcessorMixin):
         self.check_crops()  # they may have been set since
         total = sum(map(len, sizes_by_row))
         numbers = self._for_each_image("num_query_tokens", num_query_tokens, total)
-        limits = self._for_each_image("max_crops", max_crops, total)
+        limits = self._limits(max_crops, total)
         for number in numbers:
             if number is not None and not allow_untrained:
                 try:
@@ -706,16 +711,8 @@ class HoneybeeProcessor(ProcessorMixin):
         if by_vllm:
             sizes = self._one_by_one(sizes, max_visual_tokens)
         plan = self._plan(sizes, num_query_tokens, max_visual_tokens, max_crops, allow_untrained, **kwargs)
-        squares = [number for image in plan for number in self.square_query_tokens(*image)]
-        # By the settings and not by what became of the pictures: samples that are put into one batch later have the same fields.
-        limits = self._for_each_image("max_crops", max_crops, len(plan))
-        may_cut = bool(plan) and max([self.max_crops, *filter(None, limits)]) > 1
-        if may_cut:
-            kwargs["cuts"] = [cut for _, cut in plan]
-        overviews_differ = self.overview and self.overview_num_query_tokens not in (None, self.num_query_tokens)
-        may_differ = may_cut and (overviews_differ or max_visual_tokens is not None)
-        if may_differ or any(number != self.num_query_tokens for number in squares):
-            kwargs["num_query_tokens"] = squares
+        may_cut = bool(plan) and max(self.max_crops, *self._limits(max_crops, len(plan))) > 1
+        kwargs |= self._told(plan, may_cut, has_budget=max_visual_tokens is not None)
         if _TRANSFORMERS_4:
             return self._call_4(images, text, **kwargs)
         inputs = super().__call__(images=images, text=text, **kwargs)
@@ -725,6 +722,18 @@ class HoneybeeProcessor(ProcessorMixin):
             inputs.pop("num_crops", None)
             inputs["image_grid_thw"] = torch.tensor([[cut.num_crops, 1, 1] for _, cut in plan])
         return inputs
+
+    def _told(self, plan: list[tuple[int, Cut]], may_cut: bool, has_budget: bool) -> dict:
+        """`cuts` of the images and `num_query_tokens` of their squares, those that the model has to be told. It depends on
+        settings and not on what became of the pictures, so that samples which are put into one batch later have the same
+        fields."""
+        squares = [number for image in plan for number in self.square_query_tokens(*image)]
+        overviews_differ = self.overview and self.overview_num_query_tokens not in (None, self.num_query_tokens)
+        may_differ = may_cut and (overviews_differ or has_budget)
+        told = {"cuts": [cut for _, cut in plan]} if may_cut else {}
+        if may_differ or any(number != self.num_query_tokens for number in squares):
+            told["num_query_tokens"] = squares
+        return told
 
     def _call_4(self, images, text, num_query_tokens=None, cuts=None, **kwargs) -> BatchFeature:
         # On transformers 4, what `__call__` of the base class does on 5.

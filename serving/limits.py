@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 
 from PIL import Image, UnidentifiedImageError
 
-MOST_QUERY_TOKENS = MOST_CROPS = 2**20  # of an image; which numbers a model takes, its processor says
+MOST_OF_AN_IMAGE = 2**20  # visual tokens or crops; which numbers a model takes, its processor says
 
 
 class LimitError(ValueError):
@@ -174,12 +174,9 @@ def _logit_bias(value) -> dict[int, float]:
     return {int(token): check(bias) for token, bias in value.items()}
 
 
-def _by_image(most: int) -> Callable:
-    def check(value) -> int | list[int]:
-        number = _number(1, most, int)
-        return list(map(number, value)) if isinstance(value, list) else number(value)
-
-    return check
+def _by_image(value) -> int | list[int]:
+    check = _number(1, MOST_OF_AN_IMAGE, int)
+    return [check(number) for number in value] if isinstance(value, list) else check(value)
 
 
 _label, _object = _is(str, "a text"), _is(dict, "an object")
@@ -196,9 +193,9 @@ FIELDS = {
     "logit_bias": _logit_bias,
     # Not OpenAI's: visual tokens of an image, or of all images of the chat, and the most crops of an image, where the model has
     # a choice.
-    "num_query_tokens": _by_image(MOST_QUERY_TOKENS),
+    "num_query_tokens": _by_image,
     "max_visual_tokens": _number(1, 2**31 - 1, int),
-    "max_crops": _by_image(MOST_CROPS),
+    "max_crops": _by_image,
     # Labels for the provider's books, and hints to its caches: an answer does not depend on them.
     "user": _label,
     "safety_identifier": _label,
