@@ -15,7 +15,7 @@ TEXT = """\
 # Crops of large scenes
 
 Scenes of 256 x 256 and 384 x 128 with digits of {small} pixels; the tower's square has 64 x 64. {questions} questions a seed about
-scenes of digits that nothing was trained or chosen on; seeds {seeds}, each with a tower, a language model and training data of
+scenes of {split} digits, which nothing was {done} on; seeds {seeds}, each with a tower, a language model and training data of
 its own. Every way has the same steps of the same samples. Accuracy is the share of exact answers; [in brackets] its 95 %
 interval, a bootstrap over seeds and, within a seed, over scenes.
 
@@ -125,14 +125,16 @@ def part_table(parts: dict) -> str:
     return table(["", "by seed"], cells)
 
 
-def write_report(folder: str, records: list[dict], costs: list[dict], parts: dict) -> str:
-    """Writes `report.md` and `results.jsonl`; returns the path of the report."""
+def write_report(folder: str, split: str, records: list[dict], costs: list[dict], parts: dict) -> str:
+    """Writes `report-SPLIT.md` and `results-SPLIT.jsonl`; returns the path of the report."""
     rows = {}
     for record in records:
         rows.setdefault(record["row"], []).append(record)
     text = TEXT.format(
         small=DIGIT_PIXELS,
         large=LARGE_DIGIT_PIXELS,
+        split=split,
+        done="trained or chosen" if split == "test" else "trained",
         questions=len(records[0]["right"]),
         seeds=", ".join(sorted({str(record["seed"]) for record in records})),
         accuracy=accuracy_table(rows),
@@ -141,7 +143,8 @@ def write_report(folder: str, records: list[dict], costs: list[dict], parts: dic
         costs=cost_table(rows, costs),
         parts=part_table(parts),
     )
-    write_text(os.path.join(folder, "results.jsonl"), "".join(json.dumps(each) + "\n" for each in [*records, *costs]))
-    path = os.path.join(folder, "report.md")
+    results = "".join(json.dumps(each) + "\n" for each in [*records, *costs])
+    write_text(os.path.join(folder, f"results-{split}.jsonl"), results)
+    path = os.path.join(folder, f"report-{split}.md")
     write_text(path, text)
     return path

@@ -5,7 +5,8 @@
     python lab/crops/run.py
     python lab/crops/run.py --seeds 11,12,13 --processes 4 --output_dir outputs/crops
 
-Writes `report.md` and `results.jsonl` below `--output_dir`. The same command again goes on where an earlier one was stopped.
+Writes `full/report-test.md` and `full/results-test.jsonl`, or what preset and split are called, below `--output_dir`. The same
+command again goes on where an earlier one was stopped, and one with another split asks the models that are there.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def run(preset: Preset, seeds: list[int], names: str | None, split: str, process
         ValueError: a way that is not one.
     """
     from lab.crops.report import write_report
-    from lab.crops.stand_ins import check_parts, make_reader, make_tower
+    from lab.crops.stand_ins import check_parts, make_reader, make_tower, parts_path
     from lab.crops.ways import STAGES, WAYS, measure, record_path, samples_folder, train_and_ask, write_samples
     from lab.workers import Workers
     from training.quickstart.run import is_model
@@ -83,14 +84,14 @@ def run(preset: Preset, seeds: list[int], names: str | None, split: str, process
     # The longest first.
     for name in sorted(chosen, key=lambda name: "max_crops" not in WAYS[name].settings):
         for seed, own in folders.items():
-            if not os.path.isfile(record_path(own, name)):
+            if not os.path.isfile(record_path(own, name, split)):
                 ways.append((train_and_ask, (name, own, seed, split, preset.questions)))
     with Workers(processes) as workers:
         workers.do(parts, "Parts and samples")
         ways += [
             (check_parts, (own, seed, split, preset.questions))
             for seed, own in folders.items()
-            if not os.path.isfile(os.path.join(own, "parts.json"))
+            if not os.path.isfile(parts_path(own, split))
         ]
         workers.do(ways, "Ways")
     first, costs = folders[seeds[0]], []
@@ -101,10 +102,9 @@ def run(preset: Preset, seeds: list[int], names: str | None, split: str, process
                 with Workers(1) as alone:
                     alone.do([(measure, (name, row, settings, first, path, preset.timed))], f"Cost of {row}")
             costs.append(read(path))
-    records = [each for own in folders.values() for name in chosen for each in read(record_path(own, name))]
-    return write_report(
-        folder, records, costs, {seed: read(os.path.join(own, "parts.json")) for seed, own in folders.items()}
-    )
+    records = [each for own in folders.values() for name in chosen for each in read(record_path(own, name, split))]
+    parts_of = {seed: read(parts_path(own, split)) for seed, own in folders.items()}
+    return write_report(folder, split, records, costs, parts_of)
 
 
 def read(path: str):
@@ -116,11 +116,10 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in lab/run.py
     arguments = parse_arguments()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    preset = PRESETS[arguments.preset]
+    preset, folder = PRESETS[arguments.preset], os.path.join(arguments.output_dir, arguments.preset)
     try:
-        print(
-            f"\nReport: {run(preset, seeds, arguments.ways, arguments.split, arguments.processes, arguments.output_dir)}"
-        )
+        report = run(preset, seeds, arguments.ways, arguments.split, arguments.processes, folder)
+        print(f"\nReport: {report}")
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

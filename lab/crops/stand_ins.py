@@ -260,9 +260,13 @@ def reader_answers(folder: str, seed: int, number: int, split: str) -> dict[str,
 
 
 def check_parts(folder: str, seed: int, split: str, number: int) -> None:
-    """Writes what the parts of a seed know, asked about `number` squares and conversations, to `parts.json`."""
+    """Writes what the parts of a seed know, asked about `number` squares and conversations, to `parts_path`."""
     found = {
         "tower": tower_reads(os.path.join(folder, "tower"), seed, number, split),
         "reader": reader_answers(os.path.join(folder, "reader"), seed, number, split),
     }
-    write_text(os.path.join(folder, "parts.json"), json.dumps(found))
+    write_text(parts_path(folder, split), json.dumps(found))
+
+
+def parts_path(folder: str, split: str) -> str:
+    return os.path.join(folder, f"parts-{split}.json")

@@ -120,15 +120,15 @@ def train_and_ask(name: str, folder: str, seed: int, split: str, questions: int)
                 },
             }
         )  # fmt: skip
-    write_text(record_path(folder, name), json.dumps(found))
+    write_text(record_path(folder, name, split), json.dumps(found))
 
 
 def model_folder(folder: str, name: str, stage: str) -> str:
     return os.path.join(folder, "models", f"{name}-{stage}")
 
 
-def record_path(folder: str, name: str) -> str:
-    return os.path.join(folder, f"{name}.json")
+def record_path(folder: str, name: str, split: str) -> str:
+    return os.path.join(folder, f"{name}-{split}.json")
 
 
 def count_tokens(processor: HoneybeeProcessor, size: tuple[int, int], settings: dict) -> int:

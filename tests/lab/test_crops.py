@@ -2,6 +2,8 @@
 """The experiment with crops: its scenes and parts, and one way from samples to the report."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,12 @@ from lab.crops.stand_ins import (
     check_parts,
     make_reader,
     make_tower,
+    parts_path,
     tower_squares,
 )
 from lab.crops.ways import STAGES, WAYS, measure, record_path, samples_folder, train_and_ask, write_samples
 from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
+from tests.tiny import REPOSITORY
 from training.quickstart.stand_ins import make_tokenizer
 
 CONTENTS = [None, 3, *[None] * 9, 7]  # b1 and f2 of a wide scene
@@ -107,12 +111,28 @@ def test_a_way_from_its_parts_to_the_report(tmp_path):
     ((row, settings),) = WAYS[name].rows()
     measure(name, row, settings, folder, str(tmp_path / "cost.json"), steps=1)
     records, cost = (
-        json.loads(Path(record_path(folder, name)).read_text()),
+        json.loads(Path(record_path(folder, name, "validation")).read_text()),
         json.loads((tmp_path / "cost.json").read_text()),
     )
     assert records[0]["tokens"] == {"square": 16 + 9, "wide": 12 + 9} and len(records[0]["right"]) == 12
     processor = HoneybeeProcessor.from_pretrained(f"{folder}/models/{name}-instruct")
     assert (processor.max_crops, processor.overview_num_query_tokens) == (16, 9)
-    parts = json.loads((tmp_path / "seed0" / "parts.json").read_text())
-    report = Path(write_report(str(tmp_path), records, [cost], {0: parts})).read_text()
+    parts = json.loads(Path(parts_path(folder, "validation")).read_text())
+    report = Path(write_report(str(tmp_path), "validation", records, [cost], {0: parts})).read_text()
     assert f"| {row} | 25 / 21 |" in report and f"| {row} | {np.mean(records[0]['right']):.3f} [" in report
+
+
+def test_the_command_asks_its_models_about_another_split_and_trains_none_again(tmp_path):
+    command = [sys.executable, str(REPOSITORY / "lab" / "crops" / "run.py"), "--preset", "smoke", "--seeds", "0"]
+    command += ["--ways", "squeezed-16", "--processes", "1", "--output_dir", str(tmp_path)]
+    trained = {}
+    for split in ("validation", "test"):
+        subprocess.run([*command, "--split", split], check=True, timeout=600)
+        report = (tmp_path / "smoke" / f"report-{split}.md").read_text()
+        assert "| squeezed, M = 16 | 16 / 16 |" in report and f"scenes of {split} digits" in report
+        trained[split] = {
+            path: path.stat().st_mtime_ns for path in (tmp_path / "smoke" / "seed0").rglob("*.safetensors")
+        }
+    assert len(trained["test"]) == 4 and trained["validation"] == trained["test"]
+    answers = [(tmp_path / "smoke" / f"results-{split}.jsonl").read_text() for split in trained]
+    assert json.loads(answers[0].splitlines()[0])["kinds"] != json.loads(answers[1].splitlines()[0])["kinds"]
