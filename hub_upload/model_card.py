@@ -353,15 +353,16 @@ def _describe_crops(export: Export) -> str:
         return ""
     most = processor.max_crops
     fewest = f"{processor.min_crops} to {most}" if processor.min_crops > 1 else f"at most {most}"
+    which = "Every picture is" if processor.min_crops > 1 else "Large and wide pictures are"
     overview = ""
     if processor.overview:
         number = processor.overview_num_query_tokens
-        own = "" if number is None else f", which has {number + processor.num_eos_tokens} visual tokens"
+        own = "" if number is None else f" ({number + processor.num_eos_tokens} visual tokens)"
         overview = f", and the whole picture follows them as an overview{own}"
     return (
-        f"\n\nLarge and wide pictures are cut into {fewest} crops{overview}; each crop has the visual tokens of an image. In a "
-        f"prompt with more than {processor.max_images_cut} images none is cut. `max_crops=...` in a call of the processor, the "
-        'pipeline or `apply_chat_template`, or `"max_crops"` in an image\'s item of a chat, lowers the number; 1 cuts none.'
+        f"\n\n{which} cut into {fewest} crops{overview}; each crop has the visual tokens of an image. Where a prompt has more "
+        f"images than {processor.max_images_cut}, none is cut. `max_crops=...` in a call of the processor, `apply_chat_template` "
+        'or (with a chat: on transformers 5) the pipeline, or `"max_crops"` in an image\'s item of a chat, lowers the number; 1 cuts none.'
     )
 
 

@@ -354,7 +354,7 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             num_query_tokens, num_crops: see [`get_image_features`].
 
         Returns:
-            (I, M, D_lm), or a list of (M, D_lm).
+            (I, M, D_lm), or a list of (M, D_lm), or with `num_crops` of (tokens, D_lm) for each image.
         """
         numbers = self._checked_numbers(num_query_tokens, len(pixel_values))
         crops = self._checked_crops(num_crops, len(pixel_values))
@@ -385,17 +385,17 @@ class HoneybeeModel(HoneybeePreTrainedModel):
             )
         return list(crops)
 
-    def _checked_numbers(self, num_query_tokens, num_images: int) -> int | list[int] | None:
+    def _checked_numbers(self, num_query_tokens, num_squares: int) -> int | list[int] | None:
         """`num_query_tokens` as the projector takes it, checked."""
         if isinstance(num_query_tokens, torch.Tensor):
             num_query_tokens = num_query_tokens.tolist()
         if num_query_tokens is None:
             return None
         each = isinstance(num_query_tokens, (list, tuple))
-        if each and len(num_query_tokens) != num_images:
+        if each and len(num_query_tokens) != num_squares:
             raise ValueError(
-                f"num_query_tokens lists {len(num_query_tokens)} numbers, but pixel_values has {num_images} images; give "
-                "one number for all images or one for each"
+                f"num_query_tokens lists {len(num_query_tokens)} numbers, but pixel_values has {num_squares} rows; give "
+                "one number for all or one for each"
             )
         projector, num_patches = self.config.projector_config, self.config.num_patches
         numbers = list(num_query_tokens) if each else num_query_tokens

@@ -643,7 +643,7 @@ class HoneybeeProcessor(ProcessorMixin):
             )
 
     def _prepare(self, images, text):
-        """Checked inputs: a flat list of opened images or None, and a list of strings."""
+        """Checked inputs: a flat list of opened images or None, a list of strings or None, and how many images a row has."""
         if images is None and text is None:
             raise ValueError("give `text`, `images` or both")
         if isinstance(text, str):
@@ -652,17 +652,17 @@ class HoneybeeProcessor(ProcessorMixin):
             raise ValueError("`text` must be a string or a list of at least one string")
         rows = None
         if images is not None:
-            if (
-                text is not None
-                and isinstance(images, (list, tuple))
-                and any(isinstance(i, (list, tuple)) for i in images)
-            ):
+            if isinstance(images, (list, tuple)) and any(isinstance(i, (list, tuple)) for i in images):
                 rows = [[image for image in flat_images(row) if image is not None] for row in images]
             images = [image for image in flat_images(images) if image is not None]
         if text is not None:
             self._check_image_count(text, images, rows)
         images = [open_image(image) for image in images or ()]
-        return images or None, list(text) if text is not None else None
+        if text is not None:
+            by_row = [row.count(self.image_token) for row in text]
+        else:
+            by_row = [len(images)] if rows is None else [len(row) for row in rows]
+        return images or None, list(text) if text is not None else None, by_row
 
     def __call__(
         self,
@@ -679,7 +679,8 @@ class HoneybeeProcessor(ProcessorMixin):
         """Model inputs of the rows in `text`; the images of all rows in order.
 
         Args:
-            images: image, list of images, or list of lists by row; each whatever [`open_image`] takes.
+            images: image, list of images, or list of lists by row; each whatever [`open_image`] takes. Without text, a list
+                that is not of lists is one row.
             text: one row or a list, with one `<image>` for each image.
             num_query_tokens: M, the visual tokens of each image (of each of its crops), or a list with the M of each of all
                 images. Default (also None in a list): that of the model.
@@ -703,8 +704,7 @@ class HoneybeeProcessor(ProcessorMixin):
         for name in ("num_query_tokens", "max_crops"):
             if name in (kwargs.get("images_kwargs") or {}):
                 raise ValueError(f"{name} stands in images_kwargs; give it to the call itself")
-        images, text = self._prepare(images, text)
-        by_row = [row.count(self.image_token) for row in text] if text is not None else [len(images or ())]
+        images, text, by_row = self._prepare(images, text)
         sizes = iter(image.size for image in images or ())
         sizes = [[next(sizes) for _ in range(number)] for number in by_row]
         by_vllm = kwargs.get("return_text_replacement_offsets") and not kwargs.get("return_offsets_mapping")

@@ -253,9 +253,10 @@ class HoneybeeDataCollator:
         if self.max_length is None or length <= self.max_length:
             return
         if self.processor.image_token_id in feature["input_ids"][self.max_length :]:
+            fewer = "lower max_crops" if self.cuts_images else "give the sample fewer images"
             raise BadSampleError(
                 f"the sample has {length} tokens and max_length={self.max_length} would cut an image; "
-                f"raise max_length to {length} or more, or give the sample fewer images",
+                f"raise max_length to {length} or more, or {fewer}",
                 "too long",
             )
         for name in feature:

@@ -64,6 +64,7 @@ def load_processor(args: argparse.Namespace) -> HoneybeeProcessor | None:
     for name in CROPS:
         if getattr(args, name, None) is not None:
             setattr(processor, name, getattr(args, name))
+    processor.min_crops = min(processor.min_crops, processor.max_crops)  # as in a run
     processor.check_crops()
     return processor
 

@@ -15,8 +15,8 @@ TEXT = """\
 # Crops of large scenes
 
 Scenes of 256 x 256 and 384 x 128 with digits of {small} pixels; the tower's square has 64 x 64. {questions} questions a seed about
-scenes of {split} digits, which nothing was {done} on; seeds {seeds}, each with a tower, a language model and training data of
-its own. Every way has the same steps of the same samples. Accuracy is the share of exact answers; [in brackets] its 95 %
+scenes of {split} digits, which nothing was {done} on; seeds {seeds}, each with a tower and training data of its own, and
+one language model for all. Every way has the same steps of the same samples. Accuracy is the share of exact answers; [in brackets] its 95 %
 interval, a bootstrap over seeds and, within a seed, over scenes.
 
 {accuracy}

@@ -40,7 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="full", choices=tuple(PRESETS), help="smoke: whether everything runs")
     parser.add_argument("--ways", help="names of lab/crops/ways.py, with commas between them; default: all")
-    parser.add_argument("--seeds", default="0,1,2", help="with commas between them; each has parts of its own")
+    parser.add_argument(
+        "--seeds", default="0,1,2", help="with commas between them; each has a tower and samples of its own"
+    )
     parser.add_argument(
         "--split", default="test", choices=("validation", "test"), help="of the digits that are asked about"
     )
@@ -68,14 +70,14 @@ def run(preset: Preset, seeds: list[int], names: str | None, split: str, process
         raise ValueError(f"--ways {', '.join(unknown)}: unknown; known are {', '.join(WAYS)}")
     chosen = {name: WAYS[name] for name in (names.split(",") if names else WAYS)}
     folders = {seed: os.path.join(folder, f"seed{seed}") for seed in seeds}
+    reader = os.path.join(folder, "reader")
     parts, ways = [], []
+    if not is_model(reader):
+        parts.append((make_reader, (reader, 0, *preset.reader)))
     for seed, own in folders.items():
-        makers = (("reader", make_reader, preset.reader), ("tower", make_tower, preset.tower))
-        parts += [
-            (make, (os.path.join(own, part), seed, *sizes))
-            for part, make, sizes in makers
-            if not is_model(os.path.join(own, part))
-        ]
+        tower = os.path.join(own, "tower")
+        if not is_model(tower):
+            parts.append((make_tower, (tower, seed, *preset.tower)))
         for pixels in sorted({way.digit_pixels for way in chosen.values()}):
             for stage, number in zip(STAGES, preset.samples):
                 data = samples_folder(own, stage, pixels)
@@ -85,11 +87,11 @@ def run(preset: Preset, seeds: list[int], names: str | None, split: str, process
     for name in sorted(chosen, key=lambda name: "max_crops" not in WAYS[name].settings):
         for seed, own in folders.items():
             if not os.path.isfile(record_path(own, name, split)):
-                ways.append((train_and_ask, (name, own, seed, split, preset.questions)))
+                ways.append((train_and_ask, (name, own, reader, seed, split, preset.questions)))
     with Workers(processes) as workers:
         workers.do(parts, "Parts and samples")
         ways += [
-            (check_parts, (own, seed, split, preset.questions))
+            (check_parts, (own, reader, seed, split, preset.questions))
             for seed, own in folders.items()
             if not os.path.isfile(parts_path(own, split))
         ]

@@ -33,6 +33,7 @@ from training.quickstart.stand_ins import PATCH_PIXELS, WIDTH, make_tokenizer, s
 READER_WIDTH = 96
 RATE = 2e-3  # of learning, of both
 NOTHING, UNREADABLE = 10, 11  # beside the ten digits
+PIECES = 4  # of a batch of conversations
 FILLED = 0.5  # of the cells, in the squares that the tower learns from
 # Visual tokens of a symbolic scene: named (how many), or ordered (how many a cell, how many named ones behind them).
 NAMED, ORDERED = (16, 25), ((1, 0), (4, 0), (1, 9))
@@ -179,6 +180,11 @@ class SymbolicScenes:
         digits[places], ids[places] = said, names
         return digits, ids
 
+    def length(self, row: int, form: int | tuple[int, int]) -> int:
+        """Tokens, less the one that the symbols replace."""
+        symbols = form if isinstance(form, int) else form[0] * len(self.contents[row]) + form[1]
+        return len(self.rows[row]["input_ids"]) + symbols - 1
+
     def batch(self, rows, forms: list, draw: np.random.Generator, embeddings: nn.Embedding, noise: float = 0.1):
         """`inputs_embeds` (B, T, D), `attention_mask` (B, T), `labels` (B, T)."""
         symbols = [self.symbols(self.contents[row], form, draw) for row, form in zip(rows, forms)]
@@ -199,7 +205,7 @@ class SymbolicScenes:
         return embeds.masked_scatter(is_symbol.unsqueeze(-1), said), mask, labels
 
 
-def make_reader(folder: str, seed: int, steps: int, scenes: int, batch_size: int = 128) -> None:
+def make_reader(folder: str, seed: int, steps: int, scenes: int, batch_size: int = 64) -> None:
     """Trains and saves an OPT that answers questions about symbolic scenes. It never sees a picture."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(NAMES)
@@ -226,10 +232,17 @@ def make_reader(folder: str, seed: int, steps: int, scenes: int, batch_size: int
         draw = np.random.default_rng((seed, step))
         forms = [(*NAMED, *ORDERED)[each] for each in draw.integers(len(NAMED) + len(ORDERED), size=batch_size)]
         rows = draw.integers(scenes, size=batch_size)
-        embeds, mask, labels = symbolic.batch(rows, forms, draw, model.get_input_embeddings())
-        hidden = model.model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state[:, :-1]
-        learned = labels[:, 1:] != -100
-        return F.cross_entropy(model.lm_head(hidden[learned]), labels[:, 1:][learned])
+        hidden, learned = [], []
+        # In pieces of like lengths, which are from 60 to 140: half of a whole batch would be padding.
+        order = np.argsort([symbolic.length(row, form) for row, form in zip(rows, forms)], kind="stable")
+        for piece in np.array_split(order, PIECES):
+            embeds, mask, labels = symbolic.batch(
+                rows[piece], [forms[each] for each in piece], draw, model.get_input_embeddings()
+            )
+            counts = labels[:, 1:] != -100
+            hidden.append(model.model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state[:, :-1][counts])
+            learned.append(labels[:, 1:][counts])
+        return F.cross_entropy(model.lm_head(torch.cat(hidden)), torch.cat(learned))
 
     def save() -> None:
         tokenizer.save_pretrained(folder)
@@ -259,11 +272,12 @@ def reader_answers(folder: str, seed: int, number: int, split: str) -> dict[str,
     return found
 
 
-def check_parts(folder: str, seed: int, split: str, number: int) -> None:
-    """Writes what the parts of a seed know, asked about `number` squares and conversations, to `parts_path`."""
+def check_parts(folder: str, reader: str, seed: int, split: str, number: int) -> None:
+    """Writes what the tower of a seed and the language model know, asked about `number` squares and conversations, to
+    `parts_path`."""
     found = {
         "tower": tower_reads(os.path.join(folder, "tower"), seed, number, split),
-        "reader": reader_answers(os.path.join(folder, "reader"), seed, number, split),
+        "reader": reader_answers(reader, seed, number, split),
     }
     write_text(parts_path(folder, split), json.dumps(found))
 

@@ -84,12 +84,12 @@ def samples_folder(folder: str, stage: str, digit_pixels: int) -> str:
     return os.path.join(folder, f"{stage}-{digit_pixels}")
 
 
-def train_and_ask(name: str, folder: str, seed: int, split: str, questions: int) -> None:
-    """Trains a way, or what is left of it, below `folder`, which holds parts and samples, and writes its answers."""
+def train_and_ask(name: str, folder: str, reader: str, seed: int, split: str, questions: int) -> None:
+    """Trains a way, or what is left of it, below `folder`, which holds tower and samples, and writes its answers."""
     way = WAYS[name]
     parts = {
         "vision_model": os.path.join(folder, "tower"),
-        "text_model": os.path.join(folder, "reader"),
+        "text_model": reader,
         "projector": {**PROJECTOR, "num_query_tokens": way.num_query_tokens},
     }
     for stage in STAGES:

@@ -102,10 +102,8 @@ def test_crops_are_described(tmp_path):
     processor.max_crops, processor.overview_num_query_tokens = 9, 4
     processor.save_pretrained(folder)
     card = write_card(check_folder(folder), read_provenance(folder), "bee/cut")
-    assert (
-        "cut into at most 9 crops, and the whole picture follows them as an overview, which has 5 visual tokens" in card
-    )
-    assert "more than 2 images none is cut" in card and "1 cuts none" in card and "the squares of 9 crops" in card
+    assert "cut into at most 9 crops, and the whole picture follows them as an overview (5 visual tokens)" in card
+    assert "more images than 2, none is cut" in card and "1 cuts none" in card and "the squares of 9 crops" in card
     processor.overview = False
     processor.save_pretrained(folder)
     assert "overview" not in write_card(check_folder(folder), read_provenance(folder), "bee/cut")

@@ -101,13 +101,13 @@ def test_symbols_say_every_digit_of_a_scene_once(form, number):
 
 
 def test_a_way_from_its_parts_to_the_report(tmp_path):
-    name, folder = "crops-1-overview-9", str(tmp_path / "seed0")
+    name, folder, reader = "crops-1-overview-9", str(tmp_path / "seed0"), str(tmp_path / "reader")
     make_tower(f"{folder}/tower", seed=0, steps=1, squares=40, batch_size=4)
-    make_reader(f"{folder}/reader", seed=0, steps=1, scenes=8, batch_size=4)
+    make_reader(reader, seed=0, steps=1, scenes=8, batch_size=4)
     for stage in STAGES:
         write_samples(samples_folder(folder, stage, DIGIT_PIXELS), stage, 0, 8, DIGIT_PIXELS)
-    train_and_ask(name, folder, 0, "validation", 12)
-    check_parts(folder, 0, "validation", 20)
+    train_and_ask(name, folder, reader, 0, "validation", 12)
+    check_parts(folder, reader, 0, "validation", 20)
     ((row, settings),) = WAYS[name].rows()
     measure(name, row, settings, folder, str(tmp_path / "cost.json"), steps=1)
     records, cost = (
@@ -130,9 +130,7 @@ def test_the_command_asks_its_models_about_another_split_and_trains_none_again(t
         subprocess.run([*command, "--split", split], check=True, timeout=600)
         report = (tmp_path / "smoke" / f"report-{split}.md").read_text()
         assert "| squeezed, M = 16 | 16 / 16 |" in report and f"scenes of {split} digits" in report
-        trained[split] = {
-            path: path.stat().st_mtime_ns for path in (tmp_path / "smoke" / "seed0").rglob("*.safetensors")
-        }
+        trained[split] = {path: path.stat().st_mtime_ns for path in (tmp_path / "smoke").rglob("*.safetensors")}
     assert len(trained["test"]) == 4 and trained["validation"] == trained["test"]
     answers = [(tmp_path / "smoke" / f"results-{split}.jsonl").read_text() for split in trained]
     assert json.loads(answers[0].splitlines()[0])["kinds"] != json.loads(answers[1].splitlines()[0])["kinds"]

@@ -235,8 +235,8 @@ def test_half_precision(kind, dtype):
         ({}, -4, "num_query_tokens=-4 must be a whole number"),
         ({}, True, "num_query_tokens=True must be a whole number"),
         ({}, torch.tensor([4.0]), r"num_query_tokens=4.0 must be a whole number"),
-        ({}, torch.tensor([4, 9]), "lists 2 numbers, but pixel_values has 1 images"),
-        ({}, torch.tensor([], dtype=torch.long), "lists 0 numbers, but pixel_values has 1 images"),
+        ({}, torch.tensor([4, 9]), "lists 2 numbers, but pixel_values has 1 rows"),
+        ({}, torch.tensor([], dtype=torch.long), "lists 0 numbers, but pixel_values has 1 rows"),
         ({"projector_type": "resampler"}, 17, "num_query_tokens=17: the resampler has 16 learned queries.*at most 16"),
     ],
 )

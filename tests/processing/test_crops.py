@@ -271,6 +271,17 @@ def test_cut_and_uncut_images_in_rows(nested):
     assert at == len(inputs["pixel_values"])
 
 
+def test_images_without_text_are_cut_as_with_it():
+    processor, rows = cropping(max_crops=3), [pictures([WIDE]), [], pictures([SMALL, WIDE]), pictures([WIDE] * 3)]
+    expected = processor(images=rows, text=["<image>" * len(row) for row in rows], return_tensors="pt", padding=True)
+    assert expected["num_crops"].tolist() == [4, 1, 4, 1, 1, 1]
+    alone = processor(images=rows, return_tensors="pt")
+    assert torch.equal(alone["num_crops"], expected["num_crops"])
+    assert torch.equal(alone["pixel_values"], expected["pixel_values"])
+    one_row = processor(images=[image for row in rows for image in row], return_tensors="pt")
+    assert one_row["num_crops"].tolist() == [1] * 6
+
+
 @pytest.mark.parametrize(
     ("of_processor", "of_call", "grids", "tokens"),
     [

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on pictures that are cut into squares: what a batch holds, what a run counts, and what it leaves behind."""
 
+import argparse
 import io
 import json
 import re
@@ -20,6 +21,7 @@ from tests.tiny import (
     IMAGE_SIZE,
     NEW_PROJECTOR,
     NUM_PATCHES,
+    REPOSITORY,
     SFT,
     SHORT_RUN,
     elastic_processor,
@@ -31,8 +33,9 @@ from tests.tiny import (
     tiny_model,
     tiny_processor,
 )
-from training.collator import HoneybeeDataCollator
+from training.collator import CROPS, HoneybeeDataCollator, most_crops
 from training.elastic import parse_elastic
+from training.preview import load_processor
 from training.preview import main as preview
 from training.recipe.mixture import Mixture, Source
 from training.run.checks import check_model_files, check_settings
@@ -484,6 +487,35 @@ def test_a_yaml_file_and_a_flag_say_the_same(world, tmp_path):
         json.loads((f / "processor_config.json").read_text()) for f in (tmp_path / "again", world / "model")
     )
     assert again == before and "max_crops" not in again
+
+
+def test_a_lower_maximum_lowers_the_minimum(world, tmp_path):
+    for part in (
+        cutting(tiny_processor(), min_crops=2),
+        HoneybeeForConditionalGeneration.from_pretrained(world / "model"),
+    ):
+        part.save_pretrained(tmp_path / "model")
+    have = ["--dataset", "x.jsonl", "--output_dir", tmp_path, "--use_cpu", "--bf16", "False", "--model_name_or_path"]
+    for most, pair in ((1, (1, 1)), (2, (2, 2)), (6, (6, 2))):
+        words = [*have, tmp_path / "model", "--max_crops", most]
+        _, processor = load_config_and_processor(parse_arguments(list(map(str, words))))
+        assert (processor.max_crops, processor.min_crops) == pair
+        asked = argparse.Namespace(processor=str(tmp_path / "model"), max_crops=most)
+        of_preview = load_processor(asked)
+        assert (of_preview.max_crops, of_preview.min_crops) == pair
+
+
+def test_the_documented_command_has_room_for_its_crops():
+    page = (REPOSITORY / "docs" / "crops.md").read_text()
+    command = re.search(r"python training/sft.py (.*?)```", page, re.DOTALL)[1].replace("\\\n", " ").split()
+    settings = parse_arguments([*command, "--use_cpu", "--bf16", "False"])
+    own = settings.honeybee
+    processor = tiny_processor(144)
+    for name in CROPS:
+        if getattr(own, name) is not None:
+            setattr(processor, name, getattr(own, name))
+    most = processor.count_image_tokens(144, most_crops(processor))
+    assert most == 9 * 144 + 64 and most + 500 < settings.training.max_length
 
 
 def test_a_processor_gets_the_numbers_of_its_model(world, tmp_path):

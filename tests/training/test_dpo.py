@@ -22,13 +22,15 @@ def preference(number: int) -> dict:
         "prompt": [{"role": "user", "content": question}],
         "chosen": answer("a brown dog"),
         "rejected": answer("What"),
-        "images": [picture(number)],
+        "images": [picture(number, (64, 64))],
     }
 
 
-def test_preferences_are_learned_from_pictures(saved, tmp_path):
+@pytest.mark.parametrize("squares", [1, 5])
+def test_preferences_are_learned_from_pictures(saved, tmp_path, squares):
     model = HoneybeeForConditionalGeneration.from_pretrained(saved)
     processor = HoneybeeProcessor.from_pretrained(saved)
+    processor.max_crops = max(1, squares - 1)
     freeze_for_stage(model, "instruct")
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     args = DPOConfig(
@@ -48,7 +50,7 @@ def test_preferences_are_learned_from_pictures(saved, tmp_path):
     assert moved == {name for name in start if not name.startswith("model.vision_tower.")}
 
     # The rows that TRL makes are the conversations of supervised training, with one picture each.
-    assert batch["pixel_values"].shape[0] in (4, 8) and batch["input_ids"].shape[0] == 8
+    assert batch["pixel_values"].shape[0] in (4 * squares, 8 * squares) and batch["input_ids"].shape[0] == 8
     collator = HoneybeeDataCollator(processor)
     rows = {tuple(ids[mask.bool()].tolist()) for ids, mask in zip(batch["input_ids"], batch["attention_mask"])}
     ours = set()

@@ -83,7 +83,9 @@ def _figure(image: Image.Image | Exception, cut: Cut, processor: HoneybeeProcess
     crops = resize_images([image], processor.image_processor, [cut])
     overview = _tag(crops.pop()) if cut.overview else ""
     tokens = processor.count_image_tokens(processor.num_query_tokens, cut)
-    words = f"{cut.columns} x {cut.rows} crops{' and the whole' if overview else ''}: {cut.num_crops} squares, {tokens:,} visual tokens"
+    which = f", with M = {processor.num_query_tokens}" if processor.elastic_num_query_tokens else ""
+    words = f"{cut.columns} x {cut.rows} crops{' and the whole' if overview else ''}: {cut.num_crops} squares"
+    words += f", {tokens:,} visual tokens{which}"
     grid = (
         f'<div class="crops" style="grid-template-columns:repeat({cut.columns},1fr)">{"".join(map(_tag, crops))}</div>'
     )

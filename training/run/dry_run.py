@@ -103,7 +103,7 @@ def crops_lines(plan: Plan, tokens: Tokens) -> list[str]:
     overview = ""
     if processor.overview:
         number = processor.overview_num_query_tokens
-        overview = " and an overview" + (f" of {number} visual tokens" if number else "")
+        overview = " and an overview" + (f" of {number + processor.num_eos_tokens} visual tokens" if number else "")
     line = f"Crops: from {processor.min_crops} to {processor.max_crops} of a picture"
     line += f"{overview}, none in samples of more than {processor.max_images_cut} pictures; at most {most.num_crops} squares and "
     line += f"{plan.collator.most_tokens(largest_m(plan)):,} visual tokens a picture"

@@ -101,6 +101,8 @@ def with_settings(processor: HoneybeeProcessor, config: HoneybeeConfig, own: Hon
     """
     had = {name: getattr(processor, name) for name in CROPS}
     crops = {name: had[name] if getattr(own, name) is None else getattr(own, name) for name in CROPS}
+    if own.min_crops is None:
+        crops["min_crops"] = min(crops["min_crops"], crops["max_crops"])  # fewer than the least is a new least
     projector = config.projector_config
     if crops["max_crops"] > 1 and crops["overview_num_query_tokens"] is None:
         crops["overview_num_query_tokens"] = projector.overview_num_query_tokens
