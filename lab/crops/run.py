@@ -5,8 +5,9 @@
     python lab/crops/run.py
     python lab/crops/run.py --seeds 11,12,13 --processes 4 --output_dir outputs/crops
 
-Writes `full/report-test.md` and `full/results-test.jsonl`, or what preset and split are called, below `--output_dir`. The same
-command again goes on where an earlier one was stopped, and one with another split asks the models that are there.
+Writes `full/report-test.md` and `full/results-test.jsonl`, or what preset and split are called, below `--output_dir`, after an
+hour and a half on two cores. The same command again goes on where an earlier one was stopped, and one with another split asks the
+models that are there.
 """
 
 import argparse
