@@ -286,9 +286,7 @@ def test_server_answers_the_official_client(tmp_path):
 def test_quickstart_answers_over_http_as_it_does_here(tmp_path):
     folder = os.environ.get("HONEYBEE_QUICKSTART")
     if not folder:
-        pytest.skip(
-            "HONEYBEE_QUICKSTART names no folder of a finished quickstart (outputs/quickstart; .ci/run sets it)"
-        )
+        pytest.skip("HONEYBEE_QUICKSTART names no folder of a finished quickstart (outputs/quickstart)")
     folder, questions = Path(folder, "model"), Questions(SceneMaker("test", 0), 160)
     expected = questions.ask(str(folder))
     with vllm_server(folder, tmp_path) as client:
