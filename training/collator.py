@@ -253,14 +253,24 @@ class HoneybeeDataCollator:
         if self.max_length is None or length <= self.max_length:
             return
         if self.processor.image_token_id in feature["input_ids"][self.max_length :]:
-            fewer = "lower max_crops" if self.cuts_images else "give the sample fewer images"
+            remedy = ", or lower max_crops" if self.cuts_images else ""
             raise BadSampleError(
                 f"the sample has {length} tokens and max_length={self.max_length} would cut an image; "
-                f"raise max_length to {length} or more, or {fewer}",
+                f"raise max_length to {length} or more, or give the sample fewer images{remedy}",
                 "too long",
             )
         for name in feature:
             feature[name] = feature[name][: self.max_length]
+
+
+def crops_of(processor: HoneybeeProcessor, asked) -> dict:
+    """The settings of crops of a processor, with those of `asked` that are given (attributes that are there and not None). A
+    maximum below the processor's minimum lowers that; a minimum that is asked for itself stays."""
+    given = {name: getattr(asked, name, None) for name in CROPS}
+    crops = {name: getattr(processor, name) if value is None else value for name, value in given.items()}
+    if given["min_crops"] is None:
+        crops["min_crops"] = min(crops["min_crops"], crops["max_crops"])
+    return crops
 
 
 def most_crops(processor: HoneybeeProcessor) -> Cut:

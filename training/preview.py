@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 
 from processing import HoneybeeProcessor
-from training.collator import CROPS, HoneybeeDataCollator
+from training.collator import CROPS, HoneybeeDataCollator, crops_of
 from training.elastic import ElasticDraw, elastic_draw
 from training.recipe.balancing import sampling_weights
 from training.recipe.config import RecipeError, load_recipe
@@ -61,10 +61,8 @@ def load_processor(args: argparse.Namespace) -> HoneybeeProcessor | None:
     if not args.processor:
         return None
     processor = HoneybeeProcessor.from_pretrained(args.processor)
-    for name in CROPS:
-        if getattr(args, name, None) is not None:
-            setattr(processor, name, getattr(args, name))
-    processor.min_crops = min(processor.min_crops, processor.max_crops)  # as in a run
+    for name, value in crops_of(processor, args).items():
+        setattr(processor, name, value)
     processor.check_crops()
     return processor
 

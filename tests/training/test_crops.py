@@ -33,7 +33,7 @@ from tests.tiny import (
     tiny_model,
     tiny_processor,
 )
-from training.collator import CROPS, HoneybeeDataCollator, most_crops
+from training.collator import HoneybeeDataCollator, crops_of, most_crops
 from training.elastic import parse_elastic
 from training.preview import load_processor
 from training.preview import main as preview
@@ -503,17 +503,17 @@ def test_a_lower_maximum_lowers_the_minimum(world, tmp_path):
         asked = argparse.Namespace(processor=str(tmp_path / "model"), max_crops=most)
         of_preview = load_processor(asked)
         assert (of_preview.max_crops, of_preview.min_crops) == pair
+    # One that is asked for itself is not lowered.
+    with pytest.raises(ValueError, match="min_crops=5 is more than max_crops=4"):
+        load_processor(argparse.Namespace(processor=str(tmp_path / "model"), max_crops=4, min_crops=5))
 
 
 def test_the_documented_command_has_room_for_its_crops():
     page = (REPOSITORY / "docs" / "crops.md").read_text()
     command = re.search(r"python training/sft.py (.*?)```", page, re.DOTALL)[1].replace("\\\n", " ").split()
     settings = parse_arguments([*command, "--use_cpu", "--bf16", "False"])
-    own = settings.honeybee
     processor = tiny_processor(144)
-    for name in CROPS:
-        if getattr(own, name) is not None:
-            setattr(processor, name, getattr(own, name))
+    processor = cutting(processor, **crops_of(processor, settings.honeybee))
     most = processor.count_image_tokens(144, most_crops(processor))
     assert most == 9 * 144 + 64 and most + 500 < settings.training.max_length
 

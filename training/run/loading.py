@@ -10,7 +10,7 @@ from trl import get_quantization_config
 from modeling_honeybee import HoneybeeConfig, HoneybeeForConditionalGeneration
 from modeling_honeybee.configuration_honeybee import PIXELWISE_PROJECTORS, covers
 from processing import HoneybeeProcessor, processor_from_vision_text_pretrained
-from training.collator import CROPS
+from training.collator import CROPS, crops_of
 from training.elastic import parse_elastic
 from training.run.arguments import HoneybeeArguments
 from training.run.settings import Settings
@@ -100,9 +100,7 @@ def with_settings(processor: HoneybeeProcessor, config: HoneybeeConfig, own: Hon
         ValueError: settings of crops that do not fit together.
     """
     had = {name: getattr(processor, name) for name in CROPS}
-    crops = {name: had[name] if getattr(own, name) is None else getattr(own, name) for name in CROPS}
-    if own.min_crops is None:
-        crops["min_crops"] = min(crops["min_crops"], crops["max_crops"])  # fewer than the least is a new least
+    crops = crops_of(processor, own)
     projector = config.projector_config
     if crops["max_crops"] > 1 and crops["overview_num_query_tokens"] is None:
         crops["overview_num_query_tokens"] = projector.overview_num_query_tokens
